@@ -1,0 +1,536 @@
+"""The configuration of a run: one frozen, typed object, built from defaults < extends < file < flags.
+
+pydantic checks types, ranges and spelling; argparse offers every key as a flag. What is ours is the folding of files
+(`extends`, changed tags, `paper` never inherited) and the wording of errors: each names the file or flag, the key and
+the nearest valid key.
+
+    cfg = load_config("configs/deit_tiny_tetrajet.yaml", overrides=["quant.scale_rule=floor"])
+    cfg.quant.scale_rule            # "floor"
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+Element = Literal["e2m1", "e3m0"]
+Rounding = Literal["nearest_even", "nearest_away", "nearest_up", "stochastic"]
+Quantizer = Literal["q1", "q2", "q3", "q4", "q5", "q6"]
+
+# DeiT's spellings of data sets, kept working.
+_DATA_SET_ALIASES = {"IMNET": "imagenet", "CIFAR": "cifar100", "CIFAR10": "cifar10"}
+
+
+class UserError(Exception):
+    """A mistake the user can mend: shown as one sentence, without a traceback, and exit code 2."""
+
+
+def _key(default: Any, help: str, *flags: str, consts: dict[str, Any] | None = None, **constraints: Any) -> Any:
+    """A configuration key: default, help text, DeiT's name(s) of its flag, flags that set a constant, pydantic ranges."""
+    return Field(
+        default, description=help, json_schema_extra={"flags": list(flags), "consts": consts or {}}, **constraints
+    )
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    """Model: one of the five models of the paper, or any timm model with transformer blocks."""
+
+    name: str = _key("deit_tiny_patch16_224", "timm model name", "--model")
+    img_size: int = _key(224, "input resolution in pixels", "--input-size", ge=1)
+    patch_size: int | None = _key(None, "patch size in pixels; null keeps the model's own", ge=1)
+    num_classes: int | None = _key(None, "number of classes; null takes the data set's", "--nb-classes", ge=1)
+    drop: float = _key(0.0, "dropout rate", "--drop", ge=0, lt=1)
+    drop_path: float = _key(0.1, "stochastic depth rate of the last block", "--drop-path", ge=0, lt=1)
+    kwargs: dict[str, bool | int | float | str | list[int]] = _key(
+        {}, "further arguments of the timm model, such as {embed_dim: 96, depth: 4}"
+    )
+
+
+class NoQuant(_Section):
+    """Every product in full precision."""
+
+    scheme: Literal["none"] = _key("none", "none (full precision) or mx (microscaling)")
+
+
+class ElementConfig(_Section):
+    activation_weight: Element = _key("e2m1", "element format of q1 q2 q4 q6 (activations and weights)")
+    gradient: Element = _key("e2m1", "element format of q3 q5 (output gradients)")
+
+
+class RoundingConfig(_Section):
+    forward: Rounding = _key("nearest_even", "rounding of q1 q2")
+    backward: Rounding = _key("stochastic", "rounding of q3 q4 q5 q6")
+
+
+class MXQuant(_Section):
+    """Quantization of the block linears: microscaling formats, blocks of 32 along the contracted dimension."""
+
+    scheme: Literal["mx"] = _key("mx", "none (full precision) or mx (microscaling)")
+    active: tuple[Quantizer, ...] = _key(
+        ("q1", "q2", "q3", "q4", "q5", "q6"), "which quantizers are on; the others are the identity"
+    )
+    scale_rule: Literal["truncation_free", "floor"] = _key(
+        "truncation_free", "shared scale: truncation_free (TetraJet) or floor (Microscaling)"
+    )
+    backward_operands: Literal["requantized", "original"] = _key(
+        "requantized", "q4 and q6 read the outputs of q2 and q1 (requantized) or W and X (original)"
+    )
+    element: ElementConfig = ElementConfig()
+    rounding: RoundingConfig = RoundingConfig()
+
+    @model_validator(mode="after")
+    def _no_repeats(self) -> MXQuant:
+        if len(set(self.active)) != len(self.active):
+            raise ValueError(f"active names a quantizer twice: {', '.join(self.active)}")
+        return self
+
+
+class NoStabilizer(_Section):
+    """Weight oscillation is left alone."""
+
+    kind: Literal["none"] = _key("none", "method against weight oscillation; none in this version")
+
+
+class OptimConfig(_Section):
+    """Optimizer. The global batch is part of the recipe; gradient accumulation follows from it."""
+
+    opt: str = _key("adamw", "optimizer, by timm's name", "--opt")
+    lr: float = _key(5e-4, "learning rate for a global batch of 512", "--lr", gt=0)
+    unscale_lr: bool = _key(False, "use lr as it is instead of lr * global_batch / 512", "--unscale-lr")
+    global_batch: int = _key(1024, "samples of one optimizer step over all processes", "--global-batch", ge=1)
+    betas: tuple[float, float] | None = _key(
+        (0.9, 0.999), "optimizer betas; null for the optimizer's own", "--opt-betas"
+    )
+    eps: float | None = _key(1e-8, "optimizer epsilon; null for the optimizer's own", "--opt-eps", gt=0)
+    momentum: float = _key(0.9, "momentum, where the optimizer has one", "--momentum", ge=0, lt=1)
+    weight_decay: float = _key(
+        0.05, "decoupled weight decay; not on biases, norms and embeddings", "--weight-decay", ge=0
+    )
+    clip_grad: float | None = _key(
+        None, "clip the gradient's global norm to this; null for no clipping", "--clip-grad", gt=0
+    )
+
+
+class ScheduleConfig(_Section):
+    """Learning-rate schedule."""
+
+    epochs: int = _key(90, "epochs to train", "--epochs", ge=1)
+    sched: Literal["cosine", "step"] = _key("cosine", "shape of the schedule, from timm", "--sched")
+    step_on: Literal["epoch", "iteration"] = _key(
+        "epoch", "change the rate once an epoch (DeiT) or each iteration (Swin)"
+    )
+    warmup_epochs: int = _key(5, "epochs of linear warm-up", "--warmup-epochs", ge=0)
+    warmup_lr: float = _key(1e-6, "learning rate the warm-up starts from", "--warmup-lr", ge=0)
+    warmup_prefix: bool = _key(False, "start the cosine after the warm-up instead of under it")
+    min_lr: float = _key(1e-5, "learning rate the schedule ends at", "--min-lr", ge=0)
+    decay_epochs: float = _key(30, "epochs between steps of the step schedule", "--decay-epochs", gt=0)
+    decay_rate: float = _key(0.1, "factor of each step of the step schedule", "--decay-rate", gt=0)
+
+
+class AugConfig(_Section):
+    """Augmentation of the training images, by timm."""
+
+    crop: Literal["rrc", "src"] = _key(
+        "rrc", "random resized crop (rrc) or DeiT III's simple random crop (src)", consts={"--src": "src"}
+    )
+    scale: tuple[float, float] = _key((0.08, 1.0), "area range of the random resized crop")
+    hflip: float = _key(0.5, "probability of a horizontal flip", ge=0, le=1)
+    color_jitter: float = _key(0.3, "colour jitter, where no AutoAugment replaces it", "--color-jitter", ge=0)
+    aa: str | None = _key("rand-m9-mstd0.5-inc1", "AutoAugment policy, by timm's name; null for none", "--aa")
+    three_augment: bool = _key(False, "DeiT III's 3-Augment in place of the AutoAugment policy", "--ThreeAugment")
+    interpolation: Literal["bicubic", "bilinear", "random"] = _key(
+        "bicubic", "interpolation of training images", "--train-interpolation"
+    )
+    repeats: int = _key(
+        3,
+        "repeated augmentation: views of an image in an epoch",
+        consts={"--repeated-aug": 3, "--no-repeated-aug": 1},
+        ge=1,
+    )
+    reprob: float = _key(0.25, "probability of random erasing", "--reprob", ge=0, le=1)
+    remode: Literal["pixel", "rand", "const"] = _key("pixel", "filling of erased areas", "--remode")
+    recount: int = _key(1, "erased areas an image", "--recount", ge=1)
+    mixup: float = _key(0.8, "mixup alpha; 0 for none", "--mixup", ge=0)
+    cutmix: float = _key(1.0, "cutmix alpha; 0 for none", "--cutmix", ge=0)
+    cutmix_minmax: tuple[float, float] | None = _key(None, "cutmix area range in place of alpha", "--cutmix-minmax")
+    mixup_prob: float = _key(1.0, "probability of mixup or cutmix on a batch", "--mixup-prob", ge=0, le=1)
+    mixup_switch_prob: float = _key(0.5, "probability of cutmix where both are on", "--mixup-switch-prob", ge=0, le=1)
+    mixup_mode: Literal["batch", "pair", "elem"] = _key("batch", "what mixup draws its weights for", "--mixup-mode")
+
+
+class LossConfig(_Section):
+    """Loss."""
+
+    smoothing: float = _key(0.1, "label smoothing", "--smoothing", ge=0, lt=1)
+    bce: bool = _key(False, "binary cross-entropy in place of cross-entropy", "--bce-loss")
+
+
+class ModelEmaConfig(_Section):
+    """Moving average of the whole model, evaluated beside it (not Q-EMA)."""
+
+    enabled: bool = _key(False, "keep one", "--model-ema")
+    decay: float = _key(0.99996, "its decay", "--model-ema-decay", ge=0, lt=1)
+
+
+class DistillationConfig(_Section):
+    """Distillation from a teacher; needs a model with a distillation token."""
+
+    type: Literal["none", "soft", "hard"] = _key("none", "kind of distillation", "--distillation-type")
+    teacher_model: str = _key("regnety_160", "timm name of the teacher", "--teacher-model")
+    teacher_path: str | None = _key(None, "the teacher's checkpoint", "--teacher-path")
+    alpha: float = _key(0.5, "weight of the distillation term", "--distillation-alpha", ge=0, le=1)
+    tau: float = _key(1.0, "temperature of soft distillation", "--distillation-tau", gt=0)
+
+
+class DataConfig(_Section):
+    """Data."""
+
+    set: Annotated[str, BeforeValidator(lambda v: _DATA_SET_ALIASES.get(v, v))] = _key(
+        "imagenet",
+        "imagenet (any folder with train/ and val/), cifar10, cifar100, digits, generated, or timm's own naming with a slash",
+        "--data-set",
+    )
+    path: str | None = _key(None, "folder of the data set", "--data-path")
+    batch_size: int | None = _key(
+        None, "samples of one process at a time; null fits the global batch, 256 at most", "--batch-size", ge=1
+    )
+    num_workers: int | None = _key(
+        None, "loader processes of one process; null: its share of the cores, 10 at most", "--num_workers", ge=0
+    )
+    pin_mem: bool = _key(True, "pin host memory for copies to a GPU", "--pin-mem")
+    eval_crop_ratio: float = _key(0.875, "evaluation: centre crop over resized side", "--eval-crop-ratio", gt=0, le=1)
+    mean: tuple[float, float, float] = _key((0.485, 0.456, 0.406), "channel means for normalisation")
+    std: tuple[float, float, float] = _key((0.229, 0.224, 0.225), "channel deviations for normalisation")
+    on_corrupt: Literal["error", "skip"] = _key(
+        "error", "an image that cannot be read stops the run (error) or is replaced and counted (skip)", "--on-corrupt"
+    )
+    num_images: int = _key(1280, "training images of the generated set (a tenth as many for evaluation)", ge=1)
+
+
+class RunConfig(_Section):
+    """The run itself."""
+
+    output_dir: str | None = _key(None, "where the run is written; null: runs/<name of the config>", "--output_dir")
+    seed: int = _key(
+        0, "seed of initialisation, data order, augmentation and quantization noise", "--seed", ge=0, lt=2**32
+    )
+    device: str = _key("auto", "auto, cpu or cuda", "--device")
+    amp: Literal["auto", "none", "bfloat16"] = _key("auto", "autocast; auto: bfloat16 on a GPU, none on a CPU", "--amp")
+    eval: bool = _key(False, "evaluate only (the checkpoint of --resume)", "--eval")
+    resume: str | None = _key(None, "checkpoint to continue from; auto: the last one in output_dir, if any", "--resume")
+    finetune: str | None = _key(
+        None, "checkpoint or safetensors file whose weights the training starts from", "--finetune"
+    )
+    save_every: int | None = _key(None, "also checkpoint every so many optimizer steps", "--save-every", ge=1)
+    log_every: int = _key(50, "optimizer steps between logged lines", "--log-every", ge=1)
+
+
+class PaperConfig(_Section):
+    """The published figure this configuration reproduces."""
+
+    table: int
+    row: str
+    column: str
+    top1: float | None = None
+    top5: float | None = None
+
+
+Quant = Annotated[Union[NoQuant, MXQuant], Field(discriminator="scheme")]
+Stabilizer = NoStabilizer
+
+
+class Config(_Section):
+    """The whole configuration of a run."""
+
+    model: ModelConfig = ModelConfig()
+    quant: Quant = NoQuant()
+    stabilizer: Stabilizer = NoStabilizer()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    aug: AugConfig = AugConfig()
+    loss: LossConfig = LossConfig()
+    model_ema: ModelEmaConfig = ModelEmaConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    data: DataConfig = DataConfig()
+    run: RunConfig = RunConfig()
+    paper: PaperConfig | None = None
+
+
+def dump_config(cfg: Config) -> str:
+    """The configuration as YAML that `load_config` reads back to an equal object."""
+    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folding: defaults < extends < file < flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+_TAGGED = {"quant": "scheme", "stabilizer": "kind"}  # a changed tag replaces its mapping instead of merging into it
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """yaml.SafeLoader that refuses a key given twice in one mapping, which plain YAML silently lets the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key_node, deep=deep) for key_node, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; a configuration file (.yaml) was expected.")
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"There is no configuration file {path}.{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The configuration file {path} cannot be read: {error}.") from None
+    try:
+        data = yaml.load(text, Loader=_UniqueKeyLoader) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold a mapping of keys to values, not a {type(data).__name__}.")
+    return data
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge, everything else replaces, and a mapping whose tag changes is replaced as a whole."""
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            changed = any(tag in value and value[tag] != old.get(tag) for tag in _TAGGED.values())
+            value = value if changed else _merge(old, value)
+        merged[key] = value
+    return merged
+
+
+def _leaves(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in mapping.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+
+
+def _fold_file(path: Path, origins: dict[str, str], chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One file with everything it extends. `origins` gains, for every key, the file it was last set in."""
+    if path.resolve() in chain:
+        raise UserError(f"{path} extends itself by way of {' -> '.join(p.name for p in chain)}.")
+    data = _read_yaml(path)
+    parents = data.pop("extends", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(p, str) for p in parents):
+        raise UserError(f"{path}: extends must be a file name or a list of file names.")
+    folded: dict[str, Any] = {}
+    for parent in parents:
+        folded = _merge(folded, _fold_file(path.parent / parent, origins, (*chain, path.resolve())))
+    folded.pop("paper", None)  # a published figure belongs to the file that states it and to no other
+    origins.update(dict.fromkeys(_leaves(data), str(path)))
+    return _merge(folded, data)
+
+
+def _fold_overrides(overrides: Sequence[str], origins: dict[str, str], source: str) -> dict[str, Any]:
+    folded: dict[str, Any] = {}
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals or not dotted:
+            raise UserError(f"The override '{override}' must be of the form key=value, such as schedule.epochs=10.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"The value of the override '{override}' is not valid YAML.") from None
+        for part in reversed(dotted.split(".")):
+            value = {part: value}
+        folded = _merge(folded, value)
+        origins[dotted] = source
+    return folded
+
+
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), *, source: str = "an override"
+) -> Config:
+    """Fold defaults, `path` with what it extends, and `overrides` ("section.key=value") into one frozen Config.
+
+    Raises UserError, one sentence that names the file (or `source`), the key and the nearest valid key.
+    """
+    origins: dict[str, str] = {}
+    folded: dict[str, Any] = {section: {tag: "none"} for section, tag in _TAGGED.items()}
+    folded = _merge(folded, _fold_file(Path(path), origins) if path is not None else {})
+    folded = _merge(folded, _fold_overrides(overrides, origins, source))
+    try:
+        return Config.model_validate(folded)
+    except ValidationError as error:
+        raise UserError(_explain(error.errors()[0], origins)) from None
+
+
+def _explain(error: Any, origins: dict[str, str]) -> str:
+    """One sentence for a pydantic error: where, which key, what is wrong and what was expected."""
+    loc = [str(part) for part in error["loc"]]
+    tag = None
+    if len(loc) > 1 and loc[0] in _TAGGED:
+        tag = loc.pop(1)  # pydantic puts the tag of a union into the location; it is not part of the key
+    dotted = ".".join(loc)
+    known = [".".join(loc[:n]) for n in range(len(loc), 0, -1) if ".".join(loc[:n]) in origins]
+    where = origins[known[0]] if known else "the configuration"
+    given = error.get("input")
+    if error["type"] == "extra_forbidden":
+        valid = {name for name, _ in iter_keys()} | set(Config.model_fields)
+        if dotted in valid:
+            return f"{where}: {dotted} does not apply while {loc[0]}.{_TAGGED[loc[0]]} is {tag}."
+        near = difflib.get_close_matches(dotted, sorted(valid), n=1, cutoff=0.5)
+        scope = ".".join(loc[:-1])
+        siblings = sorted({n.split(".")[len(loc) - 1] for n in valid if n.startswith(f"{scope}.") or not scope})
+        hint = f"did you mean {near[0]}?" if near else f"valid keys here: {', '.join(siblings)}."
+        return f"{where}: there is no key {dotted}; {hint}"
+    if error["type"] == "union_tag_invalid":
+        key = f"{dotted}.{_TAGGED[dotted]}"
+        return f"{where}: {key} is {error['ctx']['tag']!r}: input should be one of {error['ctx']['expected_tags']}."
+    return f"{where}: {dotted} is {given!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags: every key of the configuration, under DeiT's name where DeiT has one
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _models_in(annotation: Any) -> list[type[_Section]]:
+    """The section classes in a field's annotation: itself, or the members of a union of them."""
+    if isinstance(annotation, type) and issubclass(annotation, _Section):
+        return [annotation]
+    if typing.get_origin(annotation) in (Annotated, Union, types.UnionType):
+        return [m for arg in typing.get_args(annotation) for m in _models_in(arg)]
+    return []
+
+
+def iter_keys(section: type[_Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every leaf key of the configuration as ("section.key", field), a key shared by several tags once for each."""
+    for name, field in section.model_fields.items():
+        children = _models_in(field.annotation)
+        if not children:
+            yield f"{prefix}{name}", field
+        for child in children:
+            yield from iter_keys(child, f"{prefix}{name}.")
+
+
+class _Parser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are UserErrors, so that every mistake is reported in the same way."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        if message.startswith("unrecognized arguments:"):
+            flag = message.split(":", 1)[1].split()[0].split("=")[0]
+            near = difflib.get_close_matches(flag, list(self._option_string_actions), n=1)
+            hint = f"did you mean {near[0]}?" if near else "see --help."
+            raise UserError(f"There is no flag {flag}; {hint}")
+        raise UserError(f"Command line: {message}; see --help.")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Writes `--lr, --optim.lr VALUE` where argparse would repeat VALUE after every name."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{', '.join(action.option_strings)} {self._format_args(action, action.dest)}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of main.py: --config, --print-config, --smoke and a flag for every key."""
+    parser = _Parser(
+        prog="main.py",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=34, width=118),
+        description="Train or evaluate a vision transformer with every block linear in MXFP4.",
+        usage="main.py [--config FILE] [flags]\n       torchrun --nproc-per-node=8 main.py [--config FILE] [flags]",
+        epilog="Flags win over the file, the file over what it extends, and that over the defaults shown here. Exit codes: "
+        "0 done, 1 the run failed, 2 a mistake in flags, configuration, data or checkpoint, 128 + n stopped by signal n "
+        "with its state saved.",
+    )
+    parser.add_argument(
+        "--config", default=None, metavar="FILE", help="configuration file, such as configs/deit_tiny_tetrajet.yaml"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", default=False, help="print the resolved configuration as YAML and exit"
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        default=False,
+        help="2 training steps and 1 evaluation batch on generated images, then exit; writes nothing",
+    )
+    seen: set[str] = set()
+    groups: dict[str, Any] = {}
+    for dotted, field in iter_keys():
+        if dotted in seen or dotted.startswith("paper."):
+            continue
+        seen.add(dotted)
+        section = dotted.split(".")[0]
+        if section not in groups:
+            doc = (_models_in(Config.model_fields[section].annotation)[-1].__doc__ or "").strip()
+            groups[section] = parser.add_argument_group(section, doc)
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        names = [*extra.get("flags", []), f"--{dotted}"]
+        text = f"{field.description or ''} (default: {_show(field.default)})".strip()
+        if field.annotation is bool:
+            groups[section].add_argument(*names, dest=dotted, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            nargs = "+" if isinstance(field.default, tuple) or "tuple" in str(field.annotation) else None
+            groups[section].add_argument(*names, dest=dotted, metavar=_metavar(field), nargs=nargs, help=text)
+        for flag, value in extra.get("consts", {}).items():
+            groups[section].add_argument(
+                flag, dest=dotted, action="store_const", const=str(value), help=f"{dotted} = {value}"
+            )
+    return parser
+
+
+def _show(value: Any) -> str:
+    return yaml.safe_dump(
+        list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=1000
+    ).split("\n")[0]
+
+
+def _metavar(field: FieldInfo) -> str:
+    if typing.get_origin(field.annotation) is Literal:
+        return "|".join(typing.get_args(field.annotation))
+    return "VALUE"
+
+
+def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(namespace with config, print_config and smoke; the other flags as "section.key=value" overrides).
+
+    `-` and `_` are alike in the names of flags. Lists are given as in YAML, [q1,q3], or as several words, q1 q3.
+    """
+    parser = build_parser()
+    canonical = {name.replace("_", "-"): name for name in parser._option_string_actions}
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        words.append(canonical.get(name.replace("_", "-"), name) + equals + value if word.startswith("--") else word)
+    flags = vars(parser.parse_args(words))
+    own = {name: flags.pop(name) for name in ("config", "print_config", "smoke")}
+    return argparse.Namespace(**own), [f"{dotted}={_flag_text(value)}" for dotted, value in flags.items()]
+
+
+def _flag_text(value: Any) -> str:
+    if isinstance(value, list):
+        return value[0] if len(value) == 1 else f"[{', '.join(value)}]"
+    return str(value).lower() if isinstance(value, bool) else value
