@@ -1,8 +1,7 @@
 """The configuration of a run: one frozen, typed object, built from defaults < extends < file < flags.
 
-pydantic checks types, ranges and spelling; argparse offers every key as a flag. What is ours is the folding of files
-(`extends`, changed tags, `paper` never inherited) and the wording of errors: each names the file or flag, the key and
-the nearest valid key.
+pydantic checks types, ranges and spelling. What is ours is the folding of files (`extends`, changed tags, `paper` never
+inherited) and the wording of errors: each names the file or flag, the key and the nearest valid key.
 
     cfg = load_config("configs/deit_tiny_tetrajet.yaml", overrides=["quant.scale_rule=floor"])
     cfg.quant.scale_rule            # "floor"
@@ -10,7 +9,6 @@ the nearest valid key.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import types
 import typing
@@ -35,7 +33,7 @@ class UserError(Exception):
 
 
 def _key(default: Any, help: str, *flags: str, consts: dict[str, Any] | None = None, **constraints: Any) -> Any:
-    """A configuration key: default, help text, DeiT's name(s) of its flag, flags that set a constant, pydantic ranges."""
+    """A key: default, help text, DeiT's name(s) of its flag, flags that set it to a constant, pydantic's ranges."""
     return Field(
         default, description=help, json_schema_extra={"flags": list(flags), "consts": consts or {}}, **constraints
     )
@@ -200,7 +198,7 @@ class DataConfig(_Section):
 
     set: Annotated[str, BeforeValidator(lambda v: _DATA_SET_ALIASES.get(v, v))] = _key(
         "imagenet",
-        "imagenet (any folder with train/ and val/), cifar10, cifar100, digits, generated, or timm's own naming with a slash",
+        "imagenet (any folder with train/ and val/), cifar10, cifar100, digits, generated, or timm's naming with a slash",
         "--data-set",
     )
     path: str | None = _key(None, "folder of the data set", "--data-path")
@@ -248,7 +246,7 @@ class PaperConfig(_Section):
     top5: float | None = None
 
 
-Quant = Annotated[Union[NoQuant, MXQuant], Field(discriminator="scheme")]
+Quant = Annotated[NoQuant | MXQuant, Field(discriminator="scheme")]
 Stabilizer = NoStabilizer
 
 
@@ -282,7 +280,7 @@ _TAGGED = {"quant": "scheme", "stabilizer": "kind"}  # a changed tag replaces it
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """yaml.SafeLoader that refuses a key given twice in one mapping, which plain YAML silently lets the last one win."""
+    """yaml.SafeLoader that refuses a key given twice in one mapping; plain YAML lets the last one win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key_node, deep=deep) for key_node, _ in node.value]
@@ -382,6 +380,25 @@ def load_config(
         raise UserError(_explain(error.errors()[0], origins)) from None
 
 
+def sections_in(annotation: Any) -> list[type[_Section]]:
+    """The section classes in a field's annotation: itself, or the members of a union of them."""
+    if isinstance(annotation, type) and issubclass(annotation, _Section):
+        return [annotation]
+    if typing.get_origin(annotation) in (Annotated, Union, types.UnionType):
+        return [m for arg in typing.get_args(annotation) for m in sections_in(arg)]
+    return []
+
+
+def iter_keys(section: type[_Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every leaf key of the configuration as ("section.key", field), a key shared by several tags once for each."""
+    for name, field in section.model_fields.items():
+        children = sections_in(field.annotation)
+        if not children:
+            yield f"{prefix}{name}", field
+        for child in children:
+            yield from iter_keys(child, f"{prefix}{name}.")
+
+
 def _explain(error: Any, origins: dict[str, str]) -> str:
     """One sentence for a pydantic error: where, which key, what is wrong and what was expected."""
     loc = [str(part) for part in error["loc"]]
@@ -404,133 +421,6 @@ def _explain(error: Any, origins: dict[str, str]) -> str:
     if error["type"] == "union_tag_invalid":
         key = f"{dotted}.{_TAGGED[dotted]}"
         return f"{where}: {key} is {error['ctx']['tag']!r}: input should be one of {error['ctx']['expected_tags']}."
+    if error["type"] == "value_error":
+        return f"{where}: {dotted}: {error['ctx']['error']}."
     return f"{where}: {dotted} is {given!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags: every key of the configuration, under DeiT's name where DeiT has one
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _models_in(annotation: Any) -> list[type[_Section]]:
-    """The section classes in a field's annotation: itself, or the members of a union of them."""
-    if isinstance(annotation, type) and issubclass(annotation, _Section):
-        return [annotation]
-    if typing.get_origin(annotation) in (Annotated, Union, types.UnionType):
-        return [m for arg in typing.get_args(annotation) for m in _models_in(arg)]
-    return []
-
-
-def iter_keys(section: type[_Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every leaf key of the configuration as ("section.key", field), a key shared by several tags once for each."""
-    for name, field in section.model_fields.items():
-        children = _models_in(field.annotation)
-        if not children:
-            yield f"{prefix}{name}", field
-        for child in children:
-            yield from iter_keys(child, f"{prefix}{name}.")
-
-
-class _Parser(argparse.ArgumentParser):
-    """ArgumentParser whose errors are UserErrors, so that every mistake is reported in the same way."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        if message.startswith("unrecognized arguments:"):
-            flag = message.split(":", 1)[1].split()[0].split("=")[0]
-            near = difflib.get_close_matches(flag, list(self._option_string_actions), n=1)
-            hint = f"did you mean {near[0]}?" if near else "see --help."
-            raise UserError(f"There is no flag {flag}; {hint}")
-        raise UserError(f"Command line: {message}; see --help.")
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    """Writes `--lr, --optim.lr VALUE` where argparse would repeat VALUE after every name."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings or action.nargs == 0:
-            return super()._format_action_invocation(action)
-        return f"{', '.join(action.option_strings)} {self._format_args(action, action.dest)}"
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of main.py: --config, --print-config, --smoke and a flag for every key."""
-    parser = _Parser(
-        prog="main.py",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=34, width=118),
-        description="Train or evaluate a vision transformer with every block linear in MXFP4.",
-        usage="main.py [--config FILE] [flags]\n       torchrun --nproc-per-node=8 main.py [--config FILE] [flags]",
-        epilog="Flags win over the file, the file over what it extends, and that over the defaults shown here. Exit codes: "
-        "0 done, 1 the run failed, 2 a mistake in flags, configuration, data or checkpoint, 128 + n stopped by signal n "
-        "with its state saved.",
-    )
-    parser.add_argument(
-        "--config", default=None, metavar="FILE", help="configuration file, such as configs/deit_tiny_tetrajet.yaml"
-    )
-    parser.add_argument(
-        "--print-config", action="store_true", default=False, help="print the resolved configuration as YAML and exit"
-    )
-    parser.add_argument(
-        "--smoke",
-        action="store_true",
-        default=False,
-        help="2 training steps and 1 evaluation batch on generated images, then exit; writes nothing",
-    )
-    seen: set[str] = set()
-    groups: dict[str, Any] = {}
-    for dotted, field in iter_keys():
-        if dotted in seen or dotted.startswith("paper."):
-            continue
-        seen.add(dotted)
-        section = dotted.split(".")[0]
-        if section not in groups:
-            doc = (_models_in(Config.model_fields[section].annotation)[-1].__doc__ or "").strip()
-            groups[section] = parser.add_argument_group(section, doc)
-        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-        names = [*extra.get("flags", []), f"--{dotted}"]
-        text = f"{field.description or ''} (default: {_show(field.default)})".strip()
-        if field.annotation is bool:
-            groups[section].add_argument(*names, dest=dotted, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            nargs = "+" if isinstance(field.default, tuple) or "tuple" in str(field.annotation) else None
-            groups[section].add_argument(*names, dest=dotted, metavar=_metavar(field), nargs=nargs, help=text)
-        for flag, value in extra.get("consts", {}).items():
-            groups[section].add_argument(
-                flag, dest=dotted, action="store_const", const=str(value), help=f"{dotted} = {value}"
-            )
-    return parser
-
-
-def _show(value: Any) -> str:
-    return yaml.safe_dump(
-        list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=1000
-    ).split("\n")[0]
-
-
-def _metavar(field: FieldInfo) -> str:
-    if typing.get_origin(field.annotation) is Literal:
-        return "|".join(typing.get_args(field.annotation))
-    return "VALUE"
-
-
-def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """(namespace with config, print_config and smoke; the other flags as "section.key=value" overrides).
-
-    `-` and `_` are alike in the names of flags. Lists are given as in YAML, [q1,q3], or as several words, q1 q3.
-    """
-    parser = build_parser()
-    canonical = {name.replace("_", "-"): name for name in parser._option_string_actions}
-    words = []
-    for word in argv:
-        name, equals, value = word.partition("=")
-        words.append(canonical.get(name.replace("_", "-"), name) + equals + value if word.startswith("--") else word)
-    flags = vars(parser.parse_args(words))
-    own = {name: flags.pop(name) for name in ("config", "print_config", "smoke")}
-    return argparse.Namespace(**own), [f"{dotted}={_flag_text(value)}" for dotted, value in flags.items()]
-
-
-def _flag_text(value: Any) -> str:
-    if isinstance(value, list):
-        return value[0] if len(value) == 1 else f"[{', '.join(value)}]"
-    return str(value).lower() if isinstance(value, bool) else value
