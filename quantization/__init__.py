@@ -1,0 +1,16 @@
+"""MXFP4 quantization of linear layers: formats, quantizers, the quantized linear layer."""
+
+from quantization.linear import QuantLinear, convert_linears
+from quantization.quantize import fake_quantize
+from quantization.spec import PRESETS, LinearRecipe, QuantizerSpec, build_recipe, resolve
+
+__all__ = [
+    "PRESETS",
+    "LinearRecipe",
+    "QuantLinear",
+    "QuantizerSpec",
+    "build_recipe",
+    "convert_linears",
+    "fake_quantize",
+    "resolve",
+]

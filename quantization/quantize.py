@@ -1,0 +1,62 @@
+"""`fake_quantize`: the one door to a quantizer. It checks its arguments and picks the reference or a kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantization import reference
+from quantization.noise import Noise
+from quantization.spec import QuantizerSpec
+
+BACKENDS = ("auto", "reference", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def fake_quantize(
+    x: Tensor,
+    spec: QuantizerSpec,
+    *,
+    seed: int | Noise | None = None,
+    shadow: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Quantize to a microscaling format and back (paper, equation 1), in the shape and dtype of `x`.
+
+    Args:
+        x: float32, bfloat16 or float16, of rank >= 1; blocks of `spec.block_size` run along `spec.axis`.
+        seed: noise of stochastic rounding: an integer, or a `Noise` stream that lives on x's device. The same seed
+            gives the same bits on every device and backend. None draws one from torch's default CPU generator.
+        shadow: shadow weight of x's shape (Q-EMA, Algorithm 1): picks between the two neighbours of each element of x.
+            For nearest rounding only.
+        backend: `reference`, `triton`, or `auto`, which takes the fastest that is there.
+
+    A value that rounds beyond the largest number of x's dtype becomes Inf, as in any cast (float16 above 61440,
+    float32 and bfloat16 above 3.19e38).
+
+    Raises TypeError for another dtype, ValueError for shapes, axes and arguments that do not fit together.
+    """
+    if x.dtype not in DTYPES:
+        raise TypeError(f"fake_quantize takes float32, bfloat16 or float16; got {str(x.dtype).removeprefix('torch.')}")
+    if not -x.dim() <= spec.axis < x.dim():
+        raise ValueError(f"axis {spec.axis} is not a dimension of a tensor of shape {tuple(x.shape)}")
+    if shadow is not None and shadow.shape != x.shape:
+        raise ValueError(f"the shadow has shape {tuple(shadow.shape)}, the weight {tuple(x.shape)}; they must be equal")
+    if shadow is not None and spec.stochastic:
+        raise ValueError("a shadow weight decides the rounding, so it needs a nearest rounding, not a stochastic one")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend == "triton":
+        raise ValueError("this version has no Triton kernels; use backend='auto' or 'reference'")
+    if x.numel() == 0:
+        return x.clone()
+
+    noise = None
+    if spec.stochastic:
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        noise = seed if isinstance(seed, Noise) else Noise.from_seed(seed, x.device)
+    values = reference.quantize(
+        x.detach(), spec.format, spec.scale_rule, spec.rounding, spec.axis, spec.block_size, noise, shadow
+    )
+    return values.to(x.dtype)

@@ -1,0 +1,148 @@
+"""The reference quantizer: plain torch, one step a line, to be checked by hand against SPEC and the paper.
+
+Details that are easy to simplify wrongly:
+- the scale comes from the exponent and mantissa bits of the block's maximum; a floating-point log2 is off next to
+  powers of two, in bfloat16 for several percent of blocks;
+- everything between input and output is float32, where scaling by a power of two and the distances to both neighbours
+  on the grid are exact, so each rounding decision is;
+- a NaN or Inf anywhere makes its block NaN; nothing non-finite is swallowed;
+- the sign of zero survives: a small negative number rounds to -0.0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quantization.formats import SCALE_MAX, SCALE_MIN, ElementFormat
+from quantization.noise import Noise, uniform
+from quantization.spec import Rounding, ScaleRule
+
+_MANTISSA_BITS = 23
+_EXPONENT_BIAS = 127
+
+
+def scale_exponent(block_max: Tensor, fmt: ElementFormat, scale_rule: ScaleRule) -> Tensor:
+    """The exponent s of a block's scale S = 2^s from its largest magnitude M (float32, finite): int32, M's shape.
+
+    floor:            s = floor(log2 M) - emax                              (paper, equation 2)
+    truncation_free:  s = the smallest integer with M <= max * 2^s          (paper, section 3.2)
+    """
+    bits = block_max.view(torch.int32)
+    exponent = (bits >> _MANTISSA_BITS) - _EXPONENT_BIAS  # subnormals count as -127, which the clamp below settles
+    s = exponent - fmt.emax
+    if scale_rule == "truncation_free":
+        mantissa = bits & ((1 << _MANTISSA_BITS) - 1)
+        s = s + (mantissa > round((fmt.max_significand - 1) * (1 << _MANTISSA_BITS))).int()
+    return s.clamp(SCALE_MIN, SCALE_MAX)
+
+
+def power_of_two(n: Tensor) -> Tensor:
+    """2^n in float32 for integers n in [-127, 127], exact: written as bits. 2^-127 is a subnormal number."""
+    normal = (n + _EXPONENT_BIAS) << _MANTISSA_BITS
+    return torch.where(n > -127, normal, 1 << (_MANTISSA_BITS - 1)).view(torch.float32)
+
+
+class Neighbours(NamedTuple):
+    """The grid values around a magnitude, lower <= magnitude <= upper (float32), and the code of the lower one (int32).
+
+    On the grid, lower is the value itself and upper the next larger one; at the largest both are the largest.
+    """
+
+    lower_code: Tensor
+    lower: Tensor
+    upper: Tensor
+
+
+def neighbours(magnitude: Tensor, fmt: ElementFormat) -> Neighbours:
+    """The neighbours on the grid of magnitudes (float32) that do not exceed the largest one."""
+    grid = torch.tensor(fmt.magnitudes, dtype=torch.float32, device=magnitude.device)
+    lower_code = torch.zeros_like(magnitude, dtype=torch.int32)
+    for value in fmt.magnitudes[1:]:
+        lower_code += magnitude >= value
+    upper_code = (lower_code + 1).clamp(max=len(fmt.magnitudes) - 1)
+    lower, upper = (grid.index_select(0, code.flatten()).view(code.shape) for code in (lower_code, upper_code))
+    return Neighbours(lower_code, lower, upper)
+
+
+def rounds_up(
+    latent: Tensor, pair: Neighbours, rounding: Rounding, *, u: Tensor | None = None, shadow: Tensor | None = None
+) -> Tensor:
+    """Whether each latent value x / S (float32) takes the neighbour of larger magnitude: bool, its shape.
+
+    With `u`, draws in (0, 1): stochastic rounding. With `shadow`, the shadow weight divided by the same S: Algorithm 1
+    (Q-EMA), which rounds the shadow instead of the weight, but to one of the weight's two neighbours.
+    """
+    lower, upper = pair.lower, pair.upper
+    negative = torch.signbit(latent)
+    target = latent.abs()
+    if shadow is not None:
+        target = torch.where(negative, -shadow, shadow)
+    target = torch.minimum(torch.maximum(target, lower), upper)
+    if rounding == "stochastic":
+        gap = torch.where(upper > lower, upper - lower, 1.0)
+        return u < (target - lower) / gap
+    tie_goes_up = {
+        "nearest_even": pair.lower_code % 2 == 1,
+        "nearest_away": torch.ones_like(negative),
+        "nearest_up": ~negative,
+    }[rounding]
+    return (2 * target > lower + upper) | ((2 * target == lower + upper) & tie_goes_up)
+
+
+class Blocks(NamedTuple):
+    """A tensor cut into blocks along one axis, and what is needed to put it together again."""
+
+    values: Tensor  # (..., number of blocks, block size), float32, the last block padded with zeros
+    length: int  # of the axis before padding
+
+
+def to_blocks(x: Tensor, axis: int, block_size: int) -> Blocks:
+    moved = x.movedim(axis, -1)
+    length = moved.shape[-1]
+    padded = F.pad(moved, (0, -length % block_size))
+    return Blocks(padded.unflatten(-1, (-1, block_size)).to(torch.float32), length)
+
+
+def from_blocks(blocks: Blocks, axis: int) -> Tensor:
+    return blocks.values.flatten(-2)[..., : blocks.length].movedim(-1, axis).contiguous()
+
+
+def quantize(
+    x: Tensor,
+    fmt: ElementFormat,
+    scale_rule: ScaleRule,
+    rounding: Rounding,
+    axis: int,
+    block_size: int,
+    noise: Noise | None = None,
+    shadow: Tensor | None = None,
+) -> Tensor:
+    """Quantize a non-empty tensor in blocks along `axis` and return the dequantized values in float32 (equation 1)."""
+    blocks = to_blocks(x, axis, block_size)
+    w = blocks.values
+    finite = torch.isfinite(w)
+    shadow_blocks = None
+    if shadow is not None:
+        shadow_blocks = to_blocks(shadow, axis, block_size).values
+        finite = finite & torch.isfinite(shadow_blocks)
+    finite_block = finite.all(dim=-1, keepdim=True)
+    w = torch.where(finite_block, w, 0.0)
+
+    s = scale_exponent(w.abs().amax(dim=-1, keepdim=True), fmt, scale_rule)
+    to_latent = power_of_two(-s)
+    latent = w * to_latent
+    pair = neighbours(latent.abs().clamp(max=fmt.max), fmt)  # the clamp saturates; only the floor rule needs it
+    up = rounds_up(
+        latent,
+        pair,
+        rounding,
+        u=to_blocks(uniform(x.shape, noise), axis, block_size).values if rounding == "stochastic" else None,
+        shadow=None if shadow_blocks is None else shadow_blocks * to_latent,
+    )
+    values = torch.copysign(torch.where(up, pair.upper, pair.lower), latent) * power_of_two(s)
+    values = torch.where(finite_block, values, torch.nan)
+    return from_blocks(Blocks(values, blocks.length), axis)
