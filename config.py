@@ -198,7 +198,7 @@ class DataConfig(_Section):
 
     set: Annotated[str, BeforeValidator(lambda v: _DATA_SET_ALIASES.get(v, v))] = _key(
         "imagenet",
-        "imagenet (any folder with train/ and val/), cifar10, cifar100, digits, generated, or timm's naming with a slash",
+        "imagenet (any folder with train/ and val/), cifar10, cifar100, digits, generated, or a timm name with a slash",
         "--data-set",
     )
     path: str | None = _key(None, "folder of the data set", "--data-path")
@@ -374,6 +374,9 @@ def load_config(
     folded: dict[str, Any] = {section: {tag: "none"} for section, tag in _TAGGED.items()}
     folded = _merge(folded, _fold_file(Path(path), origins) if path is not None else {})
     folded = _merge(folded, _fold_overrides(overrides, origins, source))
+    name = folded["model"].get("name") if isinstance(folded.get("model"), dict) else None
+    if str(name).startswith("mxfp4_") and "quant.scheme" not in origins:
+        folded["quant"] = {**folded["quant"], "scheme": "mx"}  # an mxfp4_ model is quantized unless the user says not
     try:
         return Config.model_validate(folded)
     except ValidationError as error:

@@ -13,7 +13,7 @@ SCALE_MIN, SCALE_MAX = -127, 127  # exponents of an E8M0 scale; the code is s + 
 
 @dataclass(frozen=True)
 class ElementFormat:
-    """A sign bit and the magnitudes in the order of their codes: the index of a magnitude is its code without the sign."""
+    """A sign bit and the magnitudes in the order of their codes: a magnitude's index is its code without the sign."""
 
     name: str
     magnitudes: tuple[float, ...]

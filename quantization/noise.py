@@ -91,11 +91,12 @@ class NoiseClock(nn.Module):
         if not 0 <= seed <= _MASK or not 0 <= rank <= _MASK:
             raise ValueError(f"seed and rank must lie in [0, 2^32); got {seed} and {rank}")
         self.seed, self.rank = seed, rank
-        key = torch.tensor(_signed(rank << 32 | seed), dtype=torch.int64)
-        # Buffers move with the model but stay out of its state dict, which remains that of the timm model.
-        self.register_buffer("key", key, persistent=False)
+        # Buffers move with the model but stay out of its state dict, which remains that of the timm model. The key is
+        # not among them: DistributedDataParallel copies the buffers of rank 0 to all ranks, whose noise must differ.
         self.register_buffer("next_position", torch.zeros((), dtype=torch.int64), persistent=False)
-        self.register_buffer("state", torch.stack([key, torch.zeros_like(key)]), persistent=False)
+        self.register_buffer("state", torch.zeros(2, dtype=torch.int64), persistent=False)
+        self.advance()
+        self.seek(0)
 
     def seek(self, position: int) -> None:
         """The next forward pass is number `position` (0 to 2^32 - 1) of the run. Does not synchronise the device."""
@@ -103,8 +104,8 @@ class NoiseClock(nn.Module):
 
     def advance(self) -> None:
         """Begin a forward pass. The state is a new tensor: a backward pass still to come keeps that of its forward."""
-        high = self.next_position << 32
-        self.state = torch.stack([self.key, high])
+        key = torch.full_like(self.next_position, _signed(self.rank << 32 | self.seed))
+        self.state = torch.stack([key, self.next_position << 32])
         self.next_position = self.next_position + 1
 
     def attach(self, model: nn.Module) -> None:

@@ -1,0 +1,85 @@
+"""The five models of the paper as records, and how a configured model is made."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+from torch import nn
+
+from config import Config, UserError
+from quantization import PRESETS, LinearRecipe, QuantLinear, convert_linears, resolve
+
+PREFIX = "mxfp4_"
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """A model of the paper: its name in timm, its column in the paper's tables and how many linears are quantized."""
+
+    timm_name: str
+    column: str
+    quantized_linears: int
+
+
+ZOO: tuple[ZooModel, ...] = (
+    ZooModel("deit_tiny_patch16_224", "deit_tiny", 48),
+    ZooModel("deit_small_patch16_224", "deit_small", 48),
+    ZooModel("deit_base_patch16_224", "deit_base", 48),
+    ZooModel("swin_tiny_patch4_window7_224", "swin_tiny", 48),
+    ZooModel("swin_small_patch4_window7_224", "swin_small", 96),
+    # Not in the paper: the same transformers with a distillation token, for --distillation-type.
+    ZooModel("deit_tiny_distilled_patch16_224", "deit_tiny", 48),
+    ZooModel("deit_small_distilled_patch16_224", "deit_small", 48),
+    ZooModel("deit_base_distilled_patch16_224", "deit_base", 48),
+)
+
+
+def entrypoint(model: ZooModel) -> Callable[..., nn.Module]:
+    """The function that timm's registry calls for the `mxfp4_` twin of a model."""
+
+    def create(pretrained: bool = False, recipe: LinearRecipe = PRESETS["tetrajet"], **kwargs: Any) -> nn.Module:
+        net = timm.models.model_entrypoint(model.timm_name)(pretrained=pretrained, **kwargs)
+        convert_linears(net, recipe)
+        return net
+
+    create.__name__ = create.__qualname__ = PREFIX + model.timm_name
+    create.__doc__ = f"{model.timm_name} with its block linears in MXFP4 (`recipe`: a LinearRecipe; default TetraJet)."
+    return create
+
+
+def create_model(cfg: Config, num_classes: int) -> nn.Module:
+    """The model of a configuration, initialised by timm, its block linears converted by the recipe of `cfg.quant`.
+
+    Raises UserError for a model timm does not know or arguments it does not take.
+    """
+    name = cfg.model.name.removeprefix(PREFIX)
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else "; timm.list_models() names those there are."
+        raise UserError(f"There is no model {cfg.model.name}{hint}")
+    kwargs: dict[str, Any] = {"img_size": cfg.model.img_size, **cfg.model.kwargs}
+    if cfg.model.patch_size is not None:
+        kwargs["patch_size"] = cfg.model.patch_size
+    try:
+        model = timm.create_model(
+            name, num_classes=num_classes, drop_rate=cfg.model.drop, drop_path_rate=cfg.model.drop_path, **kwargs
+        )
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        given = ", ".join(f"{key}={value}" for key, value in kwargs.items())
+        raise UserError(f"timm cannot make {name} with {given}: {' '.join(str(error).split())}.") from None
+    recipe = resolve(cfg.quant)
+    if recipe.active:
+        try:
+            convert_linears(model, recipe)
+        except ValueError as error:
+            raise UserError(f"{name} cannot be quantized: {error}.") from None
+    return model
+
+
+def quantizer_table(model: nn.Module) -> dict[str, dict[str, str]]:
+    """Layer by layer, the six quantizers and the backward operands, as a run's manifest records them."""
+    return {name: m.recipe.table() for name, m in model.named_modules() if isinstance(m, QuantLinear)}

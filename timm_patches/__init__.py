@@ -1,0 +1,82 @@
+"""What this project adds to timm from PyPI, as records: what, why, for which versions of timm, and how it is verified.
+
+Nothing of timm is copied or forked. `apply_patches` runs when `models` is imported; every run's manifest lists PATCHES.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import timm
+from packaging.specifiers import SpecifierSet
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One registration in or change of timm.
+
+    Attributes:
+        name, what, why: one sentence each.
+        timm_versions: versions it is known to work with, as a PEP 440 specifier.
+        verified_by: what `verify` looks at.
+        apply: makes the change; applying twice changes nothing more.
+        verify: whether the change is in place.
+    """
+
+    name: str
+    what: str
+    why: str
+    timm_versions: str
+    verified_by: str
+    apply: Callable[[], None]
+    verify: Callable[[], bool]
+
+    def record(self) -> dict[str, str]:
+        """The patch as text, for manifests."""
+        return {key: value for key, value in asdict(self).items() if isinstance(value, str)}
+
+
+def _register_models() -> None:
+    from models import zoo
+
+    for model in zoo.ZOO:
+        if not timm.is_model(zoo.PREFIX + model.timm_name):
+            create = zoo.entrypoint(model)
+            create.__module__ = zoo.__name__
+            timm.models.register_model(create)
+
+
+def _models_registered() -> bool:
+    zoo = sys.modules["models.zoo"]
+    return {zoo.PREFIX + m.timm_name for m in zoo.ZOO} <= set(timm.list_models(f"{zoo.PREFIX}*"))
+
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        name="mxfp4_models",
+        what="Registers mxfp4_<name> for every model of models.zoo.ZOO in timm's model registry.",
+        why="timm.create_model and timm.list_models then know the quantized models.",
+        timm_versions="==1.0.*",
+        verified_by="timm.list_models('mxfp4_*') names them all.",
+        apply=_register_models,
+        verify=_models_registered,
+    ),
+)
+
+
+def apply_patches() -> None:
+    """Apply every patch and verify it.
+
+    Raises RuntimeError, naming the patch, where timm is of another version or the change does not take.
+    """
+    for patch in PATCHES:
+        if timm.__version__ not in SpecifierSet(patch.timm_versions, prereleases=True):
+            raise RuntimeError(
+                f"the patch {patch.name} is for timm {patch.timm_versions} and timm is {timm.__version__}; "
+                "install the version in requirements.txt"
+            )
+        patch.apply()
+        if not patch.verify():
+            raise RuntimeError(f"the patch {patch.name} did not take with timm {timm.__version__}: {patch.what}")
