@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Runs one configuration on this machine's GPUs, or on the CPU where there is none; the scripts of the rows call this.
+#
+#   bash scripts/run.sh configs/deit_tiny_tetrajet.yaml [flags of main.py; they win over the configuration]
+#
+# Environment                                                        Default
+#   DATA_PATH     folder of the data set (--data-path)               data.path of the configuration
+#   OUTPUT_DIR    folder of the run (--output_dir)                   runs/<name of the configuration>
+#   NPROC         processes on this node                             one for each GPU; 1 without a GPU
+#   NNODES        nodes; start this script once on each of them      SLURM_NNODES, else 1
+#   NODE_RANK     number of this node, from 0                        SLURM_NODEID, else 0
+#   MASTER_ADDR   host name of node 0                                under Slurm its first node
+#   MASTER_PORT   a free port of node 0                              29500
+#   PYTHON        Python to run with, used as it is                  the one that scripts/setup.sh prints
+#
+# A run goes on where it stopped when it is started again with the same OUTPUT_DIR (--resume auto). Paths are relative
+# to the folder you are in. One process keeps main.py's exit code; with several, torchrun exits 1 if any of them fails.
+set -euo pipefail
+root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
+    echo "usage: bash scripts/run.sh CONFIG [flags of main.py]" >&2
+    exit 2
+fi
+config="$1"
+shift
+name="$(basename -- "$config")"
+
+single="" # print and leave: one process is enough
+resume=(--resume auto)
+for word in "$@"; do
+    case "$word" in
+        --print[-_]config | --help | -h) single=1 resume=() ;;
+        --smoke | --resume | --resume=* | --run.resume | --run.resume=*) resume=() ;;
+    esac
+done
+
+PYTHON="${PYTHON:-$(bash "$root/scripts/setup.sh")}"
+
+gpus() {
+    if ! command -v nvidia-smi >/dev/null; then
+        if [ -e /dev/nvidiactl ] || [ -e /dev/kfd ]; then
+            "$PYTHON" -c 'import torch; print(torch.cuda.device_count())'
+        else
+            echo 0
+        fi
+    elif [ "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -cv -e '^$' -e '^-1$' || true
+    else
+        { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true
+    fi
+}
+
+nnodes="${NNODES:-${SLURM_NNODES:-1}}"
+if [ -n "$single" ]; then
+    nnodes=1
+    nproc=1
+else
+    nproc="${NPROC:-$(gpus)}"
+    if [ "$nproc" = 0 ]; then nproc=1; fi
+fi
+case "$nnodes:$nproc" in
+    *[!0-9:]* | :* | *: | 0:* | *:0)
+        echo "run.sh: NNODES and NPROC must be whole numbers from 1, not '$nnodes' and '$nproc'" >&2
+        exit 2
+        ;;
+esac
+
+launch=("$PYTHON")
+if [ "$nnodes" -gt 1 ]; then
+    address="${MASTER_ADDR:-}"
+    if [ -z "$address" ] && [ -n "${SLURM_JOB_NODELIST:-}" ] && command -v scontrol >/dev/null; then
+        address="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
+    fi
+    if [ -z "$address" ]; then
+        echo "run.sh: NNODES is $nnodes; set MASTER_ADDR to the host name of node 0" >&2
+        exit 2
+    fi
+    launch+=(-m torch.distributed.run --nnodes "$nnodes" --node-rank "${NODE_RANK:-${SLURM_NODEID:-0}}"
+        --master-addr "$address" --master-port "${MASTER_PORT:-29500}" --nproc-per-node "$nproc")
+elif [ "$nproc" -gt 1 ]; then
+    launch+=(-m torch.distributed.run --standalone --nproc-per-node "$nproc")
+fi
+if [ ${#launch[@]} -gt 1 ]; then
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun's own default; set here, it says nothing about it
+fi
+
+# ${resume[@]+...}: an empty array is an unset variable to bash before 4.4.
+exec "${launch[@]}" "$root/main.py" --config "$config" ${DATA_PATH:+--data-path "$DATA_PATH"} \
+    --output_dir "${OUTPUT_DIR:-$root/runs/${name%.yaml}}" ${resume[@]+"${resume[@]}"} "$@"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Lint, format and the tests that need no GPU:  bash scripts/test.sh [pytest arguments]
+# On a GPU:  bash scripts/test.sh -m gpu        All of them:  bash scripts/test.sh -m ""
+set -euo pipefail
+cd "$(dirname -- "${BASH_SOURCE[0]}")/.."
+PYTHON="$(bash scripts/setup.sh requirements-test.txt)"
+failed=0
+"$PYTHON" -m ruff check . || failed=1
+"$PYTHON" -m ruff format --check . || failed=1
+"$PYTHON" -m pytest -q -m "not gpu and not slow" "$@" || failed=$?
+exit "$failed"
