@@ -73,24 +73,21 @@ def rounds_up(
 ) -> Tensor:
     """Whether each latent value x / S (float32) takes the neighbour of larger magnitude: bool, its shape.
 
-    With `u`, draws in (0, 1): stochastic rounding. With `shadow`, the shadow weight divided by the same S: Algorithm 1
-    (Q-EMA), which rounds the shadow instead of the weight, but to one of the weight's two neighbours.
+    Stochastic rounding compares the place between the neighbours with `u`, draws in (0, 1). With `shadow`, the shadow
+    weight divided by the same S, this is Algorithm 1 (Q-EMA): the shadow is rounded instead of the weight, but to one
+    of the weight's two neighbours.
     """
     lower, upper = pair.lower, pair.upper
-    negative = torch.signbit(latent)
-    target = latent.abs()
-    if shadow is not None:
-        target = torch.where(negative, -shadow, shadow)
-    target = torch.minimum(torch.maximum(target, lower), upper)
+    target = latent.abs() if shadow is None else torch.where(torch.signbit(latent), -shadow, shadow)
+    target = target.clamp(lower, upper)
     if rounding == "stochastic":
         gap = torch.where(upper > lower, upper - lower, 1.0)
         return u < (target - lower) / gap
-    tie_goes_up = {
-        "nearest_even": pair.lower_code % 2 == 1,
-        "nearest_away": torch.ones_like(negative),
-        "nearest_up": ~negative,
-    }[rounding]
-    return (2 * target > lower + upper) | ((2 * target == lower + upper) & tie_goes_up)
+    midpoint = (lower + upper) / 2
+    if rounding == "nearest_away":
+        return target >= midpoint
+    tie_goes_up = ~torch.signbit(latent) if rounding == "nearest_up" else (pair.lower_code & 1).bool()
+    return torch.where(tie_goes_up, target >= midpoint, target > midpoint)
 
 
 class Blocks(NamedTuple):
@@ -123,26 +120,18 @@ def quantize(
 ) -> Tensor:
     """Quantize a non-empty tensor in blocks along `axis` and return the dequantized values in float32 (equation 1)."""
     blocks = to_blocks(x, axis, block_size)
-    w = blocks.values
-    finite = torch.isfinite(w)
-    shadow_blocks = None
-    if shadow is not None:
-        shadow_blocks = to_blocks(shadow, axis, block_size).values
-        finite = finite & torch.isfinite(shadow_blocks)
-    finite_block = finite.all(dim=-1, keepdim=True)
-    w = torch.where(finite_block, w, 0.0)
+    shadow_blocks = None if shadow is None else to_blocks(shadow, axis, block_size).values
+    u = to_blocks(uniform(x.shape, noise), axis, block_size).values if rounding == "stochastic" else None
 
-    s = scale_exponent(w.abs().amax(dim=-1, keepdim=True), fmt, scale_rule)
-    to_latent = power_of_two(-s)
-    latent = w * to_latent
+    block_max = blocks.values.abs().amax(dim=-1, keepdim=True)
+    finite = torch.isfinite(block_max)
+    if shadow_blocks is not None:
+        finite = finite & torch.isfinite(shadow_blocks).all(dim=-1, keepdim=True)
+    s = scale_exponent(torch.where(finite, block_max, 1.0), fmt, scale_rule)
+    to_latent, scale = power_of_two(-s), torch.where(finite, power_of_two(s), torch.nan)
+
+    latent = blocks.values * to_latent
     pair = neighbours(latent.abs().clamp(max=fmt.max), fmt)  # the clamp saturates; only the floor rule needs it
-    up = rounds_up(
-        latent,
-        pair,
-        rounding,
-        u=to_blocks(uniform(x.shape, noise), axis, block_size).values if rounding == "stochastic" else None,
-        shadow=None if shadow_blocks is None else shadow_blocks * to_latent,
-    )
-    values = torch.copysign(torch.where(up, pair.upper, pair.lower), latent) * power_of_two(s)
-    values = torch.where(finite_block, values, torch.nan)
-    return from_blocks(Blocks(values, blocks.length), axis)
+    up = rounds_up(latent, pair, rounding, u=u, shadow=None if shadow_blocks is None else shadow_blocks * to_latent)
+    magnitude = torch.where(up, pair.upper, pair.lower)
+    return from_blocks(Blocks(torch.copysign(magnitude, latent) * scale, blocks.length), axis)

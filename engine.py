@@ -1,0 +1,307 @@
+"""One epoch of training, one evaluation, and what a step does when a loss is not finite or a signal arrives.
+
+Every random draw of a step (mixup, dropout, stochastic depth, quantization noise) is a function of the run's seed, the
+process's rank and the step, so a run that is stopped and resumed goes on bit for bit without storing any generator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from checkpoint import LAST, restore_model, save_checkpoint
+from config import Config, UserError, dump_config
+from datasets import Data
+from losses import Loss
+from quantization.noise import NoiseClock
+from runlog import Meter, RunLog
+
+# Noise positions of evaluation, which only matter where the forward pass rounds stochastically, lie above training's.
+EVALUATION_POSITION = 2**31
+
+
+class TrainingError(Exception):
+    """The run cannot go on: a loss or gradient that is not finite. One sentence; exit code 1."""
+
+
+class StopSignal:
+    """Remembers SIGTERM or SIGINT until the step in progress is done. A second one has its usual, immediate effect."""
+
+    def __init__(self) -> None:
+        self.heard = 0  # number of the signal this process has received
+        self.heard_anywhere = 0.0  # not zero once all processes know that one of them has received a signal
+
+    def install(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _frame: object) -> None:
+        self.heard = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+@dataclass
+class Run:
+    """Everything a run trains with, and how far it has come."""
+
+    cfg: Config
+    model: nn.Module  # the bare model
+    wrapped: nn.Module  # the same under DistributedDataParallel where there are several processes
+    loss: Loss
+    optimizer: torch.optim.Optimizer
+    schedule: Scheduler
+    data: Data
+    mixup: Mixup | None
+    ema: ModelEmaV3 | None
+    log: RunLog
+    stop: StopSignal
+    device: torch.device
+    amp: torch.dtype | None  # of autocast; None for none
+    rank: int
+    world_size: int
+    accumulation: int  # micro-batches of an optimizer step
+    steps_per_epoch: int  # optimizer steps
+    epoch: int = 0  # epochs done
+    step: int = 0  # optimizer steps done in the current epoch
+    best_top1: float = 0.0
+    meter: Meter = field(default_factory=Meter)  # figures of the current epoch
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps done in the whole run."""
+        return self.epoch * self.steps_per_epoch + self.step
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs: schedule, data order and noise follow from the steps done."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "steps_per_epoch": self.steps_per_epoch,
+            "best_top1": self.best_top1,
+            "meter": self.meter.state_dict(),
+            "config": dump_config(self.cfg),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
+        """Raises UserError where the checkpoint is of another model, optimizer or length of epoch."""
+        if state["steps_per_epoch"] != self.steps_per_epoch and state["step"]:
+            raise UserError(
+                f"{path} stopped inside an epoch of {state['steps_per_epoch']} steps and this run's have "
+                f"{self.steps_per_epoch}; resume it with the same data set and global batch."
+            )
+        restore_model(self.model, state["model"], path)
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"The optimizer state in {path} does not fit --opt {self.cfg.optim.opt}: {error}."
+            ) from None
+        if self.ema is not None:
+            restore_model(self.ema.module, state["ema"] or state["model"], path)
+        self.epoch, self.step, self.best_top1 = state["epoch"], state["step"], state["best_top1"]
+        self.meter.load_state_dict(state["meter"])
+        # As DeiT: the rate of an epoch is the one its predecessor's end set, the first two share the start of warm-up.
+        self.schedule.step(max(self.epoch - 1, 0))
+        self.schedule.step_update(max(self.global_step - 1, 0))
+
+    def save(self, *names: str) -> None:
+        """Write the state to the run's folder under each of `names`; on the first process alone."""
+        if self.log.enabled:
+            state = self.state_dict()
+            for name in names:
+                save_checkpoint(self.log.output_dir / name, state)
+
+
+def seed_step(run: Run, position: int) -> None:
+    """Set all generators and the quantization noise for forward pass number `position` of the run on this rank."""
+    words = np.random.SeedSequence([run.cfg.run.seed, run.rank, position]).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
+    seek_noise(run.model, position)
+
+
+def seek_noise(model: nn.Module, position: int) -> None:
+    noise = getattr(model, "noise", None)
+    if isinstance(noise, NoiseClock):
+        noise.seek(position)
+
+
+def to_device(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Move batches to the device one ahead, so that the copy of the next one overlaps with the work on this one."""
+    ahead = None
+    for batch in batches:
+        batch = tuple(t.to(device, non_blocking=True) for t in batch)
+        if ahead is not None:
+            yield ahead
+        ahead = batch
+    if ahead is not None:
+        yield ahead
+
+
+def forward_backward(run: Run, model: nn.Module, images: Tensor, targets: Tensor, position: int) -> Tensor:
+    """One micro-batch: its gradients are added to those there are. Returns its loss (scalar, detached)."""
+    seed_step(run, position)
+    if run.mixup is not None:
+        images, targets = run.mixup(images, targets)
+    with run.autocast():
+        loss = run.loss(images, model(images), targets)
+    (loss / run.accumulation).backward()
+    return loss.detach() / run.accumulation
+
+
+def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """One optimizer step. Returns its loss (mean over the global batch), gradient norm and learning rate.
+
+    Raises TrainingError before the optimizer sees a loss or gradient that is not finite.
+    """
+    loss = torch.zeros((), device=run.device)
+    micro_batches = []
+    for micro in range(run.accumulation):
+        micro_batches.append(next(batches))
+        position = run.global_step * run.accumulation + micro
+        last = micro == run.accumulation - 1
+        with contextlib.nullcontext() if last or run.world_size == 1 else run.wrapped.no_sync():
+            loss += forward_backward(run, run.wrapped, *micro_batches[-1], position)
+
+    parameters = [p for p in run.model.parameters() if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters])
+    # The one synchronisation of a step: loss, norm and signals together, so that all processes decide alike.
+    figures = torch.stack([loss, norm, torch.full_like(loss, float(run.stop.heard))])
+    if run.world_size > 1:
+        dist.all_reduce(figures)
+    mean_loss, grad_norm, run.stop.heard_anywhere = (figures / run.world_size).tolist()
+    if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
+        raise TrainingError(
+            f"Step {run.step} of epoch {run.epoch}: the loss is {mean_loss:g} and the gradient norm {grad_norm:g}; "
+            f"the first that is not finite is {first_non_finite(run, micro_batches)}."
+        )
+    lr = run.optimizer.param_groups[0]["lr"]
+    if run.cfg.optim.clip_grad is not None:
+        clip_grads_with_norm_(parameters, run.cfg.optim.clip_grad, norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.step += 1
+    run.schedule.step_update(run.global_step - 1)  # as Swin: counted from 0; a schedule of epochs ignores it
+    if run.ema is not None:
+        run.ema.update(run.model, step=run.global_step)
+    run.meter.add("loss", mean_loss, 1)
+    return {"loss": mean_loss, "grad_norm": grad_norm, "lr": lr}
+
+
+def train_one_epoch(run: Run, max_steps: int | None = None) -> None:
+    """Train from `run.step` to the end of epoch `run.epoch`, or for `max_steps`, or until a signal has been heard.
+
+    Logs every `run.log_every` steps and checkpoints every `run.save_every`; the epoch's figures are in `run.meter`.
+    """
+    run.wrapped.train()
+    cfg, total = run.cfg, run.steps_per_epoch
+    end = total if max_steps is None else min(total, run.step + max_steps)
+    batches = to_device(run.data.train_batches(run.epoch, start=run.step * run.accumulation), run.device)
+    epochs = cfg.schedule.epochs
+    logged_at, logged_step = time.monotonic(), run.step
+    bar = run.log.progress(
+        f"epoch {run.epoch + 1}/{epochs}", epochs=epochs, epoch=run.epoch, step=run.step, total=total
+    )
+    with bar:
+        while run.step < end and not run.stop.heard_anywhere:
+            try:
+                figures = train_step(run, batches)
+            except StopIteration:
+                raise TrainingError(
+                    f"The training data ended after {run.step} of the {total} steps of epoch {run.epoch}."
+                ) from None
+            bar.update(cfg.optim.global_batch, loss=figures["loss"], lr=figures["lr"])
+            if run.step % cfg.run.log_every == 0:
+                now = time.monotonic()
+                images = (run.step - logged_step) * cfg.optim.global_batch
+                shown = {**figures, "images_per_s": images / (now - logged_at)}
+                run.log.log((run.epoch, run.step), shown, tag="train", at=run.global_step)
+                logged_at, logged_step = now, run.step
+            if cfg.run.save_every is not None and run.global_step % cfg.run.save_every == 0:
+                run.save(LAST)
+
+
+@torch.no_grad()
+def evaluate(run: Run, model: nn.Module, max_batches: int | None = None) -> dict[str, float]:
+    """Loss, top-1 and top-5 accuracy in % of `model` over the evaluation set, exact on any number of processes."""
+    model.eval()
+    seek_noise(model, EVALUATION_POSITION)
+    totals = torch.zeros(4, dtype=torch.float64, device=run.device)
+    batches = itertools.islice(to_device(run.data.eval_batches(), run.device), max_batches)
+    for images, targets in batches:
+        with run.autocast():
+            logits = model(images)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets.unsqueeze(1)
+        totals += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), torch.tensor(len(targets), device=run.device)])
+    if run.world_size > 1:
+        dist.all_reduce(totals)
+    loss_sum, top1, top5, images_seen = totals.tolist()
+    if not images_seen:
+        raise TrainingError("The evaluation set has no image that can be read.")
+    return {"loss": loss_sum / images_seen, "top1": 100 * top1 / images_seen, "top5": 100 * top5 / images_seen}
+
+
+def first_non_finite(run: Run, micro_batches: list[tuple[Tensor, Tensor]]) -> str:
+    """Name what first became NaN or Inf in a failed step, by repeating the step on the weights it started from.
+
+    The order is that of computation: parameters, input, activations, gradients of activations, gradients of parameters.
+    """
+    found: list[str] = []
+
+    def look(what: str, value: object) -> None:
+        if not found and isinstance(value, Tensor) and not torch.isfinite(value).all():
+            found.append(what)
+
+    def hook(name: str) -> Callable[[nn.Module, object, object], None]:
+        def after_forward(_module: nn.Module, _inputs: object, output: object) -> None:
+            look(f"the activation of {name}", output)
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(lambda gradient: look(f"the gradient at the output of {name}", gradient))
+
+        return after_forward
+
+    for name, parameter in run.model.named_parameters():
+        look(f"the parameter {name}", parameter)
+    handles = [m.register_forward_hook(hook(n)) for n, m in run.model.named_modules() if n and not list(m.children())]
+    run.optimizer.zero_grad()
+    for micro, (images, targets) in enumerate(micro_batches):
+        look("the input", images)
+        if not found:
+            forward_backward(run, run.model, images, targets, run.global_step * run.accumulation + micro)
+    for name, parameter in run.model.named_parameters():
+        look(f"the gradient of {name}", parameter.grad)
+    for handle in handles:
+        handle.remove()
+    everywhere = [found]
+    if run.world_size > 1:
+        everywhere = [[] for _ in range(run.world_size)]
+        dist.all_gather_object(everywhere, found)
+    named = [f"{what[0]} (process {rank})" for rank, what in enumerate(everywhere) if what]
+    return named[0].removesuffix(" (process 0)") if named else "not one of the layers' activations or gradients"

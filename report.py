@@ -1,0 +1,117 @@
+"""Runs in, pictures and tables out: `python report.py curves RUN [RUN ...] --png FILE`.
+
+curves   a table (method, top-1, loss, time) and one picture of loss and accuracy over the epochs
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import Config, UserError, load_config
+from quantization import PRESETS, resolve
+from runlog import read_metrics
+
+# Okabe and Ito's palette, told apart by colour-blind readers, with line styles for print.
+COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+
+
+def method_name(cfg: Config) -> str:
+    """The method of a configuration by the name of its preset; `mx` for a recipe that is none of them."""
+    recipe = resolve(cfg.quant)
+    name = next((name for name, preset in PRESETS.items() if preset == recipe), cfg.quant.scheme)
+    return name if cfg.stabilizer.kind == "none" else f"{name}_{cfg.stabilizer.kind}"
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """What one run directory says, epoch by epoch: losses, top-1 in %, and all seconds spent."""
+
+    directory: Path
+    method: str
+    train_loss: list[float]
+    eval_loss: list[float]
+    top1: list[float]
+    seconds: float
+
+
+def read_run(directory: Path) -> RunFigures:
+    """Raises UserError for a folder that is not a run or has no epoch yet."""
+    if not (directory / "resolved.yaml").is_file():
+        raise UserError(f"{directory} is not a run: it holds no resolved.yaml; give the --output_dir of a run.")
+    epochs = [line["data"] for line in read_metrics(directory) if len(line["step"]) == 1]
+    epochs = [data for data in epochs if "train.loss" in data and "eval.top1" in data]
+    if not epochs:
+        raise UserError(f"The run in {directory} has not finished an epoch yet.")
+    return RunFigures(
+        directory=directory,
+        method=method_name(load_config(directory / "resolved.yaml")),
+        train_loss=[data["train.loss"] for data in epochs],
+        eval_loss=[data["eval.loss"] for data in epochs],
+        top1=[data["eval.top1"] for data in epochs],
+        seconds=sum(data["train.seconds"] + data["eval.seconds"] for data in epochs),
+    )
+
+
+def curves_table(runs: Sequence[RunFigures]) -> str:
+    """The last epoch of each run: method, epochs, top-1, losses and time."""
+    lines = [f"{'method':<24}{'epochs':>8}{'top-1':>10}{'eval loss':>11}{'train loss':>12}{'time':>10}"]
+    for run in runs:
+        minutes, seconds = divmod(round(run.seconds), 60)
+        lines.append(
+            f"{run.method:<24}{len(run.top1):>8}{run.top1[-1]:>8.2f} %{run.eval_loss[-1]:>11.4f}"
+            f"{run.train_loss[-1]:>12.4f}{minutes:>6}:{seconds:02d} min"[:80]
+        )
+    return "\n".join(lines)
+
+
+def draw_curves(runs: Sequence[RunFigures], path: Path) -> None:
+    """Loss (evaluation; training thin) and top-1 over the epochs, one colour and line style a run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (loss_axes, accuracy_axes) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for i, run in enumerate(runs):
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)]}
+        epochs = range(1, len(run.top1) + 1)
+        loss_axes.plot(epochs, run.eval_loss, label=run.method, linewidth=2, **style)
+        loss_axes.plot(epochs, run.train_loss, linewidth=0.8, alpha=0.6, **style)
+        accuracy_axes.plot(epochs, run.top1, label=f"{run.method}: {run.top1[-1]:.2f} %", linewidth=2, **style)
+    loss_axes.set(xlabel="epoch", ylabel="cross-entropy loss (thick: evaluation, thin: training)")
+    accuracy_axes.set(xlabel="epoch", ylabel="top-1 accuracy on the evaluation set (%)")
+    for axes in (loss_axes, accuracy_axes):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="report.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    curves = commands.add_parser("curves", help="table and picture of loss and accuracy over the epochs")
+    curves.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
+    curves.add_argument("--png", type=Path, default=Path("curves.png"), help="the picture (default: curves.png)")
+    options = parser.parse_args(argv)
+    try:
+        runs = [read_run(directory) for directory in options.runs]
+        draw_curves(runs, options.png)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(curves_table(runs))
+    print(f"\ncurves: {options.png}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Sets up and trains a small DeiT on scikit-learn's handwritten digits in full precision, Microscaling and TetraJet,
+# through the same main.py and configs as a real run; ends in a table and runs/quickstart/curves.png.
+# A run that was stopped goes on where it was; delete runs/quickstart to start over. Flags are passed on to main.py.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON="$(bash scripts/setup.sh)"
+
+methods=(fp microscaling tetrajet)
+runs=()
+for method in "${methods[@]}"; do
+    run="runs/quickstart/$method"
+    echo "== $method: configs/digits_$method.yaml -> $run"
+    "$PYTHON" main.py --config "configs/digits_$method.yaml" --output_dir "$run" --resume auto "$@"
+    runs+=("$run")
+done
+"$PYTHON" report.py curves "${runs[@]}" --png runs/quickstart/curves.png
