@@ -1,0 +1,421 @@
+"""Checkpoints: atomic writing, reading that runs no code, one sentence for whatever does not fit."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+import checkpoint
+from checkpoint import (
+    FORMAT,
+    LAST,
+    atomic_write,
+    find_last,
+    finetune_from,
+    load_checkpoint,
+    load_weights,
+    restore_model,
+    save_checkpoint,
+)
+from config import UserError
+
+DISTILLED = "deit_tiny_distilled_patch16_224"
+
+
+def small_vit(name: str = "deit_tiny_patch16_224", **kwargs: Any) -> nn.Module:
+    torch.manual_seed(kwargs.pop("seed", 0))
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return timm.create_model(name, **{**size, **kwargs})
+
+
+def small_swin(**kwargs: Any) -> nn.Module:
+    torch.manual_seed(kwargs.pop("seed", 0))
+    size = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}
+    return timm.create_model("swin_tiny_patch4_window7_224", **{**size, "num_classes": 5, **kwargs})
+
+
+def training_state(model: nn.Module) -> dict[str, Any]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "ema": None,
+        "epoch": 3,
+        "meter": {"loss": [0.1 + 0.2, 3.0]},
+        "config": "run: {seed: 0}",
+        "pair": (1, True),
+    }
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def refused(call: Callable[[], Any]) -> str:
+    """The message of the UserError `call` must raise: one sentence, without a chain of tracebacks."""
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert message.endswith(".") and "\n" not in message and len(message) < 400
+    assert caught.value.__cause__ is None and (caught.value.__context__ is None or caught.value.__suppress_context__)
+    return message
+
+
+class RunsCode:
+    """Unpickling it calls os.system: it creates `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch '{self.path}'",)
+
+
+# Saving ---------------------------------------------------------------------------------------------------------------
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    state = training_state(small_vit())
+    save_checkpoint(tmp_path / LAST, state)
+    loaded = load_checkpoint(tmp_path / LAST)
+    assert loaded["format"] == FORMAT and "format" not in state
+    assert same(loaded["model"], state["model"])
+    assert {k: loaded[k] for k in ("ema", "epoch", "meter", "config", "pair")} == {
+        k: state[k] for k in ("ema", "epoch", "meter", "config", "pair")
+    }
+    restored = torch.optim.AdamW(small_vit().parameters())
+    restored.load_state_dict(loaded["optimizer"])
+    for index, moments in restored.state_dict()["state"].items():
+        assert all(torch.equal(moments[k], state["optimizer"]["state"][index][k]) for k in moments)
+
+
+def test_find_last(tmp_path: Path) -> None:
+    assert find_last(tmp_path) is None
+    (tmp_path / "last.pt").write_bytes(b"x")
+    assert find_last(tmp_path) == tmp_path / "last.pt"
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Every write beyond `size` bytes of a file fails with an OSError, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [0, 100, 5_000, 200_000])
+def test_full_disk_leaves_the_old_file(tmp_path: Path, size: int) -> None:
+    path = tmp_path / LAST
+    save_checkpoint(path, {"model": {"w": torch.zeros(4)}})
+    before = path.read_bytes()
+    with file_size_limit(size):
+        message = refused(lambda: save_checkpoint(path, {"model": {"w": torch.randn(300_000)}}))
+    assert str(path) in message and "unchanged" in message
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [LAST]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
+@pytest.mark.parametrize("where", ["torch.save", "os.replace", "os.fsync"])
+def test_a_save_cut_short_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: type[BaseException]
+) -> None:
+    path = tmp_path / LAST
+    save_checkpoint(path, {"model": {"w": torch.zeros(4)}})
+    before = path.read_bytes()
+
+    def half_a_save(_state: Any, file: Any) -> None:
+        file.write(b"half of it")
+        raise error("cut short")
+
+    def fail(*_: Any) -> None:
+        raise error("cut short")
+
+    owner, name = {"torch.save": (torch, "save"), "os.replace": (os, "replace"), "os.fsync": (os, "fsync")}[where]
+    monkeypatch.setattr(owner, name, half_a_save if where == "torch.save" else fail)
+    with pytest.raises(error, match="cut short"):
+        save_checkpoint(path, {"model": {"w": torch.ones(4)}})
+    monkeypatch.undo()
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [LAST]
+
+
+def test_a_save_killed_outright_leaves_the_old_file_and_the_next_one_works(tmp_path: Path) -> None:
+    path = tmp_path / LAST
+    atomic_write(path, lambda file: file.write(b"old"))
+    kill = "import os; from pathlib import Path; from checkpoint import atomic_write\n"
+    kill += f"atomic_write(Path({str(path)!r}), lambda f: (f.write(b'half'), f.flush(), os.kill(os.getpid(), 9)))"
+    process = subprocess.run([sys.executable, "-c", kill], cwd=Path(checkpoint.__file__).parent)
+    assert process.returncode == -9
+    assert path.read_bytes() == b"old"
+    atomic_write(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == [LAST]
+
+
+def test_unwritable_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    assert "cannot be written" in refused(lambda: save_checkpoint(tmp_path / "file" / LAST, {}))
+    assert "cannot be written" in refused(lambda: save_checkpoint(tmp_path / "missing" / LAST, {}))
+    (tmp_path / LAST).mkdir()
+    assert "cannot be written" in refused(lambda: save_checkpoint(tmp_path / LAST, {}))
+    assert sorted(os.listdir(tmp_path)) == ["file", LAST]
+
+
+@pytest.mark.parametrize("value", [Path("x"), torch.float32, {1}, argparse.Namespace(a=1), object()])
+def test_state_that_could_not_be_read_back_is_not_written(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(TypeError, match=r"state\['a'\]\[1\]"):
+        save_checkpoint(tmp_path / LAST, {"a": [1, value]})
+    assert not os.listdir(tmp_path)
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+READERS = [load_checkpoint, load_weights]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_missing_file_and_folder(tmp_path: Path, read: Callable[[Path], Any]) -> None:
+    assert "There is no checkpoint" in refused(lambda: read(tmp_path / "none.pt"))
+    assert "There is no checkpoint" in refused(lambda: read(tmp_path / "none.safetensors"))
+    assert f"is a folder; a checkpoint file was expected, such as {tmp_path / LAST}" in refused(lambda: read(tmp_path))
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_truncated_at_many_lengths(tmp_path: Path, read: Callable[[Path], Any]) -> None:
+    save_checkpoint(tmp_path / LAST, training_state(small_vit()))
+    whole = (tmp_path / LAST).read_bytes()
+    read(tmp_path / LAST)
+    lengths = [0, 1, 2, 3, 4, 5, 30, 64, 100, 1000, *range(5000, len(whole), 20_011), len(whole) - 100, len(whole) - 1]
+    for length in lengths:
+        (tmp_path / "cut.pt").write_bytes(whole[:length])
+        message = refused(lambda: read(tmp_path / "cut.pt"))
+        assert "is truncated, damaged or not a checkpoint" in message and "run code" not in message, length
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize(
+    "content", [b"hello, this is text\n" * 20, b"config: deit\nlr: 1\n", b"\x89PNG\r\n\x1a\n" + bytes(64), b"\0" * 999]
+)
+def test_not_a_checkpoint_at_all(tmp_path: Path, read: Callable[[Path], Any], content: bytes) -> None:
+    for name in ("file.pt", "file.safetensors"):
+        (tmp_path / name).write_bytes(content)
+        message = refused(lambda name=name: read(tmp_path / name))
+        assert "is truncated, damaged or not a checkpoint" in message and "run code" not in message
+
+
+def test_truncated_safetensors(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"w": torch.randn(100)}, tmp_path / "w.safetensors")
+    whole = (tmp_path / "w.safetensors").read_bytes()
+    for length in (0, 4, 8, 20, len(whole) - 1):
+        (tmp_path / "cut.safetensors").write_bytes(whole[:length])
+        assert "is truncated, damaged" in refused(lambda: load_weights(tmp_path / "cut.safetensors"))
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize(
+    "layout", ["zip", "torch_legacy", *(f"pickle_{p}" for p in range(pickle.HIGHEST_PROTOCOL + 1))]
+)
+def test_pickled_code_is_refused_and_does_not_run(tmp_path: Path, read: Callable[[Path], Any], layout: str) -> None:
+    path, ran = tmp_path / "evil.pt", tmp_path / "ran"
+    evil = {"model": {"w": torch.zeros(2)}, "optimizer": RunsCode(ran), "format": FORMAT}
+    if layout in ("zip", "torch_legacy"):
+        torch.save(evil, path, _use_new_zipfile_serialization=layout == "zip")
+    else:
+        path.write_bytes(pickle.dumps(RunsCode(ran), protocol=int(layout[-1])))
+    message = refused(lambda: read(path))
+    assert "would run code when loaded and was not loaded" in message
+    assert not ran.exists()
+    # The control: the file does run code in a reader that is not careful.
+    if layout.startswith("pickle"):
+        pickle.loads(path.read_bytes())
+    else:
+        torch.load(path, weights_only=False)
+    assert ran.exists()
+
+
+def test_a_pickled_module_is_refused(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    assert "would run code" in refused(lambda: load_weights(tmp_path / "module.pt"))
+
+
+def test_checkpoints_of_other_kinds(tmp_path: Path) -> None:
+    model = small_vit()
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    torch.save({"model": model.state_dict(), "epoch": 1}, tmp_path / "deit.pth")
+    torch.save([1, 2], tmp_path / "list.pt")
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "w.safetensors")
+    for name in ("bare.pth", "deit.pth", "list.pt", "w.safetensors"):
+        message = refused(lambda name=name: load_checkpoint(tmp_path / name))
+        assert "holds weights only, use --finetune to start from it" in message
+    assert "holds no model weights" in refused(lambda: load_weights(tmp_path / "list.pt"))
+    for content in ({"model": {"w": 1.0}}, {0: torch.zeros(1)}, {}, torch.zeros(1)):
+        torch.save(content, tmp_path / "other.pt")
+        assert "holds no model weights" in refused(lambda: load_weights(tmp_path / "other.pt"))
+    torch.save({"model": {}, "optimizer": {}, "format": FORMAT + 1}, tmp_path / "newer.pt")
+    assert f"format {FORMAT + 1}" in refused(lambda: load_checkpoint(tmp_path / "newer.pt"))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("layout", ["ours", "model", "state_dict", "bare", "safetensors", "deit_script"])
+def test_load_weights_reads_every_layout(tmp_path: Path, layout: str, prefix: str) -> None:
+    weights = {"blocks.0.norm1.weight": torch.randn(3), "modules.x": torch.randn(2)}
+    named = {prefix + name: value for name, value in weights.items()}
+    path = tmp_path / ("w.safetensors" if layout == "safetensors" else "w.pt")
+    if layout == "ours":
+        save_checkpoint(path, {"model": named, "optimizer": {"state": {}}})
+    elif layout == "safetensors":
+        safetensors.torch.save_file(named, path)
+    elif layout == "deit_script":  # DeiT's script saves its flags as a Namespace
+        torch.save({"model": named, "epoch": 1, "args": argparse.Namespace(lr=1e-3, output_dir="")}, path)
+    else:
+        torch.save({layout: named} if layout != "bare" else named, path)
+    assert same(load_weights(path), weights)
+    assert same(load_weights(str(path)), weights)
+
+
+# Fitting weights to a model -------------------------------------------------------------------------------------------
+
+
+def test_restore_model_is_exact_and_strict(tmp_path: Path) -> None:
+    source, target = small_vit(seed=1), small_vit(seed=2)
+    assert not same(source.state_dict(), target.state_dict())
+    restore_model(target, source.state_dict(), tmp_path / "a.pt")
+    assert same(source.state_dict(), target.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"embed_dim": 64}, "cls_token is 1x1x32 here and 1x1x64 in the file"),
+        ({"num_classes": 7}, "head.weight is 5x32 here and 7x32 in the file"),
+        ({"depth": 1}, "blocks.1.norm1.weight is not in the file"),
+        ({"depth": 3}, "blocks.2.norm1.weight is only in the file"),
+    ],
+)
+def test_restore_model_names_the_first_difference(tmp_path: Path, change: dict[str, int], difference: str) -> None:
+    model, path = small_vit(), tmp_path / "other.pt"
+    before = snapshot(model)
+    message = refused(lambda: restore_model(model, small_vit(seed=9, **change).state_dict(), path))
+    assert f"{path} is the checkpoint of another model: {difference}; check --model" in message
+    assert "--finetune" in message
+    assert same(before, model.state_dict())
+
+
+VIT_RESIZED = {"img_size": 64, "patch_size": 16, "num_classes": 3}
+
+
+@pytest.mark.parametrize("layout", ["bare.pth", "w.safetensors"])
+@pytest.mark.parametrize("change", [{}, {"img_size": 48}, {"patch_size": 4}, {"num_classes": 3}, VIT_RESIZED])
+def test_finetune_vit(tmp_path: Path, layout: str, change: dict[str, int]) -> None:
+    source, target = small_vit(seed=1), small_vit(seed=2, **change)
+    path = tmp_path / layout
+    if layout == "bare.pth":
+        torch.save(source.state_dict(), path)
+    else:
+        safetensors.torch.save_file(source.state_dict(), path)
+    before, given = snapshot(target), source.state_dict()
+    left = finetune_from(target, load_weights(path), path)
+    after = target.state_dict()
+    assert left == (["head.weight", "head.bias"] if "num_classes" in change else [])
+    for name in left:
+        assert torch.equal(after[name], before[name])
+    resampled = set()
+    for name in after.keys() - set(left):
+        if after[name].shape == given[name].shape:
+            assert torch.equal(after[name], given[name]), name
+        else:
+            resampled.add(name)
+            assert not torch.equal(after[name], before[name])
+    tokens_change = target.pos_embed.shape != source.pos_embed.shape
+    changed = {"pos_embed": tokens_change, "patch_embed.proj.weight": "patch_size" in change}
+    assert resampled == {name for name in changed if changed[name]}
+    if tokens_change:  # the class token's position is not part of the grid
+        assert torch.equal(target.pos_embed[:, 0], source.pos_embed[:, 0])
+    assert target(torch.randn(1, 3, target.patch_embed.img_size[0], target.patch_embed.img_size[0])).isfinite().all()
+
+
+def test_finetune_distilled_vit(tmp_path: Path) -> None:
+    source, target = small_vit(DISTILLED, seed=1), small_vit(DISTILLED, seed=2, img_size=64, num_classes=3)
+    left = finetune_from(target, source.state_dict(), tmp_path / "a.pt")
+    assert left == ["head.weight", "head.bias", "head_dist.weight", "head_dist.bias"]
+    assert torch.equal(target.pos_embed[:, :2], source.pos_embed[:, :2])
+    assert torch.equal(target.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
+
+
+def test_finetune_swin(tmp_path: Path) -> None:
+    source, target = small_swin(seed=1), small_swin(seed=2, img_size=64, window_size=8, num_classes=3)
+    before = snapshot(target)
+    table = "layers.0.blocks.0.attn.relative_position_bias_table"
+    assert source.state_dict()[table].shape != before[table].shape
+    torch.save({"model": source.state_dict()}, tmp_path / "swin.pth")
+    left = finetune_from(target, load_weights(tmp_path / "swin.pth"), tmp_path / "swin.pth")
+    assert left == ["head.fc.weight", "head.fc.bias"]
+    after = target.state_dict()
+    assert not torch.equal(after[table], before[table])
+    for name, value in source.state_dict().items():
+        if value.shape == after[name].shape:
+            assert torch.equal(after[name], value), name
+    assert target(torch.randn(1, 3, 64, 64)).isfinite().all()
+
+
+def test_finetune_drops_no_classifier_of_the_same_size(tmp_path: Path) -> None:
+    source, target = small_swin(seed=1), small_swin(seed=2)
+    assert finetune_from(target, source.state_dict(), tmp_path / "a.pt") == []
+    assert same(source.state_dict(), target.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("make_source", "make_target", "difference"),
+    [
+        (lambda: small_vit(embed_dim=64), small_vit, "cls_token is 1x1x32 here and 1x1x64 in the file"),
+        (lambda: small_vit(depth=1), small_vit, "blocks.1.norm1.weight is not in the file"),
+        (lambda: small_vit(depth=3), small_vit, "blocks.2.norm1.weight is only in the file"),
+        (lambda: small_vit(qkv_bias=False), small_vit, "blocks.0.attn.qkv.bias is not in the file"),
+        (small_vit, lambda: small_vit(qkv_bias=False), "blocks.0.attn.qkv.bias is only in the file"),
+        (lambda: small_vit(init_values=0.1), small_vit, "blocks.0.ls1.gamma is only in the file"),
+        (lambda: small_vit(DISTILLED), small_vit, "pos_embed is 1x17x32 here and 1x18x32 in the file"),
+        (small_vit, lambda: small_vit(DISTILLED), "dist_token is not in the file"),
+        (small_swin, small_vit, "cls_token is not in the file"),
+        (small_vit, lambda: small_swin(embed_dim=32), "patch_embed.norm.weight is not in the file"),
+        (lambda: small_swin(depths=(1, 2)), small_swin, "layers.1.blocks.1.norm1.weight is only in the file"),
+    ],
+)
+def test_finetune_refuses_another_model(
+    tmp_path: Path, make_source: Callable[[], nn.Module], make_target: Callable[[], nn.Module], difference: str
+) -> None:
+    source, target = make_source(), make_target()
+    before = snapshot(target)
+    message = refused(lambda: finetune_from(target, source.state_dict(), tmp_path / "{a}.pt"))
+    assert f"do not fit the model: {difference}" in message and "--model" in message
+    assert same(before, target.state_dict())
+
+
+def test_finetune_passes_over_state_that_one_side_keeps_beside_a_weight(tmp_path: Path) -> None:
+    """Shadows and learned steps of quantized layers come and go with the method; the weights still fit."""
+    plain, with_shadow = small_vit(seed=1), small_vit(seed=2)
+    with_shadow.blocks[0].attn.qkv.register_buffer("shadow", torch.ones(96, 32))
+    name = "blocks.0.attn.qkv.shadow"
+    assert finetune_from(plain, with_shadow.state_dict(), tmp_path / "a.pt") == [name]
+    assert finetune_from(with_shadow, small_vit(seed=3).state_dict(), tmp_path / "a.pt") == [name]
+    assert torch.equal(with_shadow.blocks[0].attn.qkv.shadow, torch.ones(96, 32))
