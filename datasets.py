@@ -1,0 +1,525 @@
+"""Data: the images of a run, their transforms (DeiT's, DeiT III's and Swin's, from timm), samplers and loaders.
+
+Every random draw of augmentation is a function of (run seed, epoch, global position of the sample in the epoch's order)
+and of nothing else: not of rank, world size, loader workers, nor of whether the run was interrupted. Two processes with
+half the batch see the samples of one process pixel for pixel; an epoch resumed at micro-batch k continues as if it had
+never stopped; the process's own generators stay untouched.
+
+    data = build_data(cfg, rank=0, world_size=1, batch_size=256)
+    for images, targets in data.train_batches(epoch=0):     # (256, 3, H, W) float32, (256,) int64
+        ...
+
+Streaming sets (wds/, tfds/, hfids/) are shuffled and split by timm's readers. They promise less: the order depends on
+world size and workers, distributed evaluation may repeat or miss images, unreadable images are the reader's business,
+and an epoch resumed in its middle starts anew from its first sample (only its length is kept).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.machinery
+import importlib.util
+import itertools
+import os
+import random
+import signal
+import sys
+import tarfile
+from collections.abc import Iterator, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import ImageDataset, IterableImageDataset, Mixup, auto_augment, create_dataset, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.data.readers.shared_count import SharedCount
+from timm.data.transforms import str_to_interp_mode
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, default_collate
+from torchvision import transforms
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+
+from config import Config, UserError
+
+_SETS = ("imagenet", "cifar10", "cifar100", "digits", "generated", "torch/", "hfds/", "hfids/", "wds/", "tfds/")
+_NEEDS = {  # optional packages: import name and what to pip install
+    "digits": {"sklearn": "scikit-learn"},
+    "hfds": {"datasets": "datasets"},
+    "hfids": {"datasets": "datasets"},
+    "wds": {"webdataset": "webdataset"},
+    "tfds": {"tensorflow": "tensorflow", "tensorflow_datasets": "tensorflow-datasets"},
+}
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, tarfile.TarError, Image.DecompressionBombError)
+_MAX_IN_A_ROW = 100  # unreadable images in a row: beyond this the disk is broken, not an image
+_ORDER, _AUGMENT, _STREAM = range(3)  # first word of a seed's key, so that no two uses of a seed coincide
+
+Key = tuple[int, int, int]  # index of an image, its global position in the epoch's order, epoch
+Sample = tuple[Tensor | None, int, str | None]  # image (3, H, W) float32, label, what could not be read
+Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W) float32, labels (B,) int64
+
+
+@dataclass
+class Data:
+    """The training and evaluation batches of one process, made by `build_data`."""
+
+    num_classes: int
+    batches_per_epoch: int  # training micro-batches of this process; a last partial batch is dropped
+    eval_size: int  # images of the whole evaluation set, all processes together
+    train_loader: DataLoader
+    eval_loader: DataLoader
+    skip_corrupt: bool
+    corrupt: int = 0  # unreadable images this process met so far: replaced in training, left out in evaluation
+    _passes: int = 0
+
+    def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The micro-batches of `epoch` from number `start` on: images (B, 3, H, W) float32, labels (B,) int64.
+
+        A later call takes the loader over from an earlier one. Raises UserError as `_batches` does.
+        """
+        assert 0 <= start <= self.batches_per_epoch, f"micro-batch {start} of {self.batches_per_epoch}"
+        loader = self.train_loader
+        (loader.dataset if isinstance(loader.dataset, _Stream) else loader.sampler).begin(epoch, start)
+        self._passes = this = self._passes + 1
+        for batch in itertools.islice(self._batches(loader), self.batches_per_epoch - start):
+            assert this == self._passes, "a later call of train_batches has taken the loader over"
+            yield batch
+
+    def eval_batches(self) -> Iterator[Batch]:
+        """This process's share of the evaluation set. Over all processes every image comes once; shares are uneven."""
+        return self._batches(self.eval_loader)
+
+    def _batches(self, loader: DataLoader) -> Iterator[Batch]:
+        """What the workers sent, judged here: an exception out of a worker would reach the user with a traceback in it.
+
+        Raises UserError for an image that cannot be read, unless such images are skipped, and for an impossible label.
+        """
+        for images, targets, unreadable, missing in loader:
+            if unreadable and not self.skip_corrupt:
+                raise UserError(
+                    f"{unreadable[0]}: repair or remove it, or go on without such images by data.on_corrupt=skip "
+                    "(--on-corrupt skip)."
+                )
+            if missing and loader is self.train_loader:
+                raise UserError(f"{unreadable[0]}, nor can the {_MAX_IN_A_ROW - 1} images after it: check data.path.")
+            self.corrupt += len(unreadable)
+            if not len(images):
+                continue
+            low, high = int(targets.min()), int(targets.max())
+            if not 0 <= low <= high < self.num_classes:
+                raise UserError(
+                    f"The data holds a label {low if low < 0 else high}, outside of its {self.num_classes} classes: "
+                    "set model.num_classes to the number of classes."
+                )
+            yield images, targets
+
+
+def build_data(cfg: Config, *, rank: int, world_size: int, batch_size: int) -> Data:
+    """The data of process `rank` of `world_size`, in training micro-batches of `batch_size` images a process.
+
+    Raises UserError for what the user can mend: paths, missing packages, class counts, a batch that does not fit.
+    """
+    if batch_size % 2 and _mixes(cfg):
+        raise UserError(f"mixup pairs the images of a batch, so data.batch_size must be even, not {batch_size}.")
+    eval_batch_size = max(1, int(1.5 * batch_size))  # evaluation keeps no activations, so more fits
+    train_set, eval_set = _open(cfg, batch_size, eval_batch_size)
+    num_classes = _num_classes(cfg, train_set, eval_set)
+    workers, seed = _num_workers(cfg), cfg.run.seed
+
+    if isinstance(train_set, IterableImageDataset):
+        if cfg.aug.repeats > 1:
+            raise UserError(f"data.set {cfg.data.set} is a stream and cannot repeat augmentation: set aug.repeats=1.")
+        for stream in (train_set, eval_set):
+            # The readers would take these from an initialised torch.distributed only.
+            stream.reader.dist_rank, stream.reader.dist_num_replicas = rank, world_size
+            stream.set_loader_cfg(num_workers=max(1, workers))
+        train_images = _Stream(train_set, train_transform(cfg), seed, rank)
+        eval_images = _Stream(eval_set, eval_transform(cfg), seed, rank)
+        train_order = eval_order = None
+        samples, eval_size = len(train_set), eval_set.reader.num_samples
+    else:
+        train_images = _Images(train_set, train_transform(cfg), seed, attempts=_MAX_IN_A_ROW)
+        eval_images = _Images(eval_set, eval_transform(cfg), seed, attempts=1)
+        train_order = _Order(train_set, cfg, rank, world_size, batch_size)
+        eval_order = [(index, index, 0) for index in range(rank, len(eval_set), world_size)]
+        samples, eval_size = len(train_order), len(eval_set)
+    if samples < batch_size:
+        raise UserError(
+            f"An epoch of data.set {cfg.data.set} has {samples} training images for each of {world_size} process(es), "
+            f"fewer than one batch of {batch_size}: lower data.batch_size or optim.global_batch."
+        )
+
+    def loader(images: Dataset, size: int, order: Any, drop_last: bool) -> DataLoader:
+        return DataLoader(
+            images,
+            size,
+            sampler=order,
+            drop_last=drop_last,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=_collate,
+            worker_init_fn=_ignore_interrupts,
+            pin_memory=cfg.data.pin_mem and cfg.run.device != "cpu" and torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(seed),  # its workers' seeds would come from the process's own
+        )
+
+    train_loader = loader(train_images, batch_size, train_order, True)
+    eval_loader = loader(eval_images, eval_batch_size, eval_order, False)
+    skip = cfg.data.on_corrupt == "skip"
+    return Data(num_classes, samples // batch_size, eval_size, train_loader, eval_loader, skip)
+
+
+def _num_workers(cfg: Config) -> int:
+    if cfg.data.num_workers is not None:
+        return cfg.data.num_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(10, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+# --- Transforms -------------------------------------------------------------------------------------------------------
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
+    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else image.point(lambda value: 0)
+
+
+# timm's rand-m9-mstd0.5 keeps 0 bits of about one image in 700: black, until Pillow 13 made that an error.
+auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing"), _posterize))
+
+
+def train_transform(cfg: Config) -> transforms.Compose:
+    """PIL image -> (3, img_size, img_size) float32: crop and flip, AutoAugment or 3-Augment, normalisation, erasing."""
+    aug, size = cfg.aug, cfg.model.img_size
+    policy = "3a" if aug.three_augment else aug.aa  # timm's 3a: grayscale, solarize or blur; colour jitter follows
+    common = {"scale": aug.scale, "hflip": aug.hflip, "color_jitter": aug.color_jitter or None, "auto_augment": policy}
+    erasing = {"re_prob": aug.reprob, "re_mode": aug.remode, "re_count": aug.recount}
+    norm = {"mean": cfg.data.mean, "std": cfg.data.std}
+    try:
+        crop, colour, final = create_transform(
+            size, is_training=True, separate=True, interpolation=aug.interpolation, **common, **erasing, **norm
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UserError(f"aug.aa {policy} is not one of timm's, such as rand-m9-mstd0.5-inc1: {error}.") from None
+    if aug.crop == "src":
+        mode = str_to_interp_mode("bicubic" if aug.interpolation == "random" else aug.interpolation)
+        pad_crop = transforms.RandomCrop(size, padding=4, padding_mode="reflect")
+        crop = transforms.Compose([transforms.Resize(size, mode), pad_crop, transforms.RandomHorizontalFlip(aug.hflip)])
+    return transforms.Compose([*crop.transforms, *colour.transforms, *final.transforms])
+
+
+def eval_transform(cfg: Config) -> transforms.Compose:
+    """PIL image -> (3, img_size, img_size) float32: shorter side to img_size / eval_crop_ratio, centre crop."""
+    norm = {"mean": cfg.data.mean, "std": cfg.data.std}
+    return create_transform(cfg.model.img_size, interpolation="bicubic", crop_pct=cfg.data.eval_crop_ratio, **norm)
+
+
+def _mixes(cfg: Config) -> bool:
+    return cfg.aug.mixup > 0 or cfg.aug.cutmix > 0 or cfg.aug.cutmix_minmax is not None
+
+
+def build_mixup(cfg: Config, num_classes: int) -> Mixup | None:
+    """timm's Mixup, with label smoothing; None where neither mixup nor cutmix is on.
+
+    It works on whole batches in the training process and draws from numpy's global generator, which is the caller's.
+    """
+    aug = cfg.aug
+    if not _mixes(cfg):
+        return None
+    probabilities = {"prob": aug.mixup_prob, "switch_prob": aug.mixup_switch_prob, "mode": aug.mixup_mode}
+    target = {"label_smoothing": cfg.loss.smoothing, "num_classes": num_classes}
+    return Mixup(aug.mixup, aug.cutmix, aug.cutmix_minmax, **probabilities, **target)
+
+
+# --- Order, seeds and samples -----------------------------------------------------------------------------------------
+
+
+def _words(seed: int, *key: int) -> list[int]:
+    """Four 32-bit words, well mixed from the seed and every part of the key."""
+    return np.random.SeedSequence(seed, spawn_key=key).generate_state(4).tolist()
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, *key: int) -> Iterator[None]:
+    """Python's, numpy's and torch's CPU generator, all of which augmentation draws from, seeded from (seed, key).
+
+    All three are put back: without loader workers this runs inside the training process.
+    """
+    words, python_state, numpy_state = _words(seed, *key), random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(words[0] << 32 | words[1])
+        np.random.seed(words)
+        torch.default_generator.manual_seed(words[2] << 32 | words[3])  # torch.manual_seed would seed the GPUs too
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+class _Order(Sampler[Key]):
+    """The training samples of one process, shuffled or shuffled and repeated, from a micro-batch of an epoch on."""
+
+    def __init__(self, images: Sized, cfg: Config, rank: int, world_size: int, batch_size: int) -> None:
+        self._seed, self._batch_size, self._rank, self._world_size = cfg.run.seed, batch_size, rank, world_size
+        if cfg.aug.repeats > 1:
+            # timm rounds an epoch down to whole 256s, as DeiT does; nothing would be left of a smaller set.
+            rounding = 256 if len(images) >= 256 else 0
+            repeats = {"num_repeats": cfg.aug.repeats, "selected_round": rounding}
+            self._indices = RepeatAugSampler(images, world_size, rank, **repeats)
+        else:
+            self._indices = DistributedSampler(images, world_size, rank, drop_last=True)
+        self.begin(0, 0)
+
+    def begin(self, epoch: int, start: int) -> None:
+        self._epoch, self._first = epoch, start * self._batch_size
+        # timm shuffles by the epoch alone, torch by seed + epoch, where seed 0 in epoch 1 repeats seed 1 in epoch 0:
+        # a number mixed from both, given as the epoch, serves either.
+        self._indices.set_epoch(_words(self._seed, _ORDER, epoch)[0])
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[Key]:
+        places = itertools.count(self._rank, self._world_size)
+        return itertools.islice(zip(self._indices, places, itertools.repeat(self._epoch)), self._first, None)
+
+
+class _Images(Dataset[Sample]):
+    """A set of (PIL image, label) read and then transformed under the sample's own seed.
+
+    An unreadable image is replaced by the next readable one, up to `attempts` images in all, and reported.
+    """
+
+    def __init__(self, source: Any, transform: transforms.Compose, seed: int, attempts: int) -> None:
+        self._source, self._transform, self._seed, self._attempts = source, transform, seed, attempts
+
+    def __getitem__(self, key: Key) -> Sample:
+        first, position, epoch = key
+        problem = None
+        for index in (i % len(self._source) for i in range(first, first + self._attempts)):
+            try:
+                image, target = self._read(index)
+            except _DECODE_ERRORS as error:
+                reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+                problem = problem or f"{self._name(index)} cannot be read ({reason})"
+                continue
+            with _seeded(self._seed, _AUGMENT, epoch, position):
+                return self._transform(image), target, problem
+        return None, -1, problem
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        if isinstance(self._source, ImageDataset):  # past timm's own reading, which replaces unreadable images unasked
+            stream, target = self._source.reader[index]
+            with stream:
+                return Image.open(stream).convert("RGB"), int(target)
+        image, target = self._source[index]
+        return (image if image.mode == "RGB" else image.convert("RGB")), int(target)
+
+    def _name(self, index: int) -> str:
+        if isinstance(self._source, ImageFolder):
+            return self._source.samples[index][0]
+        if isinstance(self._source, ImageDataset):
+            name = self._source.filename(index, absolute=True) or f"image {index}"
+            return os.path.join(self._source.reader.root or "", name)
+        return f"image {index} of {type(self._source).__name__}"
+
+
+class _Stream(IterableDataset[Sample]):
+    """A stream of timm's; augmentation is a function of (run seed, epoch, worker, place in the worker's stream)."""
+
+    def __init__(self, source: IterableImageDataset, transform: transforms.Compose, seed: int, rank: int) -> None:
+        self._source, self._transform, self._seed, self._rank = source, transform, seed, rank
+        self._epoch = SharedCount()  # shared memory, for workers that outlive an epoch
+
+    def begin(self, epoch: int, start: int) -> None:
+        self._epoch.value = epoch  # a stream cannot be entered in its middle, so `start` is not used
+        self._source.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Sample]:
+        info = torch.utils.data.get_worker_info()
+        worker = self._rank * info.num_workers + info.id if info else self._rank
+        for position, (image, target) in enumerate(self._source):
+            with _seeded(self._seed, _STREAM, self._epoch.value, worker, position):
+                sample = self._transform(image), int(target), None
+            yield sample
+
+
+def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str], int]:
+    """Images (B, 3, H, W), labels (B,), what could not be read, and how many images the batch lacks for it."""
+    found = [(image, target) for image, target, _ in samples if image is not None]
+    images, targets = default_collate(found) if found else (torch.empty(0), torch.empty(0, dtype=torch.int64))
+    return images, targets, [problem for *_, problem in samples if problem], len(samples) - len(found)
+
+
+def _ignore_interrupts(worker_id: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the main one ends its workers
+
+
+# --- Data sets: sequences of (PIL image, label), timm's ImageDataset, or timm's streams -------------------------------
+
+
+def _open(cfg: Config, batch_size: int, eval_batch_size: int) -> tuple[Any, Any]:
+    """The training and the evaluation set. Raises UserError where one cannot be opened."""
+    name, size = cfg.data.set, cfg.model.img_size
+    prefix, slash, _ = name.partition("/")
+    if (prefix + slash) not in _SETS:
+        near = difflib.get_close_matches(prefix + slash, _SETS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_SETS)} (a slash: timm's naming)."
+        raise UserError(f"There is no data.set {name}: {hint}")
+    for module, package in _NEEDS.get(prefix, {}).items():
+        if _find(module) is None:
+            raise UserError(f"data.set {name} needs a package that is not installed: pip install {package}")
+    if name == "imagenet":
+        root = _path(cfg, "the folder that holds train/ and val/")
+        return _image_folder(root, "train"), _image_folder(root, "val")
+    if name.startswith("cifar"):
+        return _cifar(cfg, train=True), _cifar(cfg, train=False)
+    if name == "digits":
+        return _digits()
+    if name == "generated":
+        num_classes, n = cfg.model.num_classes or 1000, cfg.data.num_images
+        return _Generated(0, n, size, num_classes), _Generated(1, max(1, n // 10), size, num_classes)
+    if prefix in ("torch", "wds"):
+        _path(cfg, "the files of the data set")
+    if prefix in ("hfds", "hfids"):
+        _expose_hugging_face()
+    train = _timm_set(cfg, ("train",), is_training=True, batch_size=batch_size)
+    # Published sets name what they hold out in one of these ways.
+    return train, _timm_set(cfg, ("validation", "val", "test"), is_training=False, batch_size=eval_batch_size)
+
+
+def _path(cfg: Config, what: str) -> Path:
+    """data.path, which must be given and, unless it is a URL, exist."""
+    path = cfg.data.path
+    if path is None:
+        raise UserError(f"data.set {cfg.data.set} needs data.path (--data-path): {what}.")
+    if "://" not in path and not Path(path).exists():
+        raise UserError(f"data.path {path} does not exist: data.set {cfg.data.set} needs {what}.")
+    return Path(path)
+
+
+def _image_folder(root: Path, split: str) -> ImageFolder | ImageDataset:
+    """root/split with one folder a class; or that as root/split.tar; or one tar file a class in root/split."""
+    folder, tar = root / split, root / f"{split}.tar"
+    source = tar if tar.is_file() and not folder.is_dir() else folder
+    if not source.exists():
+        entries = sorted(entry.name for entry in root.iterdir()) if root.is_dir() else []
+        held = ", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else "")
+        raise UserError(
+            f"{root} has no {split}/: data.set imagenet expects train/ and val/ there, each with one folder a class, "
+            f"but it holds {held or 'nothing'}."
+        )
+    try:
+        if source is tar or (any(folder.glob("*.tar")) and not any(entry.is_dir() for entry in folder.iterdir())):
+            return ImageDataset(str(source), reader=ReaderImageInTar(str(source)))
+        return ImageFolder(source)
+    except (OSError, AssertionError, ValueError, tarfile.TarError) as error:  # torchvision names the empty class
+        raise UserError(
+            f"{source} must hold one folder a class, each with at least one image: {_first_line(error)}"
+        ) from None
+
+
+def _cifar(cfg: Config, *, train: bool) -> CIFAR10 | CIFAR100:
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[cfg.data.set]
+    root, name = _path(cfg, f"the folder that holds {kind.base_folder}/"), kind.__name__
+    try:
+        return kind(root, train=train)
+    except (RuntimeError, OSError):
+        raise UserError(
+            f"{root / kind.base_folder} is missing or incomplete: download it with python -c "
+            f"\"from torchvision.datasets import {name}; {name}('{root}', download=True)\", or correct data.path."
+        ) from None
+
+
+def _digits() -> tuple[list[tuple[Image.Image, int]], list[tuple[Image.Image, int]]]:
+    """scikit-learn's 1797 handwritten digits, 8x8 gray as RGB; always the same 1437 to train and 360 to evaluate."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # gray levels are 0 to 16
+    samples = [(Image.fromarray(p).convert("RGB"), int(t)) for p, t in zip(pixels, digits.target, strict=True)]
+    train, held_out = train_test_split(samples, test_size=360, stratify=digits.target, random_state=0)
+    return train, held_out
+
+
+class _Generated(Dataset[tuple[Image.Image, int]]):
+    """Noise with random labels, each image a function of (split, index). torchvision's FakeData would seed the GPUs."""
+
+    def __init__(self, split: int, length: int, size: int, num_classes: int) -> None:
+        self._split, self._length, self._size, self.num_classes = split, length, size, num_classes
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        rng = np.random.default_rng([self._split, index])
+        pixels = rng.integers(0, 256, (self._size, self._size, 3), dtype=np.uint8)
+        return Image.fromarray(pixels), int(rng.integers(self.num_classes))
+
+
+def _timm_set(cfg: Config, splits: tuple[str, ...], *, is_training: bool, batch_size: int) -> Any:
+    """A set by timm's naming, the first of `splits` that it has. Raises UserError with what the first one met."""
+    name, path, problems = cfg.data.set, cfg.data.path, []
+    hints = {"is_training": is_training, "batch_size": batch_size, "seed": cfg.run.seed}  # read by streams alone
+    for split in splits:
+        try:
+            return create_dataset(name, path, split, **hints)
+        except Exception as error:  # anything the packages behind timm raise: files, splits, networks
+            problems.append(f"{type(error).__name__}: {_first_line(error)}")
+    raise UserError(f"data.set {name} has no usable split {' or '.join(splits)} under data.path {path}: {problems[0]}")
+
+
+def _find(module: str) -> importlib.machinery.ModuleSpec | None:
+    """The installed package of that name: no file of this repository, nor a mere folder (which has no origin)."""
+    here = Path(__file__).resolve().parent
+    spec = importlib.machinery.PathFinder.find_spec(module, [p for p in sys.path if Path(p).resolve() != here])
+    return spec if spec and spec.origin else None
+
+
+def _expose_hugging_face() -> None:
+    """Let `import datasets` in timm's hfds readers mean Hugging Face's package, which has the name of this file.
+
+    Everything that needs this file has imported it by then, and forked loader workers inherit it.
+    """
+    spec = _find("datasets")
+    if getattr(sys.modules.get("datasets"), "__file__", None) != spec.origin:
+        sys.modules["datasets"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["datasets"])
+
+
+def _class_to_idx(source: Any) -> dict[str, int]:
+    """The set's classes by name, under the attribute it keeps them in; empty where it knows none."""
+    reader = getattr(source, "reader", source)
+    return getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
+
+
+def _num_classes(cfg: Config, train_set: Any, eval_set: Any) -> int:
+    """The number of classes. Raises UserError where the two sets, or they and model.num_classes, disagree."""
+    name, wanted = cfg.data.set, cfg.model.num_classes
+    train, held_out = _class_to_idx(train_set), _class_to_idx(eval_set)
+    if train != held_out:
+        odd = sorted(set(train) ^ set(held_out))
+        example = f"only one of them has {odd[0]}" if odd else "their order differs"
+        raise UserError(
+            f"Training and evaluation need the same classes, but data.set {name} has {len(train)} for training and "
+            f"{len(held_out)} for evaluation ({example}): give both the same class folders."
+        )
+    fixed = {"digits": 10, "generated": wanted or 1000}
+    found = fixed.get(name) or len(set(train.values())) or None
+    if found is None and wanted is None:
+        raise UserError(f"data.set {name} does not tell how many classes it has: set model.num_classes.")
+    if found and wanted and found != wanted:
+        raise UserError(
+            f"data.set {name} has {found} classes but model.num_classes is {wanted}: leave model.num_classes out to "
+            "take the number from the data."
+        )
+    return found or wanted
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
