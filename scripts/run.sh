@@ -44,7 +44,7 @@ gpus() {
             echo 0
         fi
     elif [ "${CUDA_VISIBLE_DEVICES+set}" ]; then
-        echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -cv -e '^$' -e '^-1$' || true
+        echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -cv '^$' || true
     else
         { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true
     fi

@@ -62,9 +62,9 @@ import sys
 version = "%d.%d" % sys.version_info[:2]
 try:
     import ensurepip, venv
-    print(version, "yes", getattr(sys, "_base_executable", sys.executable))
+    print("%s yes %s" % (version, getattr(sys, "_base_executable", sys.executable)))
 except ImportError:
-    print(version, "no", sys.executable)
+    print("%s no %s" % (version, sys.executable))
 ' 2>/dev/null
 }
 
@@ -107,6 +107,8 @@ if [ -n "$active" ] && ! { [ -e "$incomplete" ] && [ "$active" -ef "$venv/bin/py
         exit
     fi
 fi
+
+if [ -n "${PYTHON:-}" ]; then base_python; fi # a PYTHON that cannot be used is a mistake, whatever else is there
 
 # 2. .venv, complete.
 complete() {
@@ -157,15 +159,15 @@ else
     say "completing the .venv that is already here" # made by hand: never marked, so never removed
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >"$log" 2>&1 || true
 fi
-say "installing $requirements into .venv (on Linux the first time some GB with CUDA; details in .venv/install.log)"
+say "installing $requirements into .venv (the first time about 5 GB on Linux, CUDA included; details in .venv/install.log)"
 progress='/\.metadata/d; s/^ *\(Downloading .*\)/setup:   \1/p; s/^Installing collected packages.*/setup:   Unpacking/p'
 if ! PYTHONUNBUFFERED=1 "$venv/bin/python" -m pip install --disable-pip-version-check -r "$requirements" 2>&1 |
     tee "$log" | sed -n "$progress" >&2; then
     tail -n 15 "$log" >&2
     die 1 "pip could not install $requirements; its last lines are above, all of them in .venv/install.log"
 fi
-if ! "$venv/bin/python" -c 'import torch, torchvision' >"$log" 2>&1; then
-    tail -n 5 "$log" >&2
+if ! why="$("$venv/bin/python" -c 'import torch, torchvision' 2>&1)"; then
+    echo "$why" | tail -n 5 >&2
     die 1 "the installed torch and torchvision do not load; the error is above"
 fi
 if ! why="$(meets "$venv/bin/python" "$requirements")"; then
@@ -173,8 +175,7 @@ if ! why="$(meets "$venv/bin/python" "$requirements")"; then
 fi
 for file in "$requirements" requirements*.txt; do
     if meets "$venv/bin/python" "$file" >/dev/null; then fingerprint "$file"; fi
-done >"$stamp.new"
-mv "$stamp.new" "$stamp"
+done >"$stamp"
 rm -f "$incomplete"
 say "done"
 echo "$venv/bin/python"

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -175,9 +176,11 @@ here="$(cd "$(dirname "$0")" && pwd)"
 case "$*" in
     *importlib.metadata*) [ -e "$here/met" ] || { echo "it has numpy 1.0, not ==2.0"; exit 1; } ;;
     *_base_executable*) echo "${FAKE_VERSION:-3.11} ${FAKE_ENSUREPIP:-yes} $here/$(basename "$0")" ;;
+    *fcntl*) exec "$REAL_PYTHON" "$@" ;;
     *"-m venv"*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; echo venv >> "$RECORD" ;;
     *"-m pip install"*)
         echo pip >> "$RECORD"
+        sleep "${FAKE_PIP_SECONDS:-0}"
         [ -z "${FAKE_PIP_KILLED:-}" ] || kill -9 "$PPID"
         [ -z "${FAKE_PIP_FAILS:-}" ] || { echo "ERROR: no matching distribution"; exit 1; }
         touch "$here/met" ;;
@@ -202,7 +205,7 @@ class Checkout:
 
     def setup(self, *args: str, **extra: str | Path) -> subprocess.CompletedProcess:
         path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
-        env = clean_env(PATH=path, RECORD=self.record, **extra)
+        env = clean_env(PATH=path, RECORD=self.record, REAL_PYTHON=sys.executable, **extra)
         return bash(self.root / "scripts/setup.sh", *args, env=env, cwd=self.bin)
 
     def done(self) -> list[str]:
@@ -256,6 +259,15 @@ def test_setup_distrusts_an_interrupted_environment_that_is_active(checkout: Che
     assert checkout.done() == ["venv", "pip"]
 
 
+def test_two_setups_at_once_install_once(checkout: Checkout) -> None:
+    """As when several nodes with one file system start a run: the second waits and finds the work done."""
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: checkout.setup(FAKE_PIP_SECONDS="0.5"), range(2)))
+    assert [(r.returncode, r.stdout) for r in results] == [(0, f"{checkout.venv_python}\n")] * 2
+    assert checkout.done() == ["venv", "pip"]
+    assert sum("waiting for another set-up" in r.stderr for r in results) == 1
+
+
 def test_setup_keeps_a_hand_made_environment(checkout: Checkout) -> None:
     mine = executable(checkout.root / ".venv/bin/python", FAKE_PYTHON).parent / "mine"
     mine.touch()
@@ -298,6 +310,9 @@ def test_setup_names_the_missing_ensurepip(checkout: Checkout) -> None:
 def test_setup_takes_PYTHON(checkout: Checkout, tmp_path: Path) -> None:  # noqa: N802
     chosen = executable(tmp_path / "my python", FAKE_PYTHON)
     assert f"making .venv with {chosen}" in checkout.setup(PYTHON=chosen).stderr
+    old = checkout.setup(PYTHON=chosen, FAKE_VERSION="2.7")  # a mistake, though .venv is complete by now
+    assert (old.returncode, old.stdout) == (2, "")
+    assert f"({chosen} is 2.7)" in old.stderr
     missing = checkout.setup(PYTHON=tmp_path / "none")
     assert (missing.returncode, missing.stdout) == (2, "")
     assert "there is no Python at PYTHON=" in missing.stderr
