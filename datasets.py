@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import ImageDataset, IterableImageDataset, Mixup, auto_augment, create_dataset, create_transform
+from timm.data import ImageDataset, IterableImageDataset, Mixup, create_dataset, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.data.readers.shared_count import SharedCount
@@ -162,7 +162,7 @@ def build_data(cfg: Config, *, rank: int, world_size: int, batch_size: int) -> D
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=_collate,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_outlive_signals,
             pin_memory=cfg.data.pin_mem and cfg.run.device != "cpu" and torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(seed),  # its workers' seeds would come from the process's own
         )
@@ -181,14 +181,6 @@ def _num_workers(cfg: Config) -> int:
 
 
 # --- Transforms -------------------------------------------------------------------------------------------------------
-
-
-def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
-    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else image.point(lambda value: 0)
-
-
-# timm's rand-m9-mstd0.5 keeps 0 bits of about one image in 700: black, until Pillow 13 made that an error.
-auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing"), _posterize))
 
 
 def train_transform(cfg: Config) -> transforms.Compose:
@@ -355,8 +347,13 @@ def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str], int]:
     return images, targets, [problem for *_, problem in samples if problem], len(samples) - len(found)
 
 
-def _ignore_interrupts(worker_id: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the main one ends its workers
+def _outlive_signals(worker_id: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a group; the main one saves and then ends its workers.
+
+    A second SIGTERM ends a worker: it is what the main process sends to one that does not leave by itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 # --- Data sets: sequences of (PIL image, label), timm's ImageDataset, or timm's streams -------------------------------

@@ -82,19 +82,20 @@ class NoiseClock(nn.Module):
 
     def __init__(self, seed: int | None = None, rank: int | None = None) -> None:
         super().__init__()
+        # Buffers move with the model but stay out of its state dict, which remains that of the timm model. The key is
+        # not among them: DistributedDataParallel copies the buffers of rank 0 to all ranks, whose noise must differ.
+        self.register_buffer("next_position", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("state", torch.zeros(2, dtype=torch.int64), persistent=False)
         if rank is None:
             rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self.reseed(torch.initial_seed() & _MASK if seed is None else seed, rank)
 
     def reseed(self, seed: int, rank: int) -> None:
-        """Start over at position 0 with another run seed (0 to 2^32 - 1) and process rank."""
+        """Start over at position 0 with another run seed and process rank, each from 0 to 2^32 - 1."""
         if not 0 <= seed <= _MASK or not 0 <= rank <= _MASK:
             raise ValueError(f"seed and rank must lie in [0, 2^32); got {seed} and {rank}")
         self.seed, self.rank = seed, rank
-        # Buffers move with the model but stay out of its state dict, which remains that of the timm model. The key is
-        # not among them: DistributedDataParallel copies the buffers of rank 0 to all ranks, whose noise must differ.
-        self.register_buffer("next_position", torch.zeros((), dtype=torch.int64), persistent=False)
-        self.register_buffer("state", torch.zeros(2, dtype=torch.int64), persistent=False)
+        self.seek(0)
         self.advance()
         self.seek(0)
 

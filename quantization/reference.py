@@ -128,10 +128,12 @@ def quantize(
     if shadow_blocks is not None:
         finite = finite & torch.isfinite(shadow_blocks).all(dim=-1, keepdim=True)
     s = scale_exponent(torch.where(finite, block_max, 1.0), fmt, scale_rule)
-    to_latent, scale = power_of_two(-s), torch.where(finite, power_of_two(s), torch.nan)
+    to_latent = power_of_two(-s)
 
     latent = blocks.values * to_latent
     pair = neighbours(latent.abs().clamp(max=fmt.max), fmt)  # the clamp saturates; only the floor rule needs it
     up = rounds_up(latent, pair, rounding, u=u, shadow=None if shadow_blocks is None else shadow_blocks * to_latent)
-    magnitude = torch.where(up, pair.upper, pair.lower)
-    return from_blocks(Blocks(torch.copysign(magnitude, latent) * scale, blocks.length), axis)
+    values = torch.copysign(torch.where(up, pair.upper, pair.lower), latent) * power_of_two(s)
+    # Chosen, not multiplied in: the bits of a computed NaN depend on the device.
+    values = torch.where(finite, values, torch.nan)
+    return from_blocks(Blocks(values, blocks.length), axis)

@@ -8,9 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import timm
 from packaging.specifiers import SpecifierSet
+from PIL import Image
+from timm.data import auto_augment
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,19 @@ def _models_registered() -> bool:
     return {zoo.PREFIX + m.timm_name for m in zoo.ZOO} <= set(timm.list_models(f"{zoo.PREFIX}*"))
 
 
+def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
+    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else image.point(lambda value: 0)
+
+
+def _posterize_to_black() -> None:
+    auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing"), _posterize))
+
+
+def _posterizes_to_black() -> bool:
+    white = Image.new("RGB", (1, 1), "white")
+    return auto_augment.NAME_TO_OP["PosterizeIncreasing"](white, 0).getpixel((0, 0)) == (0, 0, 0)
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         name="mxfp4_models",
@@ -62,6 +78,15 @@ PATCHES: tuple[Patch, ...] = (
         verified_by="timm.list_models('mxfp4_*') names them all.",
         apply=_register_models,
         verify=_models_registered,
+    ),
+    Patch(
+        name="posterize_to_0_bits",
+        what="AutoAugment's Posterize and PosterizeIncreasing give a black image where 0 bits are to be kept.",
+        why="rand-m9-mstd0.5 asks for 0 bits in one image of about 700, an error since Pillow 13.",
+        timm_versions="==1.0.*",
+        verified_by="PosterizeIncreasing of a white pixel to 0 bits is black.",
+        apply=_posterize_to_black,
+        verify=_posterizes_to_black,
     ),
 )
 
