@@ -14,7 +14,8 @@
 #   PYTHON        Python to run with, used as it is                  the one that scripts/setup.sh prints
 #
 # A run goes on where it stopped when it is started again with the same OUTPUT_DIR (--resume auto). Paths are relative
-# to the folder you are in. One process keeps main.py's exit code; with several, torchrun exits 1 if any of them fails.
+# to the folder you are in (CONFIG also to the repository). One process keeps main.py's exit code; with several, torchrun
+# exits 1 if any of them fails.
 set -euo pipefail
 root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
@@ -24,6 +25,7 @@ fi
 config="$1"
 shift
 name="$(basename -- "$config")"
+if [ ! -e "$config" ] && [ -e "$root/$config" ]; then config="$root/$config"; fi
 
 single="" # print and leave: one process is enough
 resume=(--resume auto)

@@ -159,6 +159,14 @@ def test_run_passes_paths_and_flags_on(launch: Launcher) -> None:
     assert words == [*before, "--lr", "1e-3", "--output_dir", "third place"]  # the user's flags come last and win
 
 
+def test_run_finds_a_configuration_of_the_repository_from_anywhere(launch: Launcher) -> None:
+    name = "configs/common/deit_90ep.yaml"
+    assert launch(config=name, NPROC="1")[:3] == [*MAIN[:2], str(ROOT / name)]
+    (launch.folder / "configs/common").mkdir(parents=True)
+    (launch.folder / name).touch()
+    assert launch(config=name, NPROC="1")[:3] == [*MAIN[:2], name]  # the folder one is in comes first
+
+
 def test_run_without_a_configuration(launch: Launcher) -> None:
     assert launch(config="--smoke") == []
     assert launch.result.returncode == 2
