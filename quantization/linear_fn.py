@@ -59,7 +59,7 @@ class QuantLinearFunction(torch.autograd.Function):
         ctx.recipe, ctx.stream, ctx.compute_dtype = recipe, stream, dtype
         ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return output.reshape(*x.shape[:-1], -1)
+        return output.reshape(*x.shape[:-1], output.shape[-1])
 
     @staticmethod
     @once_differentiable
