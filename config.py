@@ -272,6 +272,29 @@ def dump_config(cfg: Config) -> str:
     return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
 
 
+# Keys that say where and how a run is executed and not what it computes: a run may be resumed with others.
+_EXECUTION = {
+    *(f"run.{name}" for name in RunConfig.model_fields if name != "seed"),
+    *(f"data.{name}" for name in ("path", "batch_size", "num_workers", "pin_mem", "on_corrupt")),
+    "paper",
+}
+
+
+def recipe_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Keys in which two dumped configurations differ that change what is computed: "optim.lr 0.001 (here 0.0005)"."""
+
+    def leaves(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in mapping.items():
+            dotted = f"{prefix}{key}"
+            if dotted not in _EXECUTION:
+                found |= leaves(value, f"{dotted}.") if isinstance(value, dict) else {dotted: value}
+        return found
+
+    a, b = leaves(one), leaves(other)
+    return [f"{key} {a.get(key)} (here {b.get(key)})" for key in {**a, **b} if a.get(key) != b.get(key)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Folding: defaults < extends < file < flags
 # ---------------------------------------------------------------------------------------------------------------------

@@ -56,7 +56,6 @@ def fake_quantize(
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         noise = seed if isinstance(seed, Noise) else Noise.from_seed(seed, x.device)
-    values = reference.quantize(
+    return reference.quantize(
         x.detach(), spec.format, spec.scale_rule, spec.rounding, spec.axis, spec.block_size, noise, shadow
     )
-    return values.to(x.dtype)

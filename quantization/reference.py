@@ -11,6 +11,7 @@ Details that are easy to simplify wrongly:
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -57,9 +58,14 @@ class Neighbours(NamedTuple):
     upper: Tensor
 
 
+@functools.cache  # a copy to a GPU waits for it: once, not at every call
+def _grid(fmt: ElementFormat, device: torch.device) -> Tensor:
+    return torch.tensor(fmt.magnitudes, dtype=torch.float32, device=device)
+
+
 def neighbours(magnitude: Tensor, fmt: ElementFormat) -> Neighbours:
     """The neighbours on the grid of magnitudes (float32) that do not exceed the largest one."""
-    grid = torch.tensor(fmt.magnitudes, dtype=torch.float32, device=magnitude.device)
+    grid = _grid(fmt, magnitude.device)
     lower_code = torch.zeros_like(magnitude, dtype=torch.int32)
     for value in fmt.magnitudes[1:]:
         lower_code += magnitude >= value
@@ -93,7 +99,7 @@ def rounds_up(
 class Blocks(NamedTuple):
     """A tensor cut into blocks along one axis, and what is needed to put it together again."""
 
-    values: Tensor  # (..., number of blocks, block size), float32, the last block padded with zeros
+    values: Tensor  # (..., number of blocks, block size), the last block padded with zeros
     length: int  # of the axis before padding
 
 
@@ -118,7 +124,7 @@ def quantize(
     noise: Noise | None = None,
     shadow: Tensor | None = None,
 ) -> Tensor:
-    """Quantize a non-empty tensor in blocks along `axis` and return the dequantized values in float32 (equation 1)."""
+    """Quantize a non-empty tensor in blocks along `axis` and dequantize it again, in its own dtype (equation 1)."""
     blocks = to_blocks(x, axis, block_size)
     shadow_blocks = None if shadow is None else to_blocks(shadow, axis, block_size).values
     u = to_blocks(uniform(x.shape, noise), axis, block_size).values if rounding == "stochastic" else None
@@ -133,7 +139,6 @@ def quantize(
     latent = blocks.values * to_latent
     pair = neighbours(latent.abs().clamp(max=fmt.max), fmt)  # the clamp saturates; only the floor rule needs it
     up = rounds_up(latent, pair, rounding, u=u, shadow=None if shadow_blocks is None else shadow_blocks * to_latent)
-    values = torch.copysign(torch.where(up, pair.upper, pair.lower), latent) * power_of_two(s)
-    # Chosen, not multiplied in: the bits of a computed NaN depend on the device.
-    values = torch.where(finite, values, torch.nan)
+    values = (torch.copysign(torch.where(up, pair.upper, pair.lower), latent) * power_of_two(s)).to(x.dtype)
+    values = values.masked_fill(~finite, torch.nan)  # after the cast: devices differ in the NaN they cast a NaN to
     return from_blocks(Blocks(values, blocks.length), axis)

@@ -76,6 +76,8 @@ def test_all_quantizers_off_equals_linear_under_autocast(shape):
 def test_a_step_under_autocast_does_not_synchronise():
     linear = QuantLinear.from_linear(nn.Linear(192, 576).cuda(), PRESETS["tetrajet"])
     x = torch.randn(4, 197, 192, device="cuda", requires_grad=True)
+    linear(x).sum().backward()  # the first call brings the formats' tables to the device
+    linear.zero_grad()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.autocast("cuda", dtype=torch.bfloat16):
