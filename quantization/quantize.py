@@ -31,8 +31,8 @@ def fake_quantize(
             For nearest rounding only.
         backend: `reference`, `triton`, or `auto`, which takes the fastest that is there.
 
-    A value that rounds beyond the largest number of x's dtype becomes Inf, as in any cast (float16 above 61440,
-    float32 and bfloat16 above 3.19e38).
+    A value that rounds beyond the largest number of x's dtype becomes Inf, as in any cast (e2m1, nearest: float16 from
+    57344 on, float32 and bfloat16 from 2.98e38 on).
 
     Raises TypeError for another dtype, ValueError for shapes, axes and arguments that do not fit together.
     """
