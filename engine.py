@@ -21,14 +21,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import yaml
 from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from checkpoint import LAST, restore_model, save_checkpoint
-from config import Config, UserError, dump_config
+from checkpoint import LAST, find_last, restore_model, save_checkpoint
+from config import Config, UserError, dump_config, recipe_differences
 from datasets import Data
 from losses import Loss
 from quantization.noise import NoiseClock
@@ -81,7 +82,7 @@ class Run:
     steps_per_epoch: int  # optimizer steps
     epoch: int = 0  # epochs done
     step: int = 0  # optimizer steps done in the current epoch
-    best_top1: float = 0.0
+    best_top1: float = -1.0  # below any accuracy: the first epoch is the best so far, whatever it reached
     meter: Meter = field(default_factory=Meter)  # figures of the current epoch
 
     @property
@@ -91,6 +92,11 @@ class Run:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+    def last_good(self) -> str:
+        """Which checkpoint a failed run can go back to, in words."""
+        last = find_last(self.log.output_dir)
+        return f"the last good checkpoint is {last}" if last else f"there is no checkpoint in {self.log.output_dir} yet"
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: schedule, data order and noise follow from the steps done."""
@@ -107,7 +113,19 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
-        """Raises UserError where the checkpoint is of another model, optimizer or length of epoch."""
+        """Raises UserError where the checkpoint is of another recipe or its epochs have another length.
+
+        The number of epochs may change: a finished run can be given more of them.
+        """
+        given = yaml.safe_load(state["config"])
+        differences = recipe_differences(given, self.cfg.model_dump(mode="json"))
+        differences = [d for d in differences if not d.startswith("schedule.epochs ")]
+        if differences:
+            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+            raise UserError(
+                f"{path} was trained with {', '.join(differences[:3])}{more}; resume with the same recipe, or choose "
+                "another --output_dir and start from its weights with --finetune."
+            )
         if state["steps_per_epoch"] != self.steps_per_epoch and state["step"]:
             raise UserError(
                 f"{path} stopped inside an epoch of {state['steps_per_epoch']} steps and this run's have "
@@ -129,7 +147,15 @@ class Run:
         self.schedule.step_update(max(self.global_step - 1, 0))
 
     def save(self, *names: str) -> None:
-        """Write the state to the run's folder under each of `names`; on the first process alone."""
+        """Write the state to the run's folder under each of `names`; on the first process alone.
+
+        Raises TrainingError, on all processes and with the files as they were, where the last step broke a weight.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise TrainingError(
+                    f"Step {self.global_step} of the run left the parameter {name} not finite; {self.last_good()}."
+                )
         if self.log.enabled:
             state = self.state_dict()
             for name in names:
@@ -167,7 +193,7 @@ def forward_backward(run: Run, model: nn.Module, images: Tensor, targets: Tensor
     """One micro-batch: its gradients are added to those there are. Returns its loss (scalar, detached)."""
     seed_step(run, position)
     if run.mixup is not None:
-        images, targets = run.mixup(images, targets)
+        images, targets = run.mixup(images.clone(), targets)  # in place, and a failed step is repeated
     with run.autocast():
         loss = run.loss(images, model(images), targets)
     (loss / run.accumulation).backward()
@@ -198,7 +224,7 @@ def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, 
     if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
         raise TrainingError(
             f"Step {run.step} of epoch {run.epoch}: the loss is {mean_loss:g} and the gradient norm {grad_norm:g}; "
-            f"the first that is not finite is {first_non_finite(run, micro_batches)}."
+            f"the first that is not finite is {first_non_finite(run, micro_batches)}; {run.last_good()}."
         )
     lr = run.optimizer.param_groups[0]["lr"]
     if run.cfg.optim.clip_grad is not None:

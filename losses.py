@@ -74,7 +74,14 @@ def build_loss(cfg: Config, model: nn.Module, *, num_classes: int, mixed_targets
         raise UserError("Distillation needs the teacher's checkpoint; pass --teacher-path FILE.")
     if not timm.is_model(d.teacher_model):
         raise UserError(f"There is no teacher model {d.teacher_model} in timm.")
+    weights = load_weights(d.teacher_path)
     teacher = timm.create_model(d.teacher_model, num_classes=num_classes)
-    restore_model(teacher, load_weights(d.teacher_path), d.teacher_path)
+    try:
+        restore_model(teacher, weights, d.teacher_path)
+    except UserError:
+        raise UserError(
+            f"{d.teacher_path} does not fit the teacher {d.teacher_model} with {num_classes} classes; check "
+            "--teacher-model and --teacher-path."
+        ) from None
     model.set_distilled_training(True)
     return Loss(cfg, mixed_targets=mixed_targets, teacher=teacher.to(device).eval().requires_grad_(False))

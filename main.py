@@ -6,6 +6,7 @@ Configuration -> seeds -> data, model, optimizer -> epochs of training and evalu
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -51,7 +52,7 @@ def plan_batches(cfg: Config, world_size: int) -> tuple[int, int]:
         batch_size = next(b for b in range(min(share, MAX_BATCH), 0, -1) if share % b == 0)
     if share % batch_size:
         raise UserError(
-            f"The global batch of {global_batch} is not a multiple of {world_size} processes x {batch_size} samples; "
+            f"The global batch of {global_batch} is not a multiple of {world_size} process(es) x {batch_size} samples; "
             f"choose a --batch-size that divides {share}, or another --global-batch."
         )
     return batch_size, share // batch_size
@@ -71,13 +72,20 @@ def build_optimizer(cfg: Config, model: nn.Module, device: torch.device) -> torc
             momentum=o.momentum,
             **{name: value for name, value in options.items() if value is not None},
         )
-    except (ValueError, AssertionError, TypeError) as error:
-        raise UserError(f"timm cannot make the optimizer {o.opt}: {error}; see optim.betas and optim.eps.") from None
+    except (ValueError, AssertionError, TypeError, IndexError) as error:
+        raise UserError(
+            f"timm cannot make the optimizer {o.opt}: {error}; check --opt, --opt-betas and --opt-eps."
+        ) from None
 
 
 def build_schedule(cfg: Config, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
     """timm's schedule; once an epoch as DeiT has it, or every iteration as Swin has it."""
     s = cfg.schedule
+    if s.warmup_prefix and s.warmup_epochs >= s.epochs:
+        raise UserError(
+            f"With schedule.warmup_prefix the warm-up of {s.warmup_epochs} epochs must be shorter than the "
+            f"{s.epochs} epochs of training; lower --warmup-epochs or raise --epochs."
+        )
     return create_scheduler_v2(
         optimizer,
         sched=s.sched,
@@ -98,10 +106,9 @@ def pick_device(cfg: Config) -> torch.device:
     name = cfg.run.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device is {name!r}; expected auto, cpu or cuda.") from None
+    if not re.fullmatch(r"cpu|cuda(:\d\d?)?", name):
+        raise UserError(f"--device is {name!r}; expected auto, cpu, cuda or one GPU as in cuda:1.")
+    device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device is cuda and torch sees no CUDA device; use --device cpu or auto.")
@@ -189,10 +196,14 @@ def run_training(
         return
     if state is not None:
         run.load_state_dict(state, resume)
+        if run.epoch >= cfg.schedule.epochs:
+            if rank == 0:
+                print(f"{resume} is complete: {run.epoch} epochs, best top-1 {run.best_top1:.2f} %.")
+            return
     run.log = RunLog(
         output_dir,
         enabled=rank == 0,
-        resume=cfg.run.resume == "auto" or (resume is not None and resume.parent == output_dir),
+        resume=cfg.run.resume == "auto" or (resume is not None and resume.resolve().parent == output_dir.resolve()),
         purge_step=run.global_step if resume else None,
     )
     with run.log:
@@ -226,10 +237,6 @@ def run_training(
 def train(run: Run, max_steps: int | None = None) -> None:
     """The epochs from where the run stands. Ends with exit code 128 + n where signal n stopped it, its state saved."""
     cfg, log = run.cfg, run.log
-    if run.epoch >= cfg.schedule.epochs:
-        if run.rank == 0:
-            print(f"{log.output_dir} is complete: {run.epoch} epochs, best top-1 {run.best_top1:.2f} %.")
-        return
     while run.epoch < cfg.schedule.epochs:
         began = time.monotonic()
         first_step = run.step
@@ -288,6 +295,7 @@ def smoke_overrides(world_size: int) -> list[str]:
         "schedule.epochs=1",
         "schedule.warmup_epochs=0",
         "run.log_every=1",
+        "run.eval=false",
         "run.resume=null",
         "run.finetune=null",
         "distillation.type=none",

@@ -1,0 +1,234 @@
+"""Tiny runs of main.py for test_main.py and test_engine.py: in this process, as a process, or as two under torchrun.
+
+Run as a script (under torchrun), it works through a plan of runs within one process group; see `in_two_processes`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import engine
+import main
+from checkpoint import load_checkpoint
+from engine import Run
+from runlog import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A DeiT of 32 channels and 2 blocks on 64 generated images of 8x8 pixels: 4 steps an epoch, which take 0.1 s.
+TINY = {
+    "--device": "cpu",
+    "--input-size": "8",
+    "--model.patch_size": "4",
+    "--model.kwargs": "{embed_dim: 32, depth: 2, num_heads: 2}",
+    "--data-set": "generated",
+    "--data.num_images": "64",
+    "--nb-classes": "4",
+    "--global-batch": "16",
+    "--num_workers": "0",
+    "--lr": "0.1",
+    "--epochs": "2",
+    "--warmup-epochs": "1",
+    "--log-every": "1",
+    "--aa": "null",
+}
+# Nothing random but the initial weights and the images: what is left is arithmetic.
+PLAIN = [
+    "--drop-path",
+    "0",
+    "--mixup",
+    "0",
+    "--cutmix",
+    "0",
+    "--smoothing",
+    "0",
+    "--warmup-epochs",
+    "0",
+    "--lr",
+    "0.03",
+]
+# Everything random, and everything that has a state: TetraJet, drop path, dropout, mixup, moving average.
+FULL = [
+    "--quant.scheme",
+    "mx",
+    "--drop-path",
+    "0.3",
+    "--drop",
+    "0.1",
+    "--mixup",
+    "0.8",
+    "--cutmix",
+    "1",
+    "--repeated-aug",
+]
+FULL += ["--reprob", "0.5", "--model-ema", "--model-ema-decay", "0.9"]
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """For runs in this process: one thread, which is faster for tiny tensors; and the signal handlers, which a run
+    takes over, are put back."""
+    threads, numbers = torch.get_num_threads(), (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in numbers]
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+
+
+def tiny(output_dir: Path, *flags: str) -> list[str]:
+    """The command line of a tiny run; later flags win."""
+    return [*(word for pair in TINY.items() for word in pair), "--output_dir", str(output_dir), *flags]
+
+
+def exit_code(argv: Sequence[str]) -> int:
+    """What `main.py` ends with."""
+    try:
+        main.command(argv)
+    except SystemExit as end:
+        return end.code
+
+
+def train(output_dir: Path, *flags: str) -> Path:
+    """A tiny run that has to succeed; returns its folder."""
+    assert exit_code(tiny(output_dir, *flags)) == 0
+    return output_dir
+
+
+def before_step(number: int, action: Callable[[Run], object]) -> Callable[..., dict[str, float]]:
+    """engine.train_step that calls `action` before optimizer step `number` of the run (counted from 0)."""
+    step = engine.train_step
+
+    def train_step(run: Run, batches: Any) -> dict[str, float]:
+        if run.global_step == number:
+            action(run)
+        return step(run, batches)
+
+    return train_step
+
+
+def metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """The run's metrics without times and rates."""
+    lines = read_metrics(output_dir)
+    return [
+        {"step": line["step"], "data": {k: v for k, v in line["data"].items() if not k.endswith(("seconds", "_per_s"))}}
+        for line in lines
+    ]
+
+
+def column(output_dir: Path, name: str, words: int = 2) -> list[Any]:
+    """One figure of every step (`words` 2) or epoch (1), in order."""
+    return [line["data"][name] for line in read_metrics(output_dir) if len(line["step"]) == words]
+
+
+def outcome(output_dir: Path) -> dict[str, Any]:
+    """All that two equal runs share: both checkpoints without the configuration (which names the folder), metrics."""
+    files = {name: load_checkpoint(output_dir / name) for name in ("last.pt", "best.pt")}
+    for state in files.values():
+        del state["config"]
+    return {**files, "metrics": metrics(output_dir)}
+
+
+def differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """Where two nested values are not the same bit for bit; empty if nowhere."""
+    if type(one) is not type(other):
+        return [where]
+    if isinstance(one, Mapping):
+        if one.keys() != other.keys():
+            return [where]
+        return [d for key in one for d in differences(one[key], other[key], f"{where}/{key}")]
+    if isinstance(one, (list, tuple)):
+        if len(one) != len(other):
+            return [where]
+        pairs = enumerate(zip(one, other, strict=True))
+        return [d for index, (a, b) in pairs for d in differences(a, b, f"{where}/{index}")]
+    if isinstance(one, torch.Tensor):
+        return [] if one.dtype == other.dtype and torch.equal(one, other) else [where]
+    return [] if one == other else [where]
+
+
+def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and time of change of every file under a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def environment() -> dict[str, str]:
+    """For a process that computes as this one does."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def stop_itself(run: Run) -> None:
+    run.stop._remember(15, None)
+
+
+def break_weight(run: Run) -> None:
+    run.model.blocks[1].mlp.fc1.weight.data[0] = torch.inf
+
+
+ACTIONS = {"stop": stop_itself, "break": break_weight}
+
+
+def in_two_processes(folder: Path, runs: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Work through `runs` in two gloo processes; returns for each run what rank 0 and rank 1 report.
+
+    A run is {"argv": [...]} and, if something is to happen on one rank, {"rank": 1, "step": 2, "action": "stop"}.
+    A report is {"code": exit code, "stderr": text, "noise": the two words of noise state of every step}.
+    """
+    (folder / "plan.json").write_text(json.dumps(list(runs)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, __file__, str(folder)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return [list(reports) for reports in zip(*ranks, strict=True)]
+
+
+def _work(folder: Path) -> None:
+    rank, reports = int(os.environ["RANK"]), []
+    # One group serves all runs.
+    leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None
+    dist.init_process_group = functools.cache(dist.init_process_group)
+    train_step = engine.train_step
+    for run in json.loads((folder / "plan.json").read_text()):
+        noise: list[list[int]] = []
+
+        def record(run: Run, batches: Any, noise: list[list[int]] = noise) -> dict[str, float]:
+            figures = train_step(run, batches)
+            if run.cfg.quant.scheme != "none":
+                noise.append(run.model.noise.state.tolist())
+            return figures
+
+        engine.train_step = record
+        if run.get("rank") == rank:
+            engine.train_step = before_step(run["step"], ACTIONS[run["action"]])
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            code = exit_code(run["argv"])
+        reports.append({"code": code, "stderr": stderr.getvalue(), "noise": noise})
+    (folder / f"rank{rank}.json").write_text(json.dumps(reports))
+    leave()
+
+
+if __name__ == "__main__":
+    _work(Path(sys.argv[1]))
