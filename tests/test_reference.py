@@ -316,10 +316,10 @@ def test_neighbours_enclose_every_magnitude(element):
 
 
 def test_a_draw_below_the_distance_to_the_lower_neighbour_rounds_up():
-    latent = torch.tensor([2.25, 2.25, -2.25, 4.0, 6.0, 0.0])
-    u = torch.tensor([0.24, 0.26, 0.24, 1e-6, 1e-6, 1e-6])
+    latent = torch.tensor([2.25, 2.25, 2.25, -2.25, 4.0, 6.0, 0.0])
+    u = torch.tensor([0.24, 0.25, 0.26, 0.24, 1e-6, 1e-6, 1e-6])
     up = rounds_up(latent, neighbours(latent.abs(), FORMATS["e2m1"]), "stochastic", u=u)
-    assert up.tolist() == [True, False, True, False, False, False]
+    assert up.tolist() == [True, False, False, True, False, False, False]
 
 
 # Against torchao ------------------------------------------------------------------------------------------------------
