@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,6 +51,12 @@ class QuantLinear(nn.Linear):
         quant.recipe = recipe
         quant.register_buffer("shadow", None)
         return quant.train(linear.training)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> QuantLinear:
+        """What .to(), .cuda() and their like do: the clock comes along."""
+        super()._apply(fn, recurse)
+        self.noise._apply(fn)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., C) for an input of any rank."""
@@ -112,6 +118,6 @@ def convert_linears(model: nn.Module, recipe: LinearRecipe, names: Iterable[str]
         quant = QuantLinear._take_over(linears[name], recipe)
         # The number of a layer is its place among all linear layers, so it does not depend on which are converted.
         quant.layer = list(linears).index(name)
-        quant.__dict__["noise"] = clock  # a plain reference: registered once, at the model
+        quant.__dict__["noise"] = clock
         setattr(model.get_submodule(parent), child, quant)
     return converted

@@ -55,7 +55,10 @@ class QuantLinearFunction(torch.autograd.Function):
         output = F.linear(x1, w2, None if bias is None else bias.to(dtype))
 
         double = recipe.backward_operands == "requantized"
-        ctx.save_for_backward(x1 if double else X_ND, w2 if double else weight, noise_state)
+        # A quantizer that is off hands its operand on as it came, and not in the compute dtype.
+        x_saved = x1 if double and (recipe.q1 or not recipe.q6) else X_ND
+        w_saved = w2 if double and (recipe.q2 or not recipe.q4) else weight
+        ctx.save_for_backward(x_saved, w_saved, noise_state)
         ctx.recipe, ctx.stream, ctx.compute_dtype = recipe, stream, dtype
         ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype

@@ -76,14 +76,16 @@ def uniform(shape: torch.Size | tuple[int, ...], noise: Noise) -> Tensor:
 class NoiseClock(nn.Module):
     """The noise state that all quantized layers of a model share, advanced by one position at every forward pass.
 
-    `attach` makes the clock a child of the model and advances it before each of the model's forward passes, so that a
-    model trains with fresh noise in any loop. A training loop that resumes runs calls `seek` with the position.
+    `attach` advances the clock before each forward pass of the model, so that a model trains with fresh noise in any
+    loop that calls the model itself (parts of it called on their own reuse the noise of the last whole pass). A
+    training loop that resumes runs calls `seek` with the position.
+
+    The clock is no child of the model: it takes no part in state dicts, nor in the copies of rank 0's buffers that
+    DistributedDataParallel makes (noise must differ by rank). Its layers take it along to another device.
     """
 
     def __init__(self, seed: int | None = None, rank: int | None = None) -> None:
         super().__init__()
-        # Buffers move with the model but stay out of its state dict, which remains that of the timm model. The key is
-        # not among them: DistributedDataParallel copies the buffers of rank 0 to all ranks, whose noise must differ.
         self.register_buffer("next_position", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("state", torch.zeros(2, dtype=torch.int64), persistent=False)
         if rank is None:
@@ -110,7 +112,8 @@ class NoiseClock(nn.Module):
         self.next_position = self.next_position + 1
 
     def attach(self, model: nn.Module) -> None:
-        model.add_module("noise", self)
+        """Advance before every forward pass of `model`, which refers to the clock as `model.noise`."""
+        model.__dict__["noise"] = self  # not add_module: that would make it a child
         model.register_forward_pre_hook(_advance)
 
     def extra_repr(self) -> str:

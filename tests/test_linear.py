@@ -192,7 +192,7 @@ def test_the_paper_s_models_have_48_or_96_quantized_linears(name, img_size, coun
     assert [n for n, m in modules.items() if type(m) is nn.Linear] == left
     changed = {n for n, kind in kinds.items() if type(modules[n]) is not kind}
     assert changed == set(names)
-    assert set(modules) - set(kinds) == {"noise"}
+    assert set(modules) == set(kinds)
 
 
 @pytest.mark.parametrize("make", [small_vit, small_swin])
@@ -290,7 +290,6 @@ def test_printing_a_model_shows_the_recipe():
     text = str(model)
     assert text.count("QuantLinear(") == 8
     assert "q1 q2: e2m1/truncation_free/nearest_even, q4: e2m1/truncation_free/stochastic, requantized" in text
-    assert "noise" in text and "seed=" in text
     assert "full_precision" in str(QuantLinear.from_linear(linear(), LinearRecipe()))
 
 
@@ -343,7 +342,6 @@ def test_the_clock_moves_with_the_model_and_is_reseeded_where_it_is():
     assert model.noise.state.device.type == model.noise.next_position.device.type == "meta"
 
 
-@pytest.mark.xfail(strict=True, reason="the clock becomes the last module of the sequence, and it has no forward")
 def test_a_sequential_can_be_converted():
     """The clock is a child of the model, and a Sequential calls its children one after the other."""
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from quantization import PRESETS, LinearRecipe, QuantizerSpec, build_recipe, fake_quantize
 from quantization.linear_fn import QuantLinearFunction
 from quantization.noise import Noise
-from quantization.spec import QUANTIZERS
+from quantization.spec import BACKWARD_OPERANDS, QUANTIZERS
 
 STREAM = 8 * 5  # of the layer under test
 OPERANDS = ("requantized", "original")
@@ -311,15 +311,7 @@ def test_under_autocast_q1_and_original_operands_read_what_they_are_given_and_no
     torch.testing.assert_close(actual["output"].double(), expected["output"], rtol=2.0**-7, atol=2.0**-7)
 
 
-@pytest.mark.parametrize(
-    "operands",
-    [
-        pytest.param(
-            "requantized", marks=pytest.mark.xfail(strict=True, reason="they read what was cast to the compute dtype")
-        ),
-        "original",
-    ],
-)
+@pytest.mark.parametrize("operands", BACKWARD_OPERANDS)
 def test_under_autocast_q6_and_q4_read_x_and_w_themselves_where_q1_and_q2_are_off(operands):
     _, _, b, G = tensors((64,), 48, 40)
     X, W = on_a_threshold(64, 48), on_a_threshold(40, 48)

@@ -321,4 +321,4 @@ def test_seeds_and_ranks_beyond_32_bits_are_refused(seed, rank):
 
 
 def test_printing_shows_seed_and_rank():
-    assert "seed=9, rank=2" in str(stochastic_model(9, 2))
+    assert "seed=9, rank=2" in str(stochastic_model(9, 2).noise)
