@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -40,7 +40,9 @@ def _key(default: Any, help: str, *flags: str, consts: dict[str, Any] | None = N
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class ModelConfig(_Section):
@@ -60,7 +62,7 @@ class ModelConfig(_Section):
 class NoQuant(_Section):
     """Every product in full precision."""
 
-    scheme: Literal["none"] = _key("none", "none (full precision) or mx (microscaling)")
+    scheme: Literal["none"] = _key("none", "none (full precision), mx (microscaling) or int4")
 
 
 class ElementConfig(_Section):
@@ -76,7 +78,7 @@ class RoundingConfig(_Section):
 class MXQuant(_Section):
     """Quantization of the block linears: microscaling formats, blocks of 32 along the contracted dimension."""
 
-    scheme: Literal["mx"] = _key("mx", "none (full precision) or mx (microscaling)")
+    scheme: Literal["mx"] = _key("mx", "none (full precision), mx (microscaling) or int4")
     active: tuple[Quantizer, ...] = _key(
         ("q1", "q2", "q3", "q4", "q5", "q6"), "which quantizers are on; the others are the identity"
     )
@@ -96,10 +98,55 @@ class MXQuant(_Section):
         return self
 
 
+class Int4Quant(_Section):
+    """INT4 per-tensor quantization of the block linears (Xi et al. 2023)."""
+
+    scheme: Literal["int4"]
+    hadamard: bool = _key(True, "rotate activations and weights by a block Hadamard matrix")
+    sampling: bool = _key(True, "leverage-score sampling of gradient rows")
+    learned_step: bool = _key(True, "learned step sizes (LSQ) in the forward pass")
+
+
 class NoStabilizer(_Section):
     """Weight oscillation is left alone."""
 
-    kind: Literal["none"] = _key("none", "method against weight oscillation; none in this version")
+    kind: Literal["none"] = _key("none", "method against weight oscillation")
+
+
+class QEma(_Section):
+    """Q-EMA: the moving average of a weight decides its rounding (section 5 of the paper)."""
+
+    kind: Literal["qema"]
+    decay: float = _key(0.998, "qema: decay of the shadow weights", ge=0, lt=1)
+
+
+class QRamping(_Section):
+    """Q-Ramping: oscillating weights are updated less often, with more gradient (section 6)."""
+
+    kind: Literal["qramping"]
+    k1: float = _key(16.0, "qramping: oscillation ratio of one ramp", gt=0)
+    k2: int = _key(5, "qramping: steps added for each ramp", ge=0)
+    detect_steps: int = _key(30, "qramping: training steps of a detection, undone afterwards", ge=1)
+    update_period: int | None = _key(None, "qramping: steps between detections; null: one epoch", ge=1)
+    n_max: int | None = _key(None, "qramping: longest period of an element; null: the steps of one epoch", ge=1)
+
+
+class Dampen(_Section):
+    """Dampen: a loss that pulls weights to their quantized values (Nagel et al. 2022)."""
+
+    kind: Literal["dampen"]
+    weight: float = _key(1e-3, "dampen: weight of the loss at the end of training", ge=0)
+    start: float = _key(0.25, "dampen, freeze: share of training before which it is off", ge=0, lt=1)
+
+
+class Freeze(_Section):
+    """Freeze: weights that flip too often are fixed for good (Nagel et al. 2022)."""
+
+    kind: Literal["freeze"]
+    momentum: float = _key(0.001, "freeze: momentum of the moving averages", gt=0, le=1)
+    threshold_start: float = _key(0.1, "freeze: flipping frequency that freezes, when it starts", gt=0)
+    threshold_end: float = _key(0.01, "freeze: the same at the end of training", gt=0)
+    start: float = _key(0.25, "dampen, freeze: share of training before which it is off", ge=0, lt=1)
 
 
 class OptimConfig(_Section):
@@ -196,7 +243,7 @@ class DistillationConfig(_Section):
 class DataConfig(_Section):
     """Data."""
 
-    set: Annotated[str, BeforeValidator(lambda v: _DATA_SET_ALIASES.get(v, v))] = _key(
+    set: Annotated[str, BeforeValidator(lambda v: _DATA_SET_ALIASES.get(v, v) if isinstance(v, str) else v)] = _key(
         "imagenet",
         "imagenet (any folder with train/ and val/), cifar10, cifar100, digits, generated, or a timm name with a slash",
         "--data-set",
@@ -246,8 +293,8 @@ class PaperConfig(_Section):
     top5: float | None = None
 
 
-Quant = Annotated[NoQuant | MXQuant, Field(discriminator="scheme")]
-Stabilizer = NoStabilizer
+Quant = Annotated[NoQuant | MXQuant | Int4Quant, Field(discriminator="scheme")]
+Stabilizer = Annotated[NoStabilizer | QEma | QRamping | Dampen | Freeze, Field(discriminator="kind")]
 
 
 class Config(_Section):
@@ -305,31 +352,51 @@ _TAGGED = {"quant": "scheme", "stabilizer": "kind"}  # a changed tag replaces it
 class _UniqueKeyLoader(yaml.SafeLoader):
     """yaml.SafeLoader that refuses a key given twice in one mapping; plain YAML lets the last one win."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key_node, deep=deep) for key_node, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(
+                    f"key '{key.value}' is given twice, in line {lines[key.value]} and again in line {line}"
+                )
+            lines[key.value] = line
+        return node
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; a configuration file (.yaml) was expected.")
+def _parse_yaml(text: str, what: str) -> Any:
+    """Raises UserError, `what` being the file or override the text is from."""
     try:
-        text = path.read_text()
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise UserError(
+            f"{what} is not valid YAML: {error.problem}, in line {mark.line + 1}, column {mark.column + 1}."
+        ) from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date with a month of 13, say
+        raise UserError(f"{what} is not valid YAML: {' '.join(str(error).split())}.") from None
+
+
+def _read_yaml(path: Path, child: Path | None = None) -> dict[str, Any]:
+    """The mapping in a file, which `child` extends."""
+    by = f" ({child} extends it)" if child else ""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder{by}; a configuration file (.yaml) was expected.")
+    try:
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"There is no configuration file {path}.{hint}") from None
+        raise UserError(f"There is no configuration file {path}{by}.{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The configuration file {path} cannot be read: {error}.") from None
-    try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+        raise UserError(f"The configuration file {path}{by} cannot be read: {error}.") from None
+    data = _parse_yaml(text, str(path))
+    if data is None:
+        return {}
     if not isinstance(data, dict):
-        raise UserError(f"{path} must hold a mapping of keys to values, not a {type(data).__name__}.")
+        found = "a list" if isinstance(data, list) else f"just {data!r}"
+        raise UserError(f"{path} must hold a mapping of keys to values, not {found}.")
     return data
 
 
@@ -339,33 +406,35 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     for key, value in top.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            changed = any(tag in value and value[tag] != old.get(tag) for tag in _TAGGED.values())
+            tag = _TAGGED.get(key)
+            changed = tag in old and tag in value and old[tag] != value[tag]
             value = value if changed else _merge(old, value)
         merged[key] = value
     return merged
 
 
-def _leaves(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _paths(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted names of a mapping's keys, of its sections too."""
     for key, value in mapping.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from _paths(value, f"{prefix}{key}.")
 
 
 def _fold_file(path: Path, origins: dict[str, str], chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     """One file with everything it extends. `origins` gains, for every key, the file it was last set in."""
-    if path.resolve() in chain:
+    if path.resolve() in [p.resolve() for p in chain]:
         raise UserError(f"{path} extends itself by way of {' -> '.join(p.name for p in chain)}.")
-    data = _read_yaml(path)
+    data = _read_yaml(path, chain[-1] if chain else None)
     parents = data.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(p, str) for p in parents):
         raise UserError(f"{path}: extends must be a file name or a list of file names.")
     folded: dict[str, Any] = {}
     for parent in parents:
-        folded = _merge(folded, _fold_file(path.parent / parent, origins, (*chain, path.resolve())))
+        folded = _merge(folded, _fold_file(path.parent / parent, origins, (*chain, path)))
     folded.pop("paper", None)  # a published figure belongs to the file that states it and to no other
-    origins.update(dict.fromkeys(_leaves(data), str(path)))
+    origins.update(dict.fromkeys(_paths(data), str(path)))
     return _merge(folded, data)
 
 
@@ -373,16 +442,14 @@ def _fold_overrides(overrides: Sequence[str], origins: dict[str, str], source: s
     folded: dict[str, Any] = {}
     for override in overrides:
         dotted, equals, text = override.partition("=")
-        if not equals or not dotted:
+        parts = dotted.strip().split(".")
+        if not equals or not all(parts):
             raise UserError(f"The override '{override}' must be of the form key=value, such as schedule.epochs=10.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"The value of the override '{override}' is not valid YAML.") from None
-        for part in reversed(dotted.split(".")):
+        value = _parse_yaml(text, f"{source}: {override}")
+        for part in reversed(parts):
             value = {part: value}
         folded = _merge(folded, value)
-        origins[dotted] = source
+        origins.update(dict.fromkeys(_paths(value), source))
     return folded
 
 
@@ -394,12 +461,15 @@ def load_config(
     Raises UserError, one sentence that names the file (or `source`), the key and the nearest valid key.
     """
     origins: dict[str, str] = {}
-    folded: dict[str, Any] = {section: {tag: "none"} for section, tag in _TAGGED.items()}
-    folded = _merge(folded, _fold_file(Path(path), origins) if path is not None else {})
+    folded = _fold_file(Path(path), origins) if path is not None else {}
     folded = _merge(folded, _fold_overrides(overrides, origins, source))
-    name = folded["model"].get("name") if isinstance(folded.get("model"), dict) else None
-    if str(name).startswith("mxfp4_") and "quant.scheme" not in origins:
-        folded["quant"] = {**folded["quant"], "scheme": "mx"}  # an mxfp4_ model is quantized unless the user says not
+    model = folded.get("model")
+    name = model.get("name") if isinstance(model, dict) else None
+    # An mxfp4_ model is quantized unless the user says not.
+    tags = {"quant": "mx" if str(name).startswith("mxfp4_") else "none", "stabilizer": "none"}
+    for section, tag in _TAGGED.items():
+        if isinstance(given := folded.get(section, {}), dict):
+            folded[section] = {tag: tags[section], **given}
     try:
         return Config.model_validate(folded)
     except ValidationError as error:
@@ -425,28 +495,54 @@ def iter_keys(section: type[_Section] = Config, prefix: str = "") -> Iterator[tu
             yield from iter_keys(child, f"{prefix}{name}.")
 
 
+def _nearest(dotted: str, keys: Iterable[str]) -> str | None:
+    """The key whose name is most like that of `dotted`: in its own section, else, if very like, in any; else None."""
+    scope, _, name = dotted.rpartition(".")
+    anywhere = {key.rpartition(".")[2]: key for key in keys}
+    inside = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == scope}
+    if near := difflib.get_close_matches(name, inside, n=1):
+        return inside[near[0]]
+    near = difflib.get_close_matches(name, anywhere, n=1, cutoff=0.8)
+    return anywhere[near[0]] if near else None
+
+
 def _explain(error: Any, origins: dict[str, str]) -> str:
     """One sentence for a pydantic error: where, which key, what is wrong and what was expected."""
     loc = [str(part) for part in error["loc"]]
     tag = None
-    if len(loc) > 1 and loc[0] in _TAGGED:
+    if len(loc) > 1 and loc[0] in _TAGGED and len(sections_in(Config.model_fields[loc[0]].annotation)) > 1:
         tag = loc.pop(1)  # pydantic puts the tag of a union into the location; it is not part of the key
+    if loc[:2] == ["model", "kwargs"]:
+        del loc[3:]  # and the first of the types that a value may have
+    if error["type"] == "union_tag_invalid":
+        loc.append(_TAGGED[loc[0]])
     dotted = ".".join(loc)
     known = [".".join(loc[:n]) for n in range(len(loc), 0, -1) if ".".join(loc[:n]) in origins]
     where = origins[known[0]] if known else "the configuration"
-    given = error.get("input")
-    if error["type"] == "extra_forbidden":
-        valid = {name for name, _ in iter_keys()} | set(Config.model_fields)
-        if dotted in valid:
+    given, message = error.get("input"), error["msg"]
+    shown = "null" if given is None else str(given).lower() if isinstance(given, bool) else repr(given)
+    if error["type"] in ("extra_forbidden", "invalid_key"):
+        keys = {name for name, _ in iter_keys()}
+        if any(f"{key}.".startswith(f"{dotted}.") for key in keys):
             return f"{where}: {dotted} does not apply while {loc[0]}.{_TAGGED[loc[0]]} is {tag}."
-        near = difflib.get_close_matches(dotted, sorted(valid), n=1, cutoff=0.5)
-        scope = ".".join(loc[:-1])
-        siblings = sorted({n.split(".")[len(loc) - 1] for n in valid if n.startswith(f"{scope}.") or not scope})
-        hint = f"did you mean {near[0]}?" if near else f"valid keys here: {', '.join(siblings)}."
-        return f"{where}: there is no key {dotted}; {hint}"
+        if near := _nearest(dotted, sorted(keys | Config.model_fields.keys())):
+            return f"{where}: there is no key {dotted}; did you mean {near}?"
+        scope = "".join(f"{part}." for part in loc[:-1])
+        valid = sorted({key.removeprefix(scope).split(".")[0] for key in keys if key.startswith(scope)})
+        return f"{where}: there is no key {dotted}; valid keys here: {', '.join(valid)}."
+    if error["type"] == "missing":
+        if loc[-1].isdigit():
+            return f"{where}: {'.'.join(loc[:-1])} is {shown}: it needs more values."
+        return f"{where}: {dotted} is missing."
     if error["type"] == "union_tag_invalid":
-        key = f"{dotted}.{_TAGGED[dotted]}"
-        return f"{where}: {key} is {error['ctx']['tag']!r}: input should be one of {error['ctx']['expected_tags']}."
+        return f"{where}: {dotted} is {error['ctx']['tag']!r}: input should be one of {error['ctx']['expected_tags']}."
     if error["type"] == "value_error":
         return f"{where}: {dotted}: {error['ctx']['error']}."
-    return f"{where}: {dotted} is {given!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
+    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        message = "a mapping of keys to values was expected"
+    elif loc[:2] == ["model", "kwargs"]:
+        message = "true, false, a number, a text or a list of whole numbers was expected"
+    elif error["type"] == "string_type" and given is not None and not isinstance(given, list | dict):
+        message += "; put it in quotes"
+    message = message[0].lower() + message[1:].replace(" after validation", "")
+    return f"{where}: {dotted} is {shown}: {message.replace('tuple', 'list')}."  # a tuple is a list in YAML
