@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -25,8 +26,8 @@ class _Parser(argparse.ArgumentParser):
             flag = message.split(":", 1)[1].split()[0].split("=")[0]
             near = difflib.get_close_matches(flag, list(self._option_string_actions), n=1)
             hint = f"did you mean {near[0]}?" if near else "see --help."
-            raise UserError(f"There is no flag {flag}; {hint}")
-        raise UserError(f"Command line: {message}; see --help.")
+            raise UserError(f"There is no flag {flag}; {hint}") from None
+        raise UserError(f"Command line: {message}; see --help.") from None
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -63,16 +64,17 @@ def build_parser() -> argparse.ArgumentParser:
         default=False,
         help="2 training steps and 1 evaluation batch on generated images, then exit; writes nothing",
     )
-    seen: set[str] = set()
-    groups: dict[str, Any] = {}
+    keys: dict[str, list[FieldInfo]] = {}  # a tag has a field in each of its section's classes
     for dotted, field in iter_keys():
-        if dotted in seen or dotted.startswith("paper."):
+        keys.setdefault(dotted, []).append(field)
+    groups: dict[str, Any] = {}
+    for dotted, (field, *others) in keys.items():
+        if dotted.startswith("paper."):
             continue
-        seen.add(dotted)
         section = dotted.split(".")[0]
         if section not in groups:
-            doc = (sections_in(Config.model_fields[section].annotation)[-1].__doc__ or "").strip()
-            groups[section] = parser.add_argument_group(section, doc)
+            docs = [(kind.__doc__ or "").strip() for kind in sections_in(Config.model_fields[section].annotation)]
+            groups[section] = parser.add_argument_group(section, " ".join(docs))
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         names = [*extra.get("flags", []), f"--{dotted}"]
         text = f"{field.description or ''} (default: {_show(field.default)})".strip()
@@ -80,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
             groups[section].add_argument(*names, dest=dotted, action=argparse.BooleanOptionalAction, help=text)
         else:
             nargs = "+" if isinstance(field.default, tuple) or "tuple" in str(field.annotation) else None
-            groups[section].add_argument(*names, dest=dotted, metavar=_metavar(field), nargs=nargs, help=text)
+            groups[section].add_argument(*names, dest=dotted, metavar=_metavar(field, *others), nargs=nargs, help=text)
         for flag, value in extra.get("consts", {}).items():
             groups[section].add_argument(
                 flag, dest=dotted, action="store_const", const=str(value), help=f"{dotted} = {value}"
@@ -94,9 +96,9 @@ def _show(value: Any) -> str:
     ).split("\n")[0]
 
 
-def _metavar(field: FieldInfo) -> str:
-    if typing.get_origin(field.annotation) is Literal:
-        return "|".join(typing.get_args(field.annotation))
+def _metavar(*fields: FieldInfo) -> str:
+    if typing.get_origin(fields[0].annotation) is Literal:
+        return "|".join(choice for field in fields for choice in typing.get_args(field.annotation))
     return "VALUE"
 
 
@@ -113,10 +115,19 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         words.append(canonical.get(name.replace("_", "-"), name) + equals + value if word.startswith("--") else word)
     flags = vars(parser.parse_args(words))
     own = {name: flags.pop(name) for name in ("config", "print_config", "smoke")}
-    return argparse.Namespace(**own), [f"{dotted}={_flag_text(value)}" for dotted, value in flags.items()]
+    keys = dict(iter_keys())
+    return argparse.Namespace(**own), [f"{dotted}={_as_yaml(value, keys[dotted])}" for dotted, value in flags.items()]
 
 
-def _flag_text(value: Any) -> str:
+def _as_yaml(value: bool | str | list[str], field: FieldInfo) -> str:
+    """The value of a flag as YAML. A single word for a list is a list of one; text is text whatever it looks like."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    nothing = ("", "~", "null")
     if isinstance(value, list):
-        return value[0] if len(value) == 1 else f"[{', '.join(value)}]"
-    return str(value).lower() if isinstance(value, bool) else value
+        joined = ", ".join(word.rstrip(",") for word in value)
+        return joined if joined in nothing or joined.startswith("[") else f"[{joined}]"
+    is_text = str in (field.annotation, *typing.get_args(field.annotation))
+    if is_text and value not in nothing and value[0] not in "[{'\"":
+        return json.dumps(value, ensure_ascii=False)
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,15 @@ from config import Config, UserError
 from quantization import PRESETS, LinearRecipe, QuantLinear, convert_linears, resolve
 
 PREFIX = "mxfp4_"
+
+# Arguments of timm.create_model, beside the keys that set them.
+_KEY_OF = {
+    "img_size": "model.img_size",
+    "patch_size": "model.patch_size",
+    "num_classes": "model.num_classes",
+    "drop_rate": "model.drop",
+    "drop_path_rate": "model.drop_path",
+}
 
 
 @dataclass(frozen=True)
@@ -58,9 +68,11 @@ def create_model(cfg: Config, num_classes: int) -> nn.Module:
     """
     name = cfg.model.name.removeprefix(PREFIX)
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(cfg.model.name, timm.list_models(), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "; timm.list_models() names those there are."
         raise UserError(f"There is no model {cfg.model.name}{hint}")
+    for argument in _KEY_OF.keys() & cfg.model.kwargs.keys():
+        raise UserError(f"model.kwargs.{argument} is set by {_KEY_OF[argument]}; use that key.")
     kwargs: dict[str, Any] = {"img_size": cfg.model.img_size, **cfg.model.kwargs}
     if cfg.model.patch_size is not None:
         kwargs["patch_size"] = cfg.model.patch_size
@@ -68,9 +80,14 @@ def create_model(cfg: Config, num_classes: int) -> nn.Module:
         model = timm.create_model(
             name, num_classes=num_classes, drop_rate=cfg.model.drop, drop_path_rate=cfg.model.drop_path, **kwargs
         )
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # timm checks little: which error comes up depends on how far wrong arguments get
         given = ", ".join(f"{key}={value}" for key, value in kwargs.items())
-        raise UserError(f"timm cannot make {name} with {given}: {' '.join(str(error).split())}.") from None
+        reason = " ".join("".join(traceback.format_exception_only(error)).split())
+        raise UserError(f"timm cannot make {name} with {given}: {reason}.") from None
+    if 0 in getattr(getattr(model, "patch_embed", None), "grid_size", ()):
+        raise UserError(
+            f"model.img_size of {cfg.model.img_size} is smaller than one patch of {name}; see model.patch_size."
+        )
     recipe = resolve(cfg.quant)
     if recipe.active:
         try:
