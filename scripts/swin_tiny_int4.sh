@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Table 2, Swin-Tiny, INT4 per tensor: published top-1 74.22 % (ImageNet-1K, 90 epochs).
+#   DATA_PATH=/path/to/imagenet bash scripts/swin_tiny_int4.sh [flags of main.py]      # more settings: scripts/run.sh
+root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+exec bash "$root/scripts/run.sh" "$root/configs/swin_tiny_int4.yaml" "$@"
