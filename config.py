@@ -496,11 +496,12 @@ def iter_keys(section: type[_Section] = Config, prefix: str = "") -> Iterator[tu
 
 
 def _nearest(dotted: str, keys: Iterable[str]) -> str | None:
-    """The key whose name is most like that of `dotted`: in its own section, else, if very like, in any; else None."""
+    """The key of the same name in another section; else the one of a like name in its own or, if very like, in any."""
     scope, _, name = dotted.rpartition(".")
     anywhere = {key.rpartition(".")[2]: key for key in keys}
     inside = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == scope}
-    if near := difflib.get_close_matches(name, inside, n=1):
+    near = difflib.get_close_matches(name, inside, n=1) if name not in anywhere else []
+    if near:
         return inside[near[0]]
     near = difflib.get_close_matches(name, anywhere, n=1, cutoff=0.8)
     return anywhere[near[0]] if near else None
