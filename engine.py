@@ -7,6 +7,7 @@ process's rank and the step, so a run that is stopped and resumed goes on bit fo
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import math
 import random
@@ -33,6 +34,7 @@ from config import Config, UserError, dump_config, recipe_differences
 from datasets import Data
 from losses import Loss
 from quantization.noise import NoiseClock
+from quantization.stabilizers import Stabilizer
 from runlog import Meter, RunLog
 
 # Noise positions of evaluation, which only matter where the forward pass rounds stochastically, lie above training's.
@@ -72,6 +74,7 @@ class Run:
     data: Data
     mixup: Mixup | None
     ema: ModelEmaV3 | None
+    stabilizer: Stabilizer
     log: RunLog
     stop: StopSignal
     device: torch.device
@@ -104,6 +107,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "stabilizer": self.stabilizer.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
@@ -140,11 +144,47 @@ class Run:
             ) from None
         if self.ema is not None:
             restore_model(self.ema.module, state["ema"] or state["model"], path)
+        self.stabilizer.load_state_dict(state["stabilizer"])
         self.epoch, self.step, self.best_top1 = state["epoch"], state["step"], state["best_top1"]
         self.meter.load_state_dict(state["meter"])
         # As DeiT: the rate of an epoch is the one its predecessor's end set, the first two share the start of warm-up.
         self.schedule.step(max(self.epoch - 1, 0))
         self.schedule.step_update(max(self.global_step - 1, 0))
+
+    def upcoming_batches(self, epochs: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """The micro-batches from the present step to the end of this epoch and of those after it, on the device."""
+
+        def micro_batches() -> Iterator[tuple[Tensor, Tensor]]:
+            start = self.step * self.accumulation
+            for epoch in range(self.epoch, self.epoch + epochs):
+                yield from itertools.islice(
+                    self.data.train_batches(epoch, start=start), self.steps_per_epoch * self.accumulation - start
+                )
+                start = 0
+
+        return to_device(micro_batches(), self.device)
+
+    def rehearse(self, steps: int, observe: Callable[[], None]) -> None:
+        """Train for `steps` optimizer steps, call `observe` after each, and put everything back bit for bit.
+
+        Iterators over the training data that were open before are not valid afterwards.
+        """
+        modules = [self.model] + ([] if self.ema is None else [self.ema.module])
+        kept = copy.deepcopy([m.state_dict() for m in modules]), copy.deepcopy(self.optimizer.state_dict())
+        place = self.epoch, self.step, self.meter.state_dict()
+        python, numpy = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            batches = self.upcoming_batches(epochs=2 + steps // self.steps_per_epoch)
+            for _ in range(steps):
+                train_step(self, batches)
+                observe()
+        for module, weights in zip(modules, kept[0], strict=True):
+            module.load_state_dict(weights)
+        self.optimizer.load_state_dict(kept[1])
+        self.epoch, self.step, meter = place
+        self.meter.load_state_dict(meter)
+        random.setstate(python)
+        np.random.set_state(numpy)
 
     def save(self, *names: str) -> None:
         """Write the state to the run's folder under each of `names`; on the first process alone.
@@ -214,6 +254,7 @@ def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, 
         with contextlib.nullcontext() if last or run.world_size == 1 else run.wrapped.no_sync():
             loss += forward_backward(run, run.wrapped, *micro_batches[-1], position)
 
+    run.stabilizer.after_backward(run.global_step)
     parameters = [p for p in run.model.parameters() if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters])
     # The one synchronisation of a step: loss, norm and signals together, so that all processes decide alike.
@@ -231,6 +272,7 @@ def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, 
         clip_grads_with_norm_(parameters, run.cfg.optim.clip_grad, norm)
     run.optimizer.step()
     run.optimizer.zero_grad()
+    run.stabilizer.after_step(run.global_step)
     run.step += 1
     run.schedule.step_update(run.global_step - 1)  # as Swin: counted from 0; a schedule of epochs ignores it
     if run.ema is not None:
@@ -247,7 +289,7 @@ def train_one_epoch(run: Run, max_steps: int | None = None) -> None:
     run.wrapped.train()
     cfg, total = run.cfg, run.steps_per_epoch
     end = total if max_steps is None else min(total, run.step + max_steps)
-    batches = to_device(run.data.train_batches(run.epoch, start=run.step * run.accumulation), run.device)
+    batches = run.upcoming_batches()
     epochs = cfg.schedule.epochs
     logged_at, logged_step = time.monotonic(), run.step
     bar = run.log.progress(
@@ -255,6 +297,10 @@ def train_one_epoch(run: Run, max_steps: int | None = None) -> None:
     )
     with bar:
         while run.step < end and not run.stop.heard_anywhere:
+            detected = run.stabilizer.before_step(run.global_step, run)
+            if detected is not None:
+                run.log.log((run.epoch, run.step), detected, tag="stabilizer", at=run.global_step)
+                batches = run.upcoming_batches()  # the rehearsed steps have used them
             try:
                 figures = train_step(run, batches)
             except StopIteration:
@@ -267,6 +313,8 @@ def train_one_epoch(run: Run, max_steps: int | None = None) -> None:
                 images = (run.step - logged_step) * cfg.optim.global_batch
                 shown = {**figures, "images_per_s": images / (now - logged_at)}
                 run.log.log((run.epoch, run.step), shown, tag="train", at=run.global_step)
+                if stabilizer_figures := run.stabilizer.figures():
+                    run.log.log((run.epoch, run.step), stabilizer_figures, tag="stabilizer", at=run.global_step)
                 logged_at, logged_step = now, run.step
             if cfg.run.save_every is not None and run.global_step % cfg.run.save_every == 0:
                 run.save(LAST)

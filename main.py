@@ -32,6 +32,7 @@ from flags import parse_flags
 from losses import build_loss
 from models import create_model, quantizer_table
 from quantization.noise import NoiseClock
+from quantization.stabilizers import Plan, Stabilizer, build_stabilizer
 from runlog import RunLog, manifest
 from timm_patches import PATCHES
 
@@ -58,15 +59,19 @@ def plan_batches(cfg: Config, world_size: int) -> tuple[int, int]:
     return batch_size, share // batch_size
 
 
-def build_optimizer(cfg: Config, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(
+    cfg: Config, model: nn.Module, stabilizer: Stabilizer, device: torch.device
+) -> torch.optim.Optimizer:
     """timm's optimizer with its parameter groups: no weight decay on biases, norms and what the model names."""
     o = cfg.optim
     lr = o.lr if o.unscale_lr else o.lr * o.global_batch / 512
-    options = {"betas": o.betas, "eps": o.eps, "fused": True if device.type == "cuda" and o.opt == "adamw" else None}
     try:
-        return create_optimizer_v2(
+        name = stabilizer.optimizer_name(o.opt)
+        fused = True if device.type == "cuda" and name in ("adamw", "qrampingadamw") else None
+        options = {"betas": o.betas, "eps": o.eps, "fused": fused}
+        optimizer = create_optimizer_v2(
             model,
-            opt=o.opt,
+            opt=name,
             lr=lr,
             weight_decay=o.weight_decay,
             momentum=o.momentum,
@@ -74,8 +79,10 @@ def build_optimizer(cfg: Config, model: nn.Module, device: torch.device) -> torc
         )
     except (ValueError, AssertionError, TypeError, IndexError) as error:
         raise UserError(
-            f"timm cannot make the optimizer {o.opt}: {error}; check --opt, --opt-betas and --opt-eps."
+            f"The optimizer {o.opt} cannot be made: {error}; check --opt, --opt-betas and --opt-eps."
         ) from None
+    stabilizer.bind(optimizer)
+    return optimizer
 
 
 def build_schedule(cfg: Config, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
@@ -166,9 +173,14 @@ def run_training(
     left_out: list[str] = []
     if cfg.run.finetune and not cfg.run.eval:
         left_out = finetune_from(model, load_weights(Path(cfg.run.finetune)), Path(cfg.run.finetune))
+    plan = Plan(steps_per_epoch, cfg.schedule.epochs * steps_per_epoch)
+    try:
+        stabilizer = build_stabilizer(cfg.stabilizer, model, plan)
+    except ValueError as error:
+        raise UserError(f"{error}; see quant and stabilizer in the configuration.") from None
     loss = build_loss(cfg, model, num_classes=data.num_classes, mixed_targets=mixup is not None, device=device)
     ema = ModelEmaV3(model, decay=cfg.model_ema.decay) if cfg.model_ema.enabled else None
-    optimizer = build_optimizer(cfg, model, device)
+    optimizer = build_optimizer(cfg, model, stabilizer, device)
     resume = None if cfg.run.eval else resume_path(cfg, output_dir)
     state = None if resume is None else load_checkpoint(resume)
 
@@ -182,6 +194,7 @@ def run_training(
         data=data,
         mixup=mixup,
         ema=ema,
+        stabilizer=stabilizer,
         log=RunLog(output_dir, enabled=False),
         stop=StopSignal(),
         device=device,
@@ -283,7 +296,7 @@ def train(run: Run, max_steps: int | None = None) -> None:
     log.log((), {**figures, "best_top1": run.best_top1, "epochs": run.epoch}, tag="final")
 
 
-def smoke_overrides(world_size: int) -> list[str]:
+def smoke_overrides(cfg: Config, world_size: int) -> list[str]:
     """What --smoke changes: a few generated images in the smallest batches, no worker processes."""
     images = 4 * SMOKE_STEPS * SMOKE_BATCH * world_size
     return [
@@ -299,6 +312,7 @@ def smoke_overrides(world_size: int) -> list[str]:
         "run.resume=null",
         "run.finetune=null",
         "distillation.type=none",
+        *(["stabilizer.detect_steps=1"] if cfg.stabilizer.kind == "qramping" else []),
     ]
 
 
@@ -306,9 +320,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Raises UserError and TrainingError, which `command` turns into exit codes."""
     options, overrides = parse_flags(sys.argv[1:] if argv is None else argv)
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if options.smoke:
-        overrides += smoke_overrides(world_size)
     cfg = load_config(options.config, overrides, source="the command line")
+    if options.smoke:
+        cfg = load_config(options.config, overrides + smoke_overrides(cfg, world_size), source="the command line")
     if options.print_config:
         print(dump_config(cfg), end="")
         return

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quantization.formats import SCALE_MAX, SCALE_MIN, ElementFormat
 from quantization.noise import Noise, uniform
-from quantization.spec import Rounding, ScaleRule
+from quantization.spec import QuantizerSpec, Rounding, ScaleRule
 
 _MANTISSA_BITS = 23
 _EXPONENT_BIAS = 127
@@ -59,13 +59,14 @@ class Neighbours(NamedTuple):
 
 
 @functools.cache  # a copy to a GPU waits for it: once, not at every call
-def _grid(fmt: ElementFormat, device: torch.device) -> Tensor:
+def grid_of(fmt: ElementFormat, device: torch.device) -> Tensor:
+    """The magnitudes of a format by their codes, float32."""
     return torch.tensor(fmt.magnitudes, dtype=torch.float32, device=device)
 
 
 def neighbours(magnitude: Tensor, fmt: ElementFormat) -> Neighbours:
     """The neighbours on the grid of magnitudes (float32) that do not exceed the largest one."""
-    grid = _grid(fmt, magnitude.device)
+    grid = grid_of(fmt, magnitude.device)
     lower_code = torch.zeros_like(magnitude, dtype=torch.int32)
     for value in fmt.magnitudes[1:]:
         lower_code += magnitude >= value
@@ -112,6 +113,14 @@ def to_blocks(x: Tensor, axis: int, block_size: int) -> Blocks:
 
 def from_blocks(blocks: Blocks, axis: int) -> Tensor:
     return blocks.values.flatten(-2)[..., : blocks.length].movedim(-1, axis).contiguous()
+
+
+def block_scales(x: Tensor, spec: QuantizerSpec) -> Tensor:
+    """The scale S of each element's block, in float32 and x's shape. The values must be finite."""
+    blocks = to_blocks(x.detach().float(), spec.axis, spec.block_size)
+    block_max = blocks.values.abs().amax(dim=-1, keepdim=True)
+    scales = power_of_two(scale_exponent(block_max, spec.format, spec.scale_rule)).expand_as(blocks.values)
+    return from_blocks(Blocks(scales, blocks.length), spec.axis)
 
 
 def quantize(

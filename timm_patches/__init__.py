@@ -11,9 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import timm
+import timm.optim
 from packaging.specifiers import SpecifierSet
 from PIL import Image
 from timm.data import auto_augment
+from timm.optim import OptimInfo
+
+from quantization.stabilizers.qramping import OPTIMIZER, QRampingAdamW
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,16 @@ def _posterizes_to_black() -> bool:
     return auto_augment.NAME_TO_OP["PosterizeIncreasing"](white, 0).getpixel((0, 0)) == (0, 0, 0)
 
 
+def _register_optimizer() -> None:
+    if OPTIMIZER not in timm.optim.list_optimizers():
+        info = OptimInfo(OPTIMIZER, QRampingAdamW, "AdamW with a period of steps for each element", has_betas=True)
+        timm.optim._optim_factory.default_registry.register(info)
+
+
+def _optimizer_registered() -> bool:
+    return timm.optim.get_optimizer_class(OPTIMIZER, bind_defaults=False) is QRampingAdamW
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         name="mxfp4_models",
@@ -87,6 +101,15 @@ PATCHES: tuple[Patch, ...] = (
         verified_by="PosterizeIncreasing of a white pixel to 0 bits is black.",
         apply=_posterize_to_black,
         verify=_posterizes_to_black,
+    ),
+    Patch(
+        name="qrampingadamw",
+        what="Registers qrampingadamw, the optimizer of Q-Ramping, in timm's optimizer factory.",
+        why="timm.optim.create_optimizer_v2 then makes it with timm's parameter groups.",
+        timm_versions="==1.0.*",
+        verified_by="timm's factory gives its class.",
+        apply=_register_optimizer,
+        verify=_optimizer_registered,
     ),
 )
 

@@ -1,0 +1,187 @@
+"""Q-Ramping (section 6 of the paper, Algorithm 2): oscillating weights are updated less often, with more gradient.
+
+Detection, at step 0 and every `update_period` steps: rehearse `detect_steps` ordinary AdamW steps, measure the
+oscillation ratio R_w of every quantized weight (Appendix A.1), undo the steps, and set the period of each element:
+
+    N_w = min(k2 * floor(R_w / k1) + 1, n_max)
+
+Training: an element's gradients accumulate for N_w steps; then comes one AdamW update with their mean and the learning
+rate N_w * lr. Decoupled weight decay stays per step, and bias correction counts the element's own updates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantization.linear import QuantLinear
+from quantization.oscillation import OSCILLATING, PathLengths
+from quantization.stabilizers.base import Plan, Stabilizer, Trainer
+
+OPTIMIZER = "qrampingadamw"  # its name in timm, which takes an underscore for a prefix
+
+
+class QRampingAdamW(torch.optim.AdamW):
+    """AdamW that updates each element of the parameters named by `ramp` once in its own period of steps.
+
+    Other parameters are updated by torch.optim.AdamW. With all periods 1 the ramped ones are too, bit for bit on a CPU:
+    the arithmetic below is that of its single-tensor path. The state of ramped parameters is kept flat, one tensor for
+    all of them, so a step takes a handful of launches; `state_dict` holds it under "ramping".
+    """
+
+    def ramp(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Give every element of `parameters`, all of one parameter group, a period, 1 to begin with.
+
+        Raises ValueError where they do not share a group.
+        """
+        ids = {id(p) for p in parameters}
+        groups = [g for g in self.param_groups if ids & {id(p) for p in g["params"]}]
+        if len(groups) != 1 or not ids <= {id(p) for p in groups[0]["params"]}:
+            raise ValueError("ramped parameters must all be in one parameter group")
+        self._ramped, self._group = list(parameters), groups[0]
+        numel, device = sum(p.numel() for p in parameters), parameters[0].device
+        floats = {name: torch.zeros(numel, device=device) for name in ("exp_avg", "exp_avg_sq", "grad_sum")}
+        counts = {name: torch.zeros(numel, dtype=torch.int32, device=device) for name in ("count", "updates")}
+        self.ramping = {**floats, **counts, "period": torch.ones(numel, dtype=torch.int32, device=device)}
+        self._corrections: tuple[Any, ...] | None = None
+
+    def set_periods(self, periods: Sequence[Tensor]) -> None:
+        """The period N_w of every element of the ramped parameters: integer tensors of their shapes, 1 or more.
+
+        An accumulation under way goes on: it ends as soon as it is as long as the new period.
+        """
+        self.ramping["period"] = torch.cat([n.flatten() for n in periods]).to(torch.int32)
+
+    @contextlib.contextmanager
+    def ordinary(self) -> Iterator[None]:
+        """Ordinary AdamW steps: all periods 1 and nothing accumulated. The caller restores the optimizer's state."""
+        kept = dict(self.ramping)
+        self.ramping |= {name: torch.zeros_like(kept[name]) for name in ("grad_sum", "count")}
+        self.ramping["period"] = torch.ones_like(kept["period"])
+        try:
+            yield
+        finally:
+            self.ramping |= {name: kept[name] for name in ("grad_sum", "count", "period")}
+
+    def _bias_corrections(self, beta1: float, beta2: float, device: torch.device) -> tuple[Tensor, Tensor]:
+        """1 - beta1^n (float64) and sqrt(1 - beta2^n) (float32) by n, as far as they are not 1. By Python's own powers,
+        as torch has them; element 0 is never used in an update."""
+        key = (beta1, beta2, device)
+        if self._corrections is None or self._corrections[0] != key:
+            tables = []
+            for beta, dtype in ((beta1, torch.float64), (beta2, torch.float32)):
+                values, n = [1.0], 1
+                while values[-1] < 1 or n == 1:
+                    values.append(1 - beta**n if dtype == torch.float64 else (1 - beta**n) ** 0.5)
+                    n += 1
+                tables.append(torch.tensor(values, dtype=dtype, device=device))
+            self._corrections = (key, *tables)
+        return self._corrections[1], self._corrections[2]
+
+    @torch.no_grad()
+    def _ramped_step(self, gradients: list[Tensor]) -> None:
+        s, group, ramped = self.ramping, self._group, self._ramped
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        torch._foreach_mul_(ramped, 1 - lr * group["weight_decay"])
+
+        s["grad_sum"] += torch.cat([g.flatten() for g in gradients])
+        s["count"] += 1
+        due = s["count"] >= s["period"]
+        mean = s["grad_sum"] / s["count"]
+        s["exp_avg"] = torch.where(due, s["exp_avg"].lerp(mean, 1 - beta1), s["exp_avg"])
+        exp_avg_sq = (s["exp_avg_sq"] * beta2).addcmul_(mean, mean, value=1 - beta2)
+        s["exp_avg_sq"] = torch.where(due, exp_avg_sq, s["exp_avg_sq"])
+        s["updates"] += due
+
+        correction1, correction2_sqrt = self._bias_corrections(beta1, beta2, mean.device)
+        step_size = (-lr / correction1).to(torch.float32)
+        step_size = step_size[s["updates"].clamp(max=len(step_size) - 1)] * s["period"]
+        denominator = s["exp_avg_sq"].sqrt() / correction2_sqrt[s["updates"].clamp(max=len(correction2_sqrt) - 1)]
+        update = step_size * s["exp_avg"] / denominator.add_(group["eps"])
+        update = torch.where(due, update, 0.0).split([p.numel() for p in ramped])
+        torch._foreach_add_(ramped, [u.view_as(p) for u, p in zip(update, ramped, strict=True)])
+
+        s["grad_sum"] = torch.where(due, 0.0, s["grad_sum"])
+        s["count"] = torch.where(due, 0, s["count"])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step of the run for all parameters. Raises ValueError for a ramped parameter without a gradient."""
+        ramped = getattr(self, "_ramped", [])
+        gradients = [p.grad for p in ramped]
+        if any(g is None for g in gradients):
+            raise ValueError("a ramped parameter has no gradient")
+        for p in ramped:
+            p.grad = None  # hidden from AdamW, which skips parameters without gradients
+        loss = super().step(closure)
+        for p, g in zip(ramped, gradients, strict=True):
+            p.grad = g
+        if ramped:
+            self._ramped_step(gradients)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        ramping = {"ramping": dict(self.ramping)} if hasattr(self, "ramping") else {}
+        return super().state_dict() | ramping
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises KeyError or ValueError for the state of another optimizer or other ramped parameters."""
+        state_dict = dict(state_dict)
+        ramping = state_dict.pop("ramping", None)
+        if hasattr(self, "ramping"):
+            if ramping is None or ramping["period"].numel() != self.ramping["period"].numel():
+                raise ValueError("it holds no periods for these parameters")
+            self.ramping = {name: ramping[name].to(old.device).clone() for name, old in self.ramping.items()}
+        super().load_state_dict(state_dict)
+
+
+def periods(ratio: Tensor, k1: float, k2: int, n_max: int) -> Tensor:
+    """N_w = min(k2 * floor(R_w / k1) + 1, n_max) (Algorithm 2), int32; an infinite ratio gives n_max."""
+    return (k2 * torch.floor(ratio / k1) + 1).clamp(max=n_max).nan_to_num(1.0).to(torch.int32)
+
+
+class QRamping(Stabilizer):
+    """The detector. Its state is the optimizer's, in which the periods are kept."""
+
+    def __init__(self, cfg: Any, layers: dict[str, QuantLinear], plan: Plan) -> None:
+        super().__init__(cfg, layers, plan)
+        self.update_period = cfg.update_period or plan.steps_per_epoch
+        self.n_max = cfg.n_max or plan.steps_per_epoch
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        return [layer.weight for layer in self.layers.values()]
+
+    def optimizer_name(self, name: str) -> str:
+        if name not in ("adamw", OPTIMIZER):
+            raise ValueError(f"qramping changes AdamW and cannot work with the optimizer {name}")
+        return OPTIMIZER
+
+    def bind(self, optimizer: QRampingAdamW) -> None:
+        optimizer.ramp(self.weights)
+
+    def before_step(self, step: int, trainer: Trainer) -> dict[str, float] | None:
+        if step % self.update_period:
+            return None
+        ratios = self.detect(trainer)
+        trainer.optimizer.set_periods([periods(r, self.cfg.k1, self.cfg.k2, self.n_max) for r in ratios])
+        n = trainer.optimizer.ramping["period"]
+        oscillating = sum(int((r > OSCILLATING).sum()) for r in ratios)
+        return {"oscillating_share": oscillating / n.numel(), "mean_period": float(n.float().mean())}
+
+    def detect(self, trainer: Trainer) -> list[Tensor]:
+        """R_w of every quantized weight over `detect_steps` rehearsed steps, in the order of the layers."""
+        layers = list(self.layers.values())
+        paths = [PathLengths(layer.weight, layer.quantized_weight()) for layer in layers]
+
+        def observe() -> None:
+            for path, layer in zip(paths, layers, strict=True):
+                path.add(layer.weight, layer.quantized_weight())
+
+        with trainer.optimizer.ordinary():
+            trainer.rehearse(self.cfg.detect_steps, observe)
+        return [path.ratio() for path in paths]
