@@ -378,7 +378,7 @@ def _parse_yaml(text: str, what: str) -> Any:
         raise UserError(f"{what} is not valid YAML: {' '.join(str(error).split())}.") from None
 
 
-def _read_yaml(path: Path, child: Path | None = None) -> dict[str, Any]:
+def read_yaml(path: Path, child: Path | None = None) -> dict[str, Any]:
     """The mapping in a file, which `child` extends."""
     by = f" ({child} extends it)" if child else ""
     if path.is_dir():
@@ -421,11 +421,19 @@ def _paths(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _paths(value, f"{prefix}{key}.")
 
 
+def _read_config(path: Path, child: Path | None) -> dict[str, Any]:
+    """What a file says, or a row of a table of runs: configs/ablations/table1.yaml#q1/deit_tiny."""
+    import rows  # here, because it reads its files with this module
+
+    data = {} if rows.is_row(path) else read_yaml(path, child)
+    return rows.row_config(str(path)) if rows.is_row(path) or "rows" in data else data
+
+
 def _fold_file(path: Path, origins: dict[str, str], chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     """One file with everything it extends. `origins` gains, for every key, the file it was last set in."""
     if path.resolve() in [p.resolve() for p in chain]:
         raise UserError(f"{path} extends itself by way of {' -> '.join(p.name for p in chain)}.")
-    data = _read_yaml(path, chain[-1] if chain else None)
+    data = _read_config(path, chain[-1] if chain else None)
     parents = data.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(p, str) for p in parents):

@@ -33,6 +33,7 @@ from losses import build_loss
 from models import create_model, quantizer_table
 from quantization.noise import NoiseClock
 from quantization.stabilizers import Plan, Stabilizer, build_stabilizer
+from rows import run_name
 from runlog import RunLog, manifest
 from timm_patches import PATCHES
 
@@ -327,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(dump_config(cfg), end="")
         return
     device = pick_device(cfg)
-    name = Path(options.config).stem if options.config else cfg.model.name
+    name = run_name(options.config) if options.config else cfg.model.name
     output_dir = Path(cfg.run.output_dir or Path("runs") / name)
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
