@@ -12,7 +12,7 @@ import timm
 from torch import nn
 
 from config import Config, UserError
-from quantization import PRESETS, LinearRecipe, QuantLinear, convert_linears, resolve
+from quantization import PRESETS, Int4Linear, LinearRecipe, QuantLinear, convert_linears, resolve
 
 PREFIX = "mxfp4_"
 
@@ -98,5 +98,5 @@ def create_model(cfg: Config, num_classes: int) -> nn.Module:
 
 
 def quantizer_table(model: nn.Module) -> dict[str, dict[str, str]]:
-    """Layer by layer, the six quantizers and the backward operands, as a run's manifest records them."""
-    return {name: m.recipe.table() for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    """Layer by layer, the six quantizers and the backward operands (INT4: its switches), as manifests record them."""
+    return {name: m.recipe.table() for name, m in model.named_modules() if isinstance(m, QuantLinear | Int4Linear)}

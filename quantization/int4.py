@@ -1,28 +1,28 @@
-"""INT4 training of a linear layer, one scale a tensor (Xi, Li, Chen, Zhu: Training Transformers with 4-bit Integers, 2023).
+"""INT4 training of a linear layer, one scale a tensor: Xi et al. 2023, Training Transformers with 4-bit Integers.
 
-The per-tensor baseline of Table 2: another algorithm than microscaling, so another layer. With X_ND activation, W_CD
-stored weight, G_NC output gradient dL/dY and H the block-diagonal normalised Hadamard matrix (blocks of 32, H = H^T =
-H^-1; D is padded with zeros to whole blocks):
+The per-tensor baseline of Table 2; another algorithm than microscaling, so another layer. X_ND activation, W_CD stored
+weight, G_NC output gradient dL/dY; H the block-diagonal normalised Hadamard matrix, blocks of 32, H = H^T = H^-1; a
+last partial block of D is padded with zeros.
 
-    X' = X H, W' = W H                                        spreads outliers over a block; X' W'^T = X W^T
-    q(v; s) = s clamp(round(v / s), -8, 7)                    LSQ: one learned step s a tensor, ties to even
+    basis        X' = X H, W' = W H                             spreads outliers over a block; X' W'^T = X W^T
+    q(v; s)      = s clamp(round(v / s), -8, 7)                 LSQ: one learned step s a tensor; ties to even
     output       Y = q(X'; s_X) q(W'; s_W)^T + b
-    split        G ~ (14 high + low) max|G| / 98              G0 = G 98 / max|G|
+    split        G ~ (14 high + low) max|G| / 98                with G0 = G 98 / max|G|
                  high = clamp(round(G0 / 14), -6, 6), low = stochastic round of G0 - 14 high
-    sampling     rows of the stack (14 high; low), 2N of them, are kept with probability p_i and divided by it
-    grad_input   dX' = [in range] G~ q(W'),   dX = dX' H      p_i ~ ||g_i||
-    grad_weight  dW' = [in range] G~^T q(X'), dW = dW' H      p_i ~ ||g_i|| ||x_i||
-    grad_step    ds = sum of dL/dq (q / s - [in range] v / s), over sqrt(7 numel)
-    grad_bias    db = sum of G over N, not quantized
+    sampling     of the 2N rows 14 high, low, each is kept with probability p and divided by it, else dropped
+    grad_input   dX' = [inside] G~ q(W'),   dX = dX' H          p ~ ||g_i||
+    grad_weight  dW' = [inside] G~^T q(X'), dW = dW' H          p ~ ||g_i|| ||x_i||
+    grad_step    ds = sum of dL/dq (q / s - [inside] v / s) / sqrt(7 numel); inside: -8 < v / s < 7
+    grad_bias    db_C = sum of G over N, not quantized
 
-The low part of an element with |G0| > 91 reaches 14, since `high` stops at 6: a fifth bit, where clamping would bias
-the largest gradients. The two rows of the stack that come from one row of G meet the same row of X and give the same
-row of dX, so they are added before the product: G~ = 14 high m_high / p_high + low m_low / p_low, N rows.
+The low part of an element with |G0| > 91 reaches 14, since high stops at 6: a fifth bit, where clamping would bias
+the largest gradients. The two rows that come from one row of G meet the same row of X and give the same row of dX, so
+they are added before the product: G~ = 14 high m / p + low m' / p' has N rows.
 
-Operands enter the products as integers, exact in the compute dtype (autocast's, else X's); steps and max|G| / 98 are
-multiplied on afterwards in float32, in which everything else is computed too. Sampled rows of G~ are no integers: in
-bfloat16 they are rounded as any operand is. Dropped rows are rows of zeros: shapes are static and nothing syncs.
-NaN and Inf stay visible: one in X or W makes its quantized element NaN, one in G makes every gradient not finite.
+Operands enter the products as integers, exact in the compute dtype (autocast's, else X's); steps and max|G| / 98
+follow afterwards in float32, as all else. Sampled rows are no integers: bfloat16 rounds them like any operand.
+Dropped rows are rows of zeros: shapes are static and nothing syncs. NaN and Inf stay visible: one in X or W makes the
+quantized element (under H, its block) NaN, one in G makes every gradient but the bias's not finite.
 """
 
 from __future__ import annotations
@@ -30,33 +30,30 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from quantization.noise import Noise, NoiseClock, uniform
+from quantization.noise import STREAMS_PER_LAYER, Noise, NoiseClock, NoisyLinear, uniform
 
 LEVEL_MIN, LEVEL_MAX = -8, 7
-HADAMARD_BLOCK = 32
-SPLIT_BASE, SPLIT_RANGE, HIGH_MAX = 14, 98, 6
-MIN_STEP = 1e-8  # where training drives a learned step to zero or below, or a tensor is all zeros
-FILLING_ROUNDS = 8  # of the search for the sampling probabilities
-# Streams of noise of a layer; numbers 3 to 7 stay unused (linear.STREAMS_PER_LAYER; that module may import this one).
-STREAMS_PER_LAYER = 8
-LOW, ROWS_OF_GRAD_INPUT, ROWS_OF_GRAD_WEIGHT = 0, 1, 2
+BLOCK = 32
+BASE, RANGE, HIGH_MAX = 14, 98, 6  # of the split
+MIN_STEP = 1e-8  # where training drives a step to zero or below, or a tensor is all zeros
+FILLING_ROUNDS = 8
+LOW, ROWS_OF_GRAD_INPUT, ROWS_OF_GRAD_WEIGHT = range(3)  # streams of noise of a layer
 
 
 @dataclass(frozen=True)
 class Int4Recipe:
-    """The three switches of the INT4 layer. Raises ValueError where one is not a bool.
+    """The switches of the INT4 layer. Raises ValueError where one is not a bool.
 
     Args:
-        hadamard: quantize X H and W H instead of X and W.
-        sampling: keep N of the 2N rows of the split gradient, by leverage score; off, all of them.
+        hadamard: quantize X H and W H; off, X and W.
+        sampling: keep N of the 2N rows of the split gradient by leverage score; off, all of them.
         learned_step: steps are parameters (LSQ); off, 2 mean|.| / sqrt(7) of the tensor at each forward pass.
     """
 
@@ -65,9 +62,9 @@ class Int4Recipe:
     learned_step: bool = True
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if not isinstance(getattr(self, field.name), bool):
-                raise ValueError(f"{field.name} must be true or false; got {getattr(self, field.name)!r}")
+        for name, value in vars(self).items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be true or false; got {value!r}")
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -76,101 +73,91 @@ class Int4Recipe:
 
     def table(self) -> dict[str, str]:
         """Every field as text, for manifests."""
-        return {"scheme": "int4"} | {field.name: str(getattr(self, field.name)) for field in fields(self)}
+        return {"scheme": "int4", **{f.name: str(getattr(self, f.name)) for f in fields(self)}}
 
     def __str__(self) -> str:
-        return " ".join(["int4", *(field.name for field in fields(self) if getattr(self, field.name))])
+        return " ".join(["int4", *(f.name for f in fields(self) if getattr(self, f.name))])
+
+    def basis(self, x: Tensor) -> Tensor:
+        """x in the basis that is quantized, or back from it; float32."""
+        return hadamard(x) if self.hadamard else x.to(torch.float32)
 
 
 @functools.cache  # a copy to a GPU waits for it: once, not at every call
 def _signs(device: torch.device) -> Tensor:
-    """Sylvester's Hadamard matrix: entry (i, j) is the parity of i & j as a sign."""
-    rows = [[1 - 2 * ((i & j).bit_count() & 1) for j in range(HADAMARD_BLOCK)] for i in range(HADAMARD_BLOCK)]
-    return torch.tensor(rows, dtype=torch.float32, device=device)
+    return torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(BLOCK)] for i in range(BLOCK)], device=device)
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """x H in float32 for x of any rank >= 1: (..., D) -> (..., D padded with zeros to a multiple of 32)."""
-    blocks = F.pad(x.to(torch.float32), (0, -x.shape[-1] % HADAMARD_BLOCK)).unflatten(-1, (-1, HADAMARD_BLOCK))
+    """x H: (..., D) of any float dtype -> float32 (..., D rounded up to a multiple of 32)."""
+    blocks = F.pad(x.to(torch.float32), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     with torch.autocast(x.device.type, enabled=False):
-        return (blocks @ _signs(x.device)).flatten(-2) * HADAMARD_BLOCK**-0.5
+        return (blocks @ _signs(x.device)).flatten(-2) * BLOCK**-0.5
 
 
-def default_step(x: Tensor) -> Tensor:
-    """LSQ's initial step 2 mean|x| / sqrt(7), float32 scalar (Esser et al. 2020)."""
-    return x.abs().mean(dtype=torch.float32) * (2 / math.sqrt(LEVEL_MAX))
+def default_step(total: Tensor | float, count: int | float) -> Tensor | float:
+    """LSQ's initial step 2 mean|x| / sqrt(7) (Esser et al. 2020) from the sum and the number of magnitudes."""
+    return total / max(count, 1) * (2 / math.sqrt(LEVEL_MAX))
 
 
-class Quantized(NamedTuple):
-    """A tensor in units of its step, before and after rounding (float32, the tensor's shape; NaN where not finite)."""
-
-    latent: Tensor
-    levels: Tensor
-
-
-def quantize(x: Tensor, step: Tensor) -> Quantized:
-    latent = x / step
-    levels = latent.round().clamp(LEVEL_MIN, LEVEL_MAX)
-    return Quantized(latent, levels.masked_fill(~torch.isfinite(x), torch.nan))
+def divide(x: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor]:
+    """v = x / s and s: the step, or LSQ's initial one for None; at least MIN_STEP, past which its gradient goes on."""
+    step = default_step(x.abs().sum(), x.numel()) if step is None else step.detach().float()
+    step = step.clamp(min=MIN_STEP)
+    return x / step, step
 
 
-def quantize_backward(grad: Tensor, q: Quantized) -> tuple[Tensor, Tensor]:
-    """Gradients of the tensor and of its step (scalar) from that of the quantized tensor, straight through rounding."""
-    inside = (q.latent > LEVEL_MIN) & (q.latent < LEVEL_MAX)
-    slope = q.levels - torch.where(inside, q.latent, 0.0)
-    # A product, where a selection would swallow a NaN.
+def quantize(v: Tensor) -> Tensor:
+    """The levels q(v) / s: integers from -8 to 7 in float32; NaN where v is not finite."""
+    return v.round().clamp(LEVEL_MIN, LEVEL_MAX).masked_fill(~torch.isfinite(v), torch.nan)
+
+
+def quantize_backward(grad: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the step (scalar) from that of q(x), straight through the rounding."""
+    inside = (v > LEVEL_MIN) & (v < LEVEL_MAX)
+    slope = quantize(v) - torch.where(inside, v, 0.0)
+    # A product with the mask, where a selection would swallow a NaN.
     return grad * inside, (grad * slope).sum() / math.sqrt(LEVEL_MAX * max(grad.numel(), 1))
 
 
-class Split(NamedTuple):
-    """G ~ (14 high + low) unit: integer values (N x C, float32) and max|G| / 98 (float32 scalar)."""
-
-    high: Tensor
-    low: Tensor
-    unit: Tensor
-
-
-def split_gradient(G_NC: Tensor, noise: Noise) -> Split:
-    """Split a non-empty gradient into two parts. Unbiased: the rest is rounded down or up at random."""
+def split_gradient(G_NC: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
+    """(high, low, unit) with G ~ (14 high + low) unit: integers (N x C, float32) and max|G| / 98 (scalar)."""
     G_NC = G_NC.to(torch.float32)
-    largest = G_NC.abs().amax()
-    largest = torch.where(largest == 0, 1.0, largest)
-    G0 = G_NC / largest * SPLIT_RANGE  # 98 / max|G| could overflow
-    high = (G0 / SPLIT_BASE).round().clamp(-HIGH_MAX, HIGH_MAX)
-    low = torch.floor(G0 - SPLIT_BASE * high + uniform(G0.shape, noise))
-    return Split(high, low, largest / SPLIT_RANGE)
+    if not len(G_NC):
+        return G_NC, G_NC, G_NC.sum()
+    unit = (G_NC.abs().amax() / RANGE).clamp(min=torch.finfo(torch.float32).tiny)  # a zero gradient stays zero
+    G0 = G_NC / unit
+    high = (G0 / BASE).round().clamp(-HIGH_MAX, HIGH_MAX)
+    low = torch.floor(G0 - BASE * high + uniform(G0.shape, noise))
+    return high, low, unit
 
 
 def keep_probability(score: Tensor, expected: int) -> Tensor:
     """p = min(1, rate * score) with the rate at which p sums to `expected`: water-filling; float32, the score's shape.
 
-    Each round counts the rows that are certain and gives what they leave to the others. The rate rises to its limit;
-    where it has not reached it, fewer rows are kept, still without bias. p is rounded up to a multiple of 2^-16, which
-    a draw of 16 bits hits exactly. A score of 0 has p = 0.
+    Each round finds the rows that are certain and shares what they leave among the others. The rate rises to its limit;
+    short of it, fewer rows are kept, still without bias. p is rounded up to a multiple of 2^-16, which a draw of 16
+    bits meets exactly. A score of 0 has p = 0; a NaN makes every p NaN.
     """
-    certain = torch.zeros_like(score, dtype=torch.bool)
-    rate = torch.zeros_like(score[0])
+    certain, rate = torch.zeros_like(score, dtype=torch.bool), torch.zeros_like(score[0])
     for _ in range(FILLING_ROUNDS):
-        # fmax: 0 / 0, where no score is left to share, keeps the rate as it is.
-        rate = torch.fmax(rate, (expected - certain.sum()) / score.masked_fill(certain, 0.0).sum())
+        rest = score.masked_fill(certain, 0.0).sum()
+        # Where nothing is left to share, or by rounding errors less than nothing, the rate stays.
+        rate = torch.where(rest == 0, rate, torch.maximum(rate, (expected - certain.sum()) / rest))
         certain = score * rate >= 1
-    p = torch.ceil((score * rate).clamp(max=1.0) * 2.0**16) * 2.0**-16
-    return torch.where(score > 0, p, 0.0)
+    return torch.ceil((score * rate).clamp(max=1.0) * 2.0**16) * 2.0**-16
 
 
-def sampled(parts: Split, x_norm: Tensor | float, noise: Noise | None) -> Tensor:
-    """G~ in units of `unit` (N x C, float32), rows sampled by ||g_i|| x_norm_i; without `noise` all rows are kept."""
-    if noise is None:
-        return SPLIT_BASE * parts.high + parts.low
-    norms = torch.stack([SPLIT_BASE * parts.high.norm(dim=1), parts.low.norm(dim=1)])
-    score = (norms * x_norm).flatten()
-    p = keep_probability(score, expected=len(parts.high))
-    weight = torch.where(uniform(p.shape, noise) < p, 1 / p, 0.0).view(2, -1, 1)
-    return weight[0] * SPLIT_BASE * parts.high + weight[1] * parts.low
+def sample_rows(high: Tensor, low: Tensor, x_norm: Tensor | float, noise: Noise) -> Tensor:
+    """G~ in units of `unit` (N x C, float32): each row of 14 high and of low kept with p ~ its norm times x_norm."""
+    norms = torch.stack([BASE * high.norm(dim=1), low.norm(dim=1)])
+    p = keep_probability((norms * x_norm).flatten(), expected=len(high))
+    weight = ((uniform(p.shape, noise) < p) / p.clamp(min=2.0**-16)).view(2, -1, 1)
+    return BASE * high * weight[0] + low * weight[1]
 
 
 class Int4LinearFunction(torch.autograd.Function):
-    """Y = X W^T + b with the three products of this module's docstring. Steps are positive float32 scalars."""
+    """Y = X W^T + b with the three products above. A step that is None is LSQ's initial step of its tensor."""
 
     @staticmethod
     def forward(
@@ -178,24 +165,124 @@ class Int4LinearFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        step_x: Tensor,
-        step_w: Tensor,
+        step_x: Tensor | None,
+        step_w: Tensor | None,
         recipe: Int4Recipe,
         noise_state: Tensor,
         stream: int,
     ) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        ctx.basis = hadamard if recipe.hadamard else torch.Tensor.float
-        step_x_, step_w_ = step_x.float().clamp(min=MIN_STEP), step_w.float().clamp(min=MIN_STEP)
-        X_ND = x.reshape(-1, x.shape[-1])
-        q1, q2 = quantize(ctx.basis(X_ND), step_x_), quantize(ctx.basis(weight), step_w_)
-        output = F.linear(q1.levels.to(dtype), q2.levels.to(dtype)).float() * (step_x_ * step_w_)
-        if bias is not None:
-            output = output + bias.float()
+        x_v, step_x = divide(recipe.basis(x.reshape(-1, x.shape[-1])), step_x)
+        w_v, step_w = divide(recipe.basis(weight), step_w)
+        output = F.linear(quantize(x_v).to(dtype), quantize(w_v).to(dtype)).float() * (step_x * step_w)
+        output = output if bias is None else output + bias
 
-        ctx.save_for_backward(X_ND, weight, step_x_, step_w_, noise_state)
-        ctx.sampling, ctx.stream, ctx.compute_dtype = recipe.sampling, stream, dtype
-        ctx.x_shape, ctx.bias_dtype = x.shape, None if bias is None else bias.dtype
-        ctx.step_dtypes = step_x.dtype, step_w.dtype
+        ctx.save_for_backward(x_v, w_v, step_x, step_w, noise_state)
+        ctx.recipe, ctx.stream, ctx.compute_dtype = recipe, stream, dtype
+        ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return output.to(dtype).reshape(*x.shape[:-1], output.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x_v, w_v, step_x, step_w, noise_state = ctx.saved_tensors
+        recipe, dtype, needs, D = ctx.recipe, ctx.compute_dtype, ctx.needs_input_grad, ctx.x_shape[-1]
+        G_NC = grad_output.reshape(-1, grad_output.shape[-1])
+        high, low, unit = split_gradient(G_NC, Noise(noise_state, ctx.stream + LOW))
+
+        def sampled(x_norm: Tensor | float, use: int) -> Tensor:
+            if not recipe.sampling or not len(G_NC):
+                return (BASE * high + low).to(dtype)
+            return sample_rows(high, low, x_norm, Noise(noise_state, ctx.stream + use)).to(dtype)
+
+        grad_input = grad_weight = grad_bias = grad_step_x = grad_step_w = None
+        if needs[0] or needs[3]:
+            product = sampled(1.0, ROWS_OF_GRAD_INPUT) @ quantize(w_v).to(dtype)
+            grad, grad_step_x = quantize_backward(product.float() * (unit * step_w), x_v)
+            grad_input = recipe.basis(grad)[:, :D].to(ctx.x_dtype).reshape(ctx.x_shape)
+        if needs[1] or needs[4]:
+            x_levels = quantize(x_v)
+            product = sampled(x_levels.norm(dim=1), ROWS_OF_GRAD_WEIGHT).t() @ x_levels.to(dtype)
+            grad, grad_step_w = quantize_backward(product.float() * (unit * step_x), w_v)
+            grad_weight = recipe.basis(grad)[:, :D].to(ctx.weight_dtype)
+        if needs[2]:
+            grad_bias = G_NC.sum(0, dtype=ctx.bias_dtype)
+        # A step that is no parameter has no gradient.
+        grad_step_x, grad_step_w = grad_step_x if needs[3] else None, grad_step_w if needs[4] else None
+        return grad_input, grad_weight, grad_bias, grad_step_x, grad_step_w, None, None, None
+
+
+class Int4Linear(NoisyLinear):
+    """A linear layer whose three products are INT4. Weight and bias, their names and initialisation are nn.Linear's.
+
+    With learned steps there are the parameters `step_x` and `step_w` (float32 scalars) too. step_w starts from the
+    weights at conversion, step_x from the first training batch of all processes, which must meet in that forward pass.
+    Until then step_x is 1, the buffer `step_x_known` False, and evaluation takes the initial step of its own input.
+
+    `noise` is the clock and `layer` the layer's number in it, as for QuantLinear.
+    """
+
+    recipe: Int4Recipe
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, recipe: Int4Recipe) -> Int4Linear:
+        """A quantized layer that takes over the parameters of `linear`. Raises TypeError for another module."""
+        quant = cls._take_over(linear, recipe)
+        NoiseClock().to(linear.weight.device).attach(quant)
+        return quant
+
+    @classmethod
+    def _take_over(cls, linear: nn.Linear, recipe: Int4Recipe) -> Int4Linear:
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"Int4Linear is made from an nn.Linear; got {type(linear).__name__}")
+        quant = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        quant.weight, quant.bias, quant.recipe = linear.weight, linear.bias, recipe
+        quant.step_x = quant.step_w = None
+        quant._step_x_known = False  # on the host, so that asking does not wait for the device
+        if recipe.learned_step:
+            _, step = divide(recipe.basis(linear.weight.detach()), None)
+            quant.step_x, quant.step_w = nn.Parameter(torch.ones_like(step)), nn.Parameter(step)
+            quant.register_buffer("step_x_known", torch.zeros_like(step, dtype=torch.bool))
+        return quant.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., C) for an input of any rank."""
+        if self.recipe.learned_step and self.training and not self._step_x_known:
+            self._start_step_x(x)
+        step_x = self.step_x if self._step_x_known else None
+        stream = STREAMS_PER_LAYER * self.layer
+        return Int4LinearFunction.apply(
+            x, self.weight, self.bias, step_x, self.step_w, self.recipe, self.noise.state, stream
+        )
+
+    @torch.no_grad()
+    def _start_step_x(self, x: Tensor) -> None:
+        """Set step_x from the finite values there are; where all are 0, leave that to a later pass. Synchronises."""
+        magnitudes = self.recipe.basis(x).abs()
+        total = torch.where(torch.isfinite(magnitudes), magnitudes, 0.0).sum()
+        sums = torch.stack([total, torch.full_like(total, magnitudes.numel())])
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        total, count = sums.tolist()
+        if 0 < total < math.inf:
+            self.step_x.fill_(default_step(total, count))
+            self.step_x_known.fill_(True)
+            self._step_x_known = True
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._step_x_known = bool(state_dict.get(f"{prefix}step_x_known", self._step_x_known))
+
+    @torch.no_grad()
+    def quantized_weight(self) -> Tensor:
+        """Q(w) = q(W H) H^T (C x D, the weight's dtype): the weight as the output product sees it, in W's own basis.
+
+        X' q(W')^T = X Q(w)^T for every X. The levels are those of W', so with `hadamard` Q(w) lies on no grid.
+        """
+        v, step = divide(self.recipe.basis(self.weight), self.step_w)
+        return self.recipe.basis(quantize(v) * step)[:, : self.in_features].to(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.recipe}"

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantization.int4 import Int4Linear, Int4Recipe
 from quantization.linear_fn import QuantLinearFunction
-from quantization.noise import NoiseClock
+from quantization.noise import STREAMS_PER_LAYER, NoiseClock, NoisyLinear
 from quantization.quantize import fake_quantize
 from quantization.spec import LinearRecipe
 
 # qkv, proj, fc1 and fc2 of every transformer block, as timm names them (paper, section 7.1).
 BLOCK_LINEARS = re.compile(r"(^|\.)blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))$")
 
-STREAMS_PER_LAYER = 8  # six quantizers, rounded up
 
-
-class QuantLinear(nn.Linear):
+class QuantLinear(NoisyLinear):
     """A linear layer with quantized products; parameters, their names and their initialisation are nn.Linear's.
 
     Attributes:
@@ -31,15 +30,12 @@ class QuantLinear(nn.Linear):
     """
 
     recipe: LinearRecipe
-    noise: NoiseClock
-    layer: int
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: LinearRecipe) -> QuantLinear:
         """A quantized layer that takes over the parameters of `linear`; all quantizers off, it equals `linear`."""
         quant = cls._take_over(linear, recipe)
-        quant.layer = 0
-        NoiseClock().attach(quant)
+        NoiseClock().to(linear.weight.device).attach(quant)
         return quant
 
     @classmethod
@@ -51,12 +47,6 @@ class QuantLinear(nn.Linear):
         quant.recipe = recipe
         quant.register_buffer("shadow", None)
         return quant.train(linear.training)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> QuantLinear:
-        """What .to(), .cuda() and their like do: the clock comes along."""
-        super()._apply(fn, recurse)
-        self.noise._apply(fn)
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., C) for an input of any rank."""
@@ -79,10 +69,13 @@ class QuantLinear(nn.Linear):
         return f"{super().extra_repr()}, {self.recipe}"
 
 
-def convert_linears(model: nn.Module, recipe: LinearRecipe, names: Iterable[str] | None = None) -> list[str]:
-    """Replace linear layers of `model` in place by QuantLinear layers that keep their parameters.
+def convert_linears(
+    model: nn.Module, recipe: LinearRecipe | Int4Recipe, names: Iterable[str] | None = None
+) -> list[str]:
+    """Replace linear layers of `model` in place by quantized layers that keep their parameters.
 
     Args:
+        recipe: a LinearRecipe makes QuantLinear layers, an Int4Recipe makes Int4Linear layers.
         names: qualified names of the layers; None takes qkv, proj, fc1 and fc2 of every transformer block and leaves
             patch embedding, patch merging, norms and head in full precision.
 
@@ -112,10 +105,11 @@ def convert_linears(model: nn.Module, recipe: LinearRecipe, names: Iterable[str]
         clock = NoiseClock()
         clock.to(next(iter(linears.values())).weight.device)
         clock.attach(model)
+    kind = Int4Linear if isinstance(recipe, Int4Recipe) else QuantLinear
     converted = [name for name in linears if name in wanted]
     for name in converted:
         parent, _, child = name.rpartition(".")
-        quant = QuantLinear._take_over(linears[name], recipe)
+        quant = kind._take_over(linears[name], recipe)
         # The number of a layer is its place among all linear layers, so it does not depend on which are converted.
         quant.layer = list(linears).index(name)
         quant.__dict__["noise"] = clock

@@ -13,6 +13,7 @@ a run resumed at a position continues its noise bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ _MASK = 0xFFFFFFFF
 _ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 ELEMENTS_PER_CALL = 8
+STREAMS_PER_LAYER = 8  # quantizers of one layer, six of them rounded up
 
 
 class Noise(NamedTuple):
@@ -118,6 +120,19 @@ class NoiseClock(nn.Module):
 
     def extra_repr(self) -> str:
         return f"seed={self.seed}, rank={self.rank}"
+
+
+class NoisyLinear(nn.Linear):
+    """A linear layer with a clock of noise and a number, `layer`, that keeps its noise apart from other layers'."""
+
+    noise: NoiseClock
+    layer: int = 0
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> NoisyLinear:
+        """What .to(), .cuda() and their like do: the clock comes along."""
+        super()._apply(fn, recurse)
+        self.noise._apply(fn)
+        return self
 
 
 def _advance(model: nn.Module, _args: object) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from quantization.formats import FORMATS, ElementFormat
+from quantization.int4 import Int4Recipe
 
 Rounding = Literal["nearest_even", "nearest_away", "nearest_up", "stochastic"]
 ScaleRule = Literal["truncation_free", "floor"]
@@ -162,12 +163,12 @@ PRESETS: dict[str, LinearRecipe] = {
 }
 
 
-def resolve(quant: Any) -> LinearRecipe:
-    """The recipe of the `quant` section of a configuration (`config.MXQuant` or `config.NoQuant`)."""
+def resolve(quant: Any) -> LinearRecipe | Int4Recipe:
+    """The recipe of the `quant` section of a configuration, by its scheme: none, mx or int4."""
     if quant.scheme == "none":
         return PRESETS["full_precision"]
-    if quant.scheme != "mx":
-        raise ValueError(f"no recipe of linear layers for quant.scheme {quant.scheme!r}")
+    if quant.scheme == "int4":
+        return Int4Recipe(hadamard=quant.hadamard, sampling=quant.sampling, learned_step=quant.learned_step)
     return build_recipe(
         quant.active,
         scale_rule=quant.scale_rule,

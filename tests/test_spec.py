@@ -2,11 +2,11 @@
 
 import dataclasses
 import itertools
-from types import SimpleNamespace
 
 import pytest
 
 from config import UserError, load_config
+from quantization.int4 import Int4Recipe
 from quantization.spec import PRESETS, QUANTIZERS, LinearRecipe, QuantizerSpec, build_recipe, resolve
 
 AXES = {"q1": -1, "q2": -1, "q3": -1, "q4": 0, "q5": 0, "q6": 0}  # of the stored tensor: SPEC, section 1
@@ -173,9 +173,9 @@ def test_scheme_mx_without_further_keys_is_tetrajet_and_scheme_none_is_full_prec
     assert resolve(load_config().quant) == PRESETS["full_precision"]
 
 
-def test_a_scheme_without_a_recipe_is_refused():
-    with pytest.raises(ValueError, match="int4"):
-        resolve(SimpleNamespace(scheme="int4"))
+def test_int4_resolves_to_its_switches():
+    quant = load_config(overrides=["quant.scheme=int4", "quant.sampling=false"]).quant
+    assert resolve(quant) == Int4Recipe(hadamard=True, sampling=False, learned_step=True)
 
 
 def test_a_configuration_refuses_what_a_spec_refuses():
