@@ -11,12 +11,13 @@ OSCILLATING = 16.0  # a weight whose oscillation ratio exceeds this is called os
 class PathLengths:
     """dist_W and dist_Q of Appendix A.1, element by element, fed one step at a time.
 
-    Both are sums of |x_t - x_(t-1)| in float32; four tensors of the weight's shape are kept.
+    Both are sums of |x_t - x_(t-1)| in float32, in float64 for values in float64; four tensors of the weight's shape
+    are kept.
     """
 
     def __init__(self, w: Tensor, q: Tensor) -> None:
         """Start at the master weight `w` and its quantized value `q`, of one shape."""
-        self._w, self._q = w.detach().clone(), q.detach().clone()
+        self._w, self._q = (x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True) for x in (w, q))
         self.dist_w, self.dist_q = torch.zeros_like(self._w), torch.zeros_like(self._q)
 
     def add(self, w: Tensor, q: Tensor) -> None:

@@ -39,10 +39,12 @@ class QRampingAdamW(torch.optim.AdamW):
         Raises ValueError where they do not share a group.
         """
         ids = {id(p) for p in parameters}
-        groups = [g for g in self.param_groups if ids & {id(p) for p in g["params"]}]
-        if len(groups) != 1 or not ids <= {id(p) for p in groups[0]["params"]}:
+        members = [{id(p) for p in group["params"]} for group in self.param_groups]
+        groups = [number for number, own in enumerate(members) if ids & own]
+        if len(groups) != 1 or not ids <= members[groups[0]]:
             raise ValueError("ramped parameters must all be in one parameter group")
-        self._ramped, self._group = list(parameters), groups[0]
+        self._ramped = list(parameters)
+        self._group = groups[0]  # its number: load_state_dict puts other groups in the place of these
         numel, device = sum(p.numel() for p in parameters), parameters[0].device
         floats = {name: torch.zeros(numel, device=device) for name in ("exp_avg", "exp_avg_sq", "grad_sum")}
         counts = {name: torch.zeros(numel, dtype=torch.int32, device=device) for name in ("count", "updates")}
@@ -84,7 +86,7 @@ class QRampingAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def _ramped_step(self, gradients: list[Tensor]) -> None:
-        s, group, ramped = self.ramping, self._group, self._ramped
+        s, group, ramped = self.ramping, self.param_groups[self._group], self._ramped
         lr, (beta1, beta2) = group["lr"], group["betas"]
         torch._foreach_mul_(ramped, 1 - lr * group["weight_decay"])
 
@@ -135,8 +137,10 @@ class QRampingAdamW(torch.optim.AdamW):
         if hasattr(self, "ramping"):
             if ramping is None or ramping["period"].numel() != self.ramping["period"].numel():
                 raise ValueError("it holds no periods for these parameters")
-            self.ramping = {name: ramping[name].to(old.device).clone() for name, old in self.ramping.items()}
+            ramping = {name: ramping[name].to(old.device).clone() for name, old in self.ramping.items()}
         super().load_state_dict(state_dict)
+        if hasattr(self, "ramping"):
+            self.ramping = ramping
 
 
 def periods(ratio: Tensor, k1: float, k2: int, n_max: int) -> Tensor:
