@@ -171,7 +171,7 @@ class Run:
         """
         modules = [self.model] + ([] if self.ema is None else [self.ema.module])
         kept = copy.deepcopy([m.state_dict() for m in modules]), copy.deepcopy(self.optimizer.state_dict())
-        place = self.epoch, self.step, self.meter.state_dict()
+        place = self.epoch, self.step, self.data.corrupt, self.meter.state_dict()
         python, numpy = random.getstate(), np.random.get_state()
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             batches = self.upcoming_batches(epochs=2 + steps // self.steps_per_epoch)
@@ -181,7 +181,7 @@ class Run:
         for module, weights in zip(modules, kept[0], strict=True):
             module.load_state_dict(weights)
         self.optimizer.load_state_dict(kept[1])
-        self.epoch, self.step, meter = place
+        self.epoch, self.step, self.data.corrupt, meter = place
         self.meter.load_state_dict(meter)
         random.setstate(python)
         np.random.set_state(numpy)
