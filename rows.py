@@ -239,7 +239,7 @@ def epochs_done(directory: Path) -> int:
 
 def _complete(directory: Path, reference: str, overrides: Sequence[str]) -> bool:
     """Whether a folder holds the finished run of a configuration, and not of another recipe."""
-    cfg = load_config(reference, overrides)
+    cfg = load_config(reference, overrides, source="the command line")
     if epochs_done(directory) < cfg.schedule.epochs:
         return False
     try:

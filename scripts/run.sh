@@ -2,10 +2,12 @@
 # Runs one configuration on this machine's GPUs, or on the CPU where there is none; the scripts of the rows call this.
 #
 #   bash scripts/run.sh configs/deit_tiny_tetrajet.yaml [flags of main.py; they win over the configuration]
+#   bash scripts/run.sh configs/ablations/table1.yaml#q1/deit_tiny        # a row of a table; scripts/table1.sh lists them
 #
 # Environment                                                        Default
 #   DATA_PATH     folder of the data set (--data-path)               data.path of the configuration
-#   OUTPUT_DIR    folder of the run (--output_dir)                   runs/<name of the configuration>
+#   RUNS_DIR      folder that the folder of the run is made in       runs in the repository
+#   OUTPUT_DIR    folder of the run (--output_dir)                   $RUNS_DIR/<name of the configuration>
 #   NPROC         processes on this node                             one for each GPU; 1 without a GPU
 #   NNODES        nodes; start this script once on each of them      SLURM_NNODES, else 1
 #   NODE_RANK     number of this node, from 0                        SLURM_NODEID, else 0
@@ -24,8 +26,10 @@ if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
 fi
 config="$1"
 shift
-name="$(basename -- "$config")"
-if [ ! -e "$config" ] && [ -e "$root/$config" ]; then config="$root/$config"; fi
+row=""
+case "$config" in *.yaml#*) row="#${config##*.yaml#}" ;; esac
+file="${config%"$row"}"
+if [ ! -e "$file" ] && [ -e "$root/$file" ]; then config="$root/$config"; fi
 
 single="" # print and leave: one process is enough
 resume=(--resume auto)
@@ -37,6 +41,9 @@ for word in "$@"; do
 done
 
 PYTHON="${PYTHON:-$(bash "$root/scripts/setup.sh")}"
+
+name="$(basename -- "$file" .yaml)"
+if [ -n "$row" ]; then name="$("$PYTHON" "$root/rows.py" name "$config")"; fi # it may be the same run as another
 
 gpus() {
     if ! command -v nvidia-smi >/dev/null; then
@@ -88,4 +95,4 @@ fi
 
 # ${resume[@]+...}: an empty array is an unset variable to bash before 4.4.
 exec "${launch[@]}" "$root/main.py" --config "$config" ${DATA_PATH:+--data-path "$DATA_PATH"} \
-    --output_dir "${OUTPUT_DIR:-$root/runs/${name%.yaml}}" ${resume[@]+"${resume[@]}"} "$@"
+    --output_dir "${OUTPUT_DIR:-${RUNS_DIR:-$root/runs}/$name}" ${resume[@]+"${resume[@]}"} "$@"
