@@ -1,6 +1,7 @@
-"""Runs in, pictures and tables out: `python report.py curves RUN [RUN ...] --png FILE`.
+"""Runs in, pictures and tables out: `python report.py curves RUN [RUN ...] --png FILE`, `python report.py tables`.
 
 curves   a table (method, top-1, loss, time) and one picture of loss and accuracy over the epochs
+tables   the paper's tables, published figures beside ours (report_tables.py)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from config import Config, UserError, load_config
 from quantization import PRESETS, resolve
+from report_tables import write_tables
 from runlog import read_metrics
 
 # Okabe and Ito's palette, told apart by colour-blind readers, with line styles for print.
@@ -120,8 +122,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     curves = commands.add_parser("curves", help="table and picture of loss and accuracy over the epochs")
     curves.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     curves.add_argument("--png", type=Path, default=Path("curves.png"), help="the picture (default: curves.png)")
+    tables = commands.add_parser("tables", help="the paper's tables, published figures beside those of runs")
+    tables.add_argument(
+        "runs", nargs="*", type=Path, metavar="RUN_DIR", help="runs or folders of them (default: runs/)"
+    )
+    tables.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here instead of printing them")
+    tables.add_argument("--csv", type=Path, metavar="FILE", help="write them here as CSV too")
     options = parser.parse_args(argv)
     try:
+        if options.command == "tables":
+            write_tables(options.runs, options.markdown, options.csv)
+            return
         runs = [read_run(directory) for directory in options.runs]
         draw_curves(runs, options.png)
     except UserError as error:
