@@ -249,8 +249,10 @@ class Int4Linear(NoisyLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., C) for an input of any rank."""
-        if self.recipe.learned_step and self.training and not self._step_x_known:
-            self._start_step_x(x)
+        if self.recipe.learned_step and not self._step_x_known:
+            self._step_x_known = bool(self.step_x_known)  # a checkpoint or a moving average may have brought it
+            if self.training and not self._step_x_known:
+                self._start_step_x(x)
         step_x = self.step_x if self._step_x_known else None
         stream = STREAMS_PER_LAYER * self.layer
         return Int4LinearFunction.apply(
@@ -273,7 +275,7 @@ class Int4Linear(NoisyLinear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._step_x_known = bool(state_dict.get(f"{prefix}step_x_known", self._step_x_known))
+        self._step_x_known = False  # to be looked up again
 
     @torch.no_grad()
     def quantized_weight(self) -> Tensor:
