@@ -81,12 +81,14 @@ class Run:
     amp: torch.dtype | None  # of autocast; None for none
     rank: int
     world_size: int
+    batch_size: int  # samples of one process at a time
     accumulation: int  # micro-batches of an optimizer step
     steps_per_epoch: int  # optimizer steps
     epoch: int = 0  # epochs done
     step: int = 0  # optimizer steps done in the current epoch
     best_top1: float = -1.0  # below any accuracy: the first epoch is the best so far, whatever it reached
     meter: Meter = field(default_factory=Meter)  # figures of the current epoch
+    not_loaded: list[str] = field(default_factory=list)  # what --finetune found no weights for
 
     @property
     def global_step(self) -> int:

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -155,10 +155,8 @@ def describe(figures: dict[str, float]) -> str:
     )
 
 
-def run_training(
-    cfg: Config, output_dir: Path, *, rank: int, world_size: int, device: torch.device, smoke: bool
-) -> None:
-    """Everything between the configuration and the last epoch."""
+def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, device: torch.device) -> Run:
+    """Data, model, stabilizer, optimizer and the rest, at the start of training; nothing is written yet."""
     amp = torch.bfloat16 if cfg.run.amp == "bfloat16" or (cfg.run.amp == "auto" and device.type == "cuda") else None
     batch_size, accumulation = plan_batches(cfg, world_size)
     data = build_data(cfg, rank=rank, world_size=world_size, batch_size=batch_size)
@@ -171,9 +169,9 @@ def run_training(
     model = create_model(cfg, data.num_classes).to(device)
     if isinstance(clock := getattr(model, "noise", None), NoiseClock):
         clock.reseed(cfg.run.seed, rank)
-    left_out: list[str] = []
+    not_loaded: list[str] = []
     if cfg.run.finetune and not cfg.run.eval:
-        left_out = finetune_from(model, load_weights(Path(cfg.run.finetune)), Path(cfg.run.finetune))
+        not_loaded = finetune_from(model, load_weights(Path(cfg.run.finetune)), Path(cfg.run.finetune))
     plan = Plan(steps_per_epoch, cfg.schedule.epochs * steps_per_epoch)
     try:
         stabilizer = build_stabilizer(cfg.stabilizer, model, plan)
@@ -182,10 +180,7 @@ def run_training(
     loss = build_loss(cfg, model, num_classes=data.num_classes, mixed_targets=mixup is not None, device=device)
     ema = ModelEmaV3(model, decay=cfg.model_ema.decay) if cfg.model_ema.enabled else None
     optimizer = build_optimizer(cfg, model, stabilizer, device)
-    resume = None if cfg.run.eval else resume_path(cfg, output_dir)
-    state = None if resume is None else load_checkpoint(resume)
-
-    run = Run(
+    return Run(
         cfg=cfg,
         model=model,
         wrapped=DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model,
@@ -202,14 +197,47 @@ def run_training(
         amp=amp,
         rank=rank,
         world_size=world_size,
+        batch_size=batch_size,
         accumulation=accumulation,
         steps_per_epoch=steps_per_epoch,
+        not_loaded=not_loaded,
     )
+
+
+def describe_run(run: Run, resumed_from: Path | None) -> dict[str, Any]:
+    """manifest.json of a run."""
+    cfg = run.cfg
+    return manifest(
+        cfg,
+        device=run.device,
+        world_size=run.world_size,
+        seed=cfg.run.seed,
+        patches=[patch.record() for patch in PATCHES],
+        quantizers=quantizer_table(run.model),
+        extra={
+            "parameters": sum(p.numel() for p in run.model.parameters()),
+            "classes": run.data.num_classes,
+            "batch": {"process": run.batch_size, "accumulation": run.accumulation, "global": cfg.optim.global_batch},
+            "steps_per_epoch": run.steps_per_epoch,
+            "autocast": str(run.amp).removeprefix("torch."),
+            "resumed_from": str(resumed_from) if resumed_from else None,
+            "finetuned_from": cfg.run.finetune,
+            "not_loaded_in_finetuning": run.not_loaded,
+        },
+    )
+
+
+def run_training(
+    cfg: Config, output_dir: Path, *, rank: int, world_size: int, device: torch.device, smoke: bool
+) -> None:
+    """A run from its configuration to its last epoch: fresh, resumed, or evaluation alone."""
+    run = build_run(cfg, output_dir, rank=rank, world_size=world_size, device=device)
     if cfg.run.eval:
         evaluate_only(cfg, run)
         return
-    if state is not None:
-        run.load_state_dict(state, resume)
+    resume = resume_path(cfg, output_dir)
+    if resume is not None:
+        run.load_state_dict(load_checkpoint(resume), resume)
         if run.epoch >= cfg.schedule.epochs:
             if rank == 0:
                 print(f"{resume} is complete: {run.epoch} epochs, best top-1 {run.best_top1:.2f} %.")
@@ -222,26 +250,7 @@ def run_training(
     )
     with run.log:
         run.log.write_config(dump_config(cfg))
-        run.log.write_manifest(
-            manifest(
-                cfg,
-                device=device,
-                world_size=world_size,
-                seed=cfg.run.seed,
-                patches=[patch.record() for patch in PATCHES],
-                quantizers=quantizer_table(model),
-                extra={
-                    "parameters": sum(p.numel() for p in model.parameters()),
-                    "classes": data.num_classes,
-                    "batch": {"process": batch_size, "accumulation": accumulation, "global": cfg.optim.global_batch},
-                    "steps_per_epoch": steps_per_epoch,
-                    "autocast": str(amp).removeprefix("torch."),
-                    "resumed_from": str(resume) if resume else None,
-                    "finetuned_from": cfg.run.finetune,
-                    "not_loaded_in_finetuning": left_out,
-                },
-            )
-        )
+        run.log.write_manifest(describe_run(run, resume))
         if resume and rank == 0:
             print(f"Continuing {resume} at epoch {run.epoch}, step {run.step}.")
         run.stop.install()
