@@ -1,8 +1,8 @@
 """The paper's tables, published figures beside ours: `python report.py tables [RUN_DIR ...]`.
 
 A run counts for every cell whose configuration it has: all its resolved*.yaml equal the row's but for the seed, and its
-manifest is of ImageNet-1K. Ours is the last epoch's figure, averaged over finished runs of different seeds. What does not
-count is listed with the reason: another recipe, an unfinished run, a second run of a seed.
+manifest is of ImageNet-1K. Ours is the last epoch's figure, averaged over finished runs of different seeds. What does
+not count is listed with the reason: another recipe, an unfinished run, a second run of a seed.
 """
 
 from __future__ import annotations

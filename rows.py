@@ -239,8 +239,11 @@ def epochs_done(directory: Path) -> int:
 
 def _complete(directory: Path, reference: str, overrides: Sequence[str]) -> bool:
     """Whether a folder holds the finished run of a configuration, and not of another recipe."""
+    done = epochs_done(directory)
+    if not done:
+        return False
     cfg = load_config(reference, overrides, source="the command line")
-    if epochs_done(directory) < cfg.schedule.epochs:
+    if done < cfg.schedule.epochs:
         return False
     try:
         given = load_config(directory / "resolved.yaml")
