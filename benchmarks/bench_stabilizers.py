@@ -2,8 +2,8 @@
 
     python benchmarks/bench_stabilizers.py [--model NAME] [--batch N] [--rounds N]
 
-Variants take turns, a step each, so that drifts of the machine meet all of them. Prints the median step and its ratio to
-plain TetraJet in the same run; Q-Ramping without its detection, which is printed apart.
+Variants take turns, a step each, so that drifts of the machine meet all of them. Prints the median step and its ratio
+to plain TetraJet in the same run. Q-Ramping is timed without its detection.
 """
 
 from __future__ import annotations
