@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers import exit_code, undisturbed
 
 import rows
 from config import Config, UserError, load_config
@@ -238,6 +239,40 @@ def test_every_run_of_a_model_has_its_recipe(model: str) -> None:
         for key, value in expected.items():
             section, _, leaf = key.partition(".")
             assert getattr(getattr(cfg, section), leaf) == value, (name, key)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# They train. tests/test_scripts.py has the whole of it, which takes long: every script, every row, at full size.
+# ---------------------------------------------------------------------------------------------------------------------
+
+SPREAD = [
+    "deit_tiny_int4",
+    "deit_tiny_qema",
+    "deit_tiny_qramping",
+    "swin_tiny_tetrajet",
+    "swin_small_qramping",
+    "table1_q1_deit_tiny",
+    "table1_q6_deit_tiny",
+    "table4_tetrajet_dampen_deit_tiny",
+    "table4_tetrajet_freeze_deit_tiny",
+    "table5_stochastic_original_floor_deit_tiny",
+    "table6_without_wq_aq_deit_base",
+    "table7_e3m0_e3m0_deit_tiny",
+]
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_a_row_trains(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Two steps and an evaluation of a model cut down to one narrow block a stage."""
+    [reference] = {cell.run_reference for cell in CELLS if cell.run == name}
+    shape = "{embed_dim: 64, depth: 1, num_heads: 2}"
+    if name.startswith("swin"):
+        shape = "{embed_dim: 24, depths: [1, 1, 1, 1], num_heads: [1, 2, 4, 8]}"
+    small = ["--smoke", "--device", "cpu", "--input-size", "32", "--model.kwargs", shape]
+    with undisturbed():
+        assert exit_code(["--config", reference, "--output_dir", str(tmp_path), *small]) == 0
+    out = capsys.readouterr().out
+    assert f"smoke test passed: 2 training steps and 1 evaluation batch of {CONFIGS[name].model.name}" in out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
