@@ -52,7 +52,7 @@ class ModelConfig(_Section):
     img_size: int = _key(224, "input resolution in pixels", "--input-size", ge=1)
     patch_size: int | None = _key(None, "patch size in pixels; null keeps the model's own", ge=1)
     num_classes: int | None = _key(None, "number of classes; null takes the data set's", "--nb-classes", ge=1)
-    drop: float = _key(0.0, "dropout rate", "--drop", ge=0, lt=1)
+    drop: float = _key(0.0, "dropout rate before the head", "--drop", ge=0, lt=1)
     drop_path: float = _key(0.1, "stochastic depth rate of the last block", "--drop-path", ge=0, lt=1)
     kwargs: dict[str, bool | int | float | str | list[int]] = _key(
         {}, "further arguments of the timm model, such as {embed_dim: 96, depth: 4}"

@@ -198,6 +198,10 @@ def test_the_methods_of_a_model_differ_in_the_method_alone(column: str) -> None:
     assert all(rest(method) == rest("fp") for method in ROW_OF)
 
 
+def test_without_a_file_the_recipe_is_that_of_deit_tiny() -> None:
+    assert load_config() == load_config(CONFIGS / "deit_tiny_fp.yaml", ["paper=null"])
+
+
 @pytest.mark.parametrize("task", ["digits", "tiny_imagenet"])
 def test_the_smaller_tasks_compare_the_same_methods(task: str) -> None:
     cfgs = {method: load(task, method) for method in ("fp", "microscaling", "tetrajet")}
