@@ -16,9 +16,10 @@ import yaml
 from helpers import exit_code, undisturbed
 
 import rows
-from config import Config, UserError, load_config
+from config import Config, UserError, dump_config, load_config
 from quantization import resolve
 from rows import Cell, all_cells, find_cell, run_name
+from runlog import RunLog
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests/data"
@@ -396,6 +397,30 @@ def test_all_of_a_table_is_every_run_once() -> None:
     assert len(rows.plan(8, ["all"], [], Path("none"))) == 21  # of 25 cells
     assert len(rows.plan(8, ["all", "swin_small"], [], Path("none"))) == 4
     assert len(rows.plan(8, ["qema_tuned"], [], Path("none"))) == 5
+
+
+def test_all_leaves_out_what_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def make(name: str, *overrides: str, epochs: int = 90) -> None:
+        [reference] = {cell.run_reference for cell in CELLS if cell.run == name}
+        with RunLog(tmp_path / name) as log:
+            log.write_config(dump_config(load_config(reference, overrides)))
+            for epoch in range(epochs):
+                log.log((epoch,), {"top1": 50.0}, tag="eval")
+
+    make("deit_tiny_tetrajet", "data.path=/imagenet", "run.device=cuda")
+    make("table7_e2m1_e3m0_deit_tiny", epochs=89)
+    make("table7_e3m0_e2m1_deit_tiny", "run.seed=1")  # complete, but another run
+    everything = rows.plan(7, ["all"], [], Path("none"))
+    assert [path.rpartition("/")[2] for path in everything] == ["deit_tiny_tetrajet.yaml", *["deit_tiny"] * 3]
+    assert rows.plan(7, ["all"], [], tmp_path) == everything[1:]
+    assert capsys.readouterr().err == f"{tmp_path / 'deit_tiny_tetrajet'} is complete.\n"
+    assert rows.plan(7, ["all"], ["--epochs", "91"], tmp_path) == everything
+    assert rows.plan(7, ["all"], ["--epochs", "89"], tmp_path) == everything[2:]
+    for flag in (["--smoke"], ["--print-config"], ["--eval"]):  # they write no run
+        assert rows.plan(7, ["all"], flag, tmp_path) == everything
+    assert rows.plan(7, ["e2m1/e2m1"], [], tmp_path) == everything[:1]  # asked for by name: main.py says what is done
+    (tmp_path / "deit_tiny_tetrajet/resolved.yaml").unlink()
+    assert rows.plan(7, ["all"], [], tmp_path) == everything
 
 
 def test_the_listing_names_every_cell() -> None:

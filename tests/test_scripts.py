@@ -1,4 +1,4 @@
-"""The shell scripts: command lines of run.sh, the ways through setup.sh, and the scripts of the rows."""
+"""The shell scripts: command lines of run.sh, the ways through setup.sh, the scripts of the rows and of the tables."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ import importlib.metadata
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from config import load_config
+from config import dump_config, load_config
+from rows import Cell, all_cells
+from runlog import RunLog
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 GENERAL = {"run.sh", "setup.sh", "test.sh", "quickstart.sh"}
 ROWS = sorted(p for p in SCRIPTS.glob("*.sh") if p.name not in GENERAL and not p.name.startswith("table"))
-
-# Table 2 of arXiv 2502.20853: DeiT-T, DeiT-S, DeiT-B.
-PUBLISHED = {
-    "fp": ("full_precision", (63.73, 73.33, 75.57)),
-    "microscaling": ("microscaling", (58.56, 70.10, 74.54)),
-    "tetrajet": ("tetrajet", (59.75, 71.03, 74.91)),
-}
+TABLE_2 = [
+    f"{model}_{method}"
+    for model in ("deit_tiny", "deit_small", "deit_base", "swin_tiny", "swin_small")
+    for method in ("fp", "int4", "microscaling", "tetrajet", "qema", "qramping")
+]
+CELLS = all_cells()
 
 
 def executable(path: Path, body: str) -> Path:
@@ -37,7 +40,9 @@ def executable(path: Path, body: str) -> Path:
 
 def clean_env(**extra: str | Path) -> dict[str, str]:
     """The environment without anything that run.sh and setup.sh read."""
-    ours = r"(PYTHON|PYTHONPATH|VIRTUAL_ENV|CONDA_PREFIX|NPROC|NNODES|NODE_RANK|MASTER_\w+|DATA_PATH|OUTPUT_DIR"
+    ours = (
+        r"(PYTHON|PYTHONPATH|VIRTUAL_ENV|CONDA_PREFIX|NPROC|NNODES|NODE_RANK|MASTER_\w+|DATA_PATH|OUTPUT_DIR|RUNS_DIR"
+    )
     ours += r"|SLURM_\w+|CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS)"
     env = {k: v for k, v in os.environ.items() if not re.fullmatch(ours, k)}
     return env | {k: str(v) for k, v in extra.items()}
@@ -60,19 +65,28 @@ def test_bash_accepts_the_syntax(script: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# A Python that answers what rows.py is asked and records every other command line, one word a line.
+STUB = """\
+case "$1" in */rows.py) exec "$REAL_PYTHON" "$@" ;; esac
+printf "%s\\n" "$@" > "$RECORD"
+exit "${STATUS:-0}"
+"""
+
+
 class Launcher:
     """run.sh with a Python that records its arguments instead of running them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.record = folder / "record"
-        self.python = executable(folder / "my bin" / "python", 'printf "%s\\n" "$@" > "$RECORD"; exit "${STATUS:-0}"\n')
+        self.python = executable(folder / "my bin" / "python", STUB)
         self.path = f"{folder / 'my bin'}{os.pathsep}{os.environ['PATH']}"
         self.result: subprocess.CompletedProcess
 
     def __call__(self, *flags: str, config: str = "configs/a.yaml", **env: str) -> list[str]:
         self.record.unlink(missing_ok=True)
-        full = clean_env(PYTHON=self.python, RECORD=self.record, PATH=self.path, **env)
+        real = {"REAL_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+        full = clean_env(PYTHON=self.python, RECORD=self.record, PATH=self.path, **real, **env)
         self.result = bash(SCRIPTS / "run.sh", config, *flags, env=full, cwd=self.folder)
         return self.record.read_text().splitlines() if self.record.exists() else []
 
@@ -165,6 +179,26 @@ def test_run_finds_a_configuration_of_the_repository_from_anywhere(launch: Launc
     (launch.folder / "configs/common").mkdir(parents=True)
     (launch.folder / name).touch()
     assert launch(config=name, NPROC="1")[:3] == [*MAIN[:2], name]  # the folder one is in comes first
+
+
+def test_run_a_row_of_a_table(launch: Launcher) -> None:
+    """Its run is named by the row, or is the run that the row is the same as; from any folder."""
+    table = "configs/ablations/table8.yaml"
+    for row, name in (
+        ("qema_default/deit_base", "table8_qema_default_deit_base"),
+        ("tetrajet/swin_tiny", "swin_tiny_tetrajet"),
+    ):
+        words = launch("--lr", "1", config=f"{table}#{row}", NPROC="1")
+        main = [MAIN[0], "--config", f"{ROOT / table}#{row}", "--output_dir", str(ROOT / "runs" / name)]
+        assert words == [*main, "--resume", "auto", "--lr", "1"]
+    assert launch(config=f"{table}#tetrajet/swin", NPROC="1") == []
+    assert launch.result.returncode == 2
+    assert launch.result.stderr.endswith("there is no column swin; did you mean swin_tiny?\n")
+
+
+def test_run_in_a_folder_of_runs(launch: Launcher) -> None:
+    assert launch(NPROC="1", RUNS_DIR="my runs") == [*MAIN[:4], "my runs/a", "--resume", "auto"]
+    assert launch(NPROC="1", RUNS_DIR="my runs", OUTPUT_DIR="my run")[:5] == [*MAIN[:4], "my run"]
 
 
 def test_run_without_a_configuration(launch: Launcher) -> None:
@@ -396,9 +430,9 @@ def test_check_of_the_pins(checkout: Checkout, tmp_path: Path, change: dict[str,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_row_of_the_three_schemes_has_a_script() -> None:
-    names = {p.stem for p in ROWS}
-    assert {f"deit_{size}_{method}" for size in ("tiny", "small", "base") for method in PUBLISHED} <= names
+def test_every_row_of_table_2_has_a_script() -> None:
+    assert {*TABLE_2} <= {p.stem for p in ROWS}
+    assert len(TABLE_2) == 30
 
 
 @pytest.mark.parametrize("script", ROWS, ids=lambda p: p.stem)
@@ -415,23 +449,223 @@ def test_row_script_starts_its_own_configuration(script: Path, launch: Launcher,
     assert os.access(script, os.X_OK)
 
 
-@pytest.mark.parametrize("script", [p for p in ROWS if p.stem.startswith("deit_")], ids=lambda p: p.stem)
-def test_row_script_states_the_published_top1(script: Path) -> None:
-    paper = load_config(ROOT / "configs" / f"{script.stem}.yaml").paper
-    assert paper is not None
-    assert f"published top-1 {paper.top1:.2f} %" in script.read_text()
-    assert f"Table {paper.table}," in script.read_text()
+@pytest.mark.parametrize("name", TABLE_2)
+def test_row_script_states_the_published_top1(name: str) -> None:
+    paper = load_config(ROOT / f"configs/{name}.yaml").paper
+    assert f"published top-1 {paper.top1:.2f} %" in (SCRIPTS / f"{name}.sh").read_text()
+    assert "Table 2," in (SCRIPTS / f"{name}.sh").read_text()
+    assert f"top-1 {paper.top1:.2f} %" in (ROOT / f"configs/{name}.yaml").read_text().splitlines()[0]
 
 
-@pytest.mark.parametrize("method", PUBLISHED)
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
-def test_configuration_carries_the_published_top1(size: str, method: str) -> None:
-    row, figures = PUBLISHED[method]
-    paper = load_config(ROOT / f"configs/deit_{size}_{method}.yaml").paper
-    expected = (2, row, f"deit_{size}", figures[("tiny", "small", "base").index(size)])
-    assert (paper.table, paper.row, paper.column, paper.top1) == expected
-
-
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted({*ROOT.glob("configs/**/*.yaml")} - {*ROOT.glob("configs/ablations/*")}), ids=lambda p: p.stem
+)
 def test_configuration_loads(path: Path) -> None:
     load_config(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scripts of the tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Tables:
+    """table<N>.sh with a Python that answers rows.py and records the runs: [configuration, folder, other words]."""
+
+    def __init__(self, folder: Path) -> None:
+        self.runs_dir = folder / "my runs"
+        self.record = folder / "record"
+        stub = STUB.replace('> "$RECORD"', '>> "$RECORD"; echo END >> "$RECORD"; ${THEN:-true}')
+        self.python = executable(folder / "my bin" / "python", stub)
+        self.result: subprocess.CompletedProcess
+
+    def environment(self, **env: str) -> dict[str, str]:
+        ours = {"PYTHON": self.python, "RECORD": self.record, "RUNS_DIR": self.runs_dir, "REAL_PYTHON": sys.executable}
+        return clean_env(**{**ours, "NPROC": "1", **env})
+
+    def __call__(self, number: int, *words: str, **env: str) -> list[list[str]]:
+        self.record.unlink(missing_ok=True)
+        self.result = bash(SCRIPTS / f"table{number}.sh", *words, env=self.environment(**env), cwd=self.runs_dir.parent)
+        return self.started()
+
+    def started(self) -> list[list[str]]:
+        text = self.record.read_text() if self.record.exists() else ""
+        runs = []
+        for words in (part.split("\n")[:-1] for part in text.split("END\n")[:-1]):
+            at = words.index("--config")
+            assert words[at - 1 : at + 1] == [str(ROOT / "main.py"), "--config"] and words[at + 2] == "--output_dir"
+            runs.append(
+                [words[at + 1].removeprefix(f"{ROOT}/configs/"), words[at + 3], *words[: at - 1], *words[at + 4 :]]
+            )
+        return runs
+
+    def run(self, name: str, config: str) -> list[str]:
+        return [config, str(self.runs_dir / name), "--resume", "auto"]
+
+    def make(self, name: str, reference: str, *overrides: str, epochs: int = 90) -> None:
+        """A run directory with `epochs` evaluated epochs."""
+        with RunLog(self.runs_dir / name) as log:
+            log.write_config(dump_config(load_config(ROOT / "configs" / reference, overrides)))
+            for epoch in range(epochs):
+                log.log((epoch,), {"top1": 50.0}, tag="eval")
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Tables:
+    return Tables(tmp_path)
+
+
+@pytest.mark.parametrize("number", range(1, 11))
+def test_a_table_script_runs_a_row_of_its_table(tables: Tables, number: int) -> None:
+    cell = [cell for cell in CELLS if cell.table == number][-1]
+    config = cell.run_reference.removeprefix(f"{ROOT}/configs/")
+    assert tables(number, cell.row, cell.column, "--lr", "1") == [[*tables.run(cell.run, config), "--lr", "1"]]
+    assert tables.result.returncode == 0
+    assert os.access(SCRIPTS / f"table{number}.sh", os.X_OK)
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]], ids=str)
+def test_a_table_script_lists_its_rows(tables: Tables, words: list[str]) -> None:
+    assert tables(1, *words) == []
+    lines = tables.result.stdout.splitlines()
+    assert lines[0].startswith("Table 1: top-1 accuracy (%) with one quantizer active")
+    assert "q1              deit_tiny   61.50  bash scripts/table1.sh q1 deit_tiny" in lines
+    assert any(line.endswith("table1.sh full_precision deit_tiny   # the same run as deit_tiny_fp") for line in lines)
+    assert len([line for line in lines if "bash scripts/table1.sh" in line]) == 16 + 2
+    assert (tables.result.returncode, tables.result.stderr) == (0, "")
+
+
+def test_a_row_on_several_gpus_and_nodes(tables: Tables) -> None:
+    config, run = "ablations/table1.yaml#q1/deit_tiny", str(tables.runs_dir / "table1_q1_deit_tiny")
+    several = [*TORCHRUN, "--standalone", "--nproc-per-node", "8"]
+    assert tables(1, "q1", "deit_tiny", NPROC="8") == [[config, run, *several, "--resume", "auto"]]
+    nodes = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "node-a", "--master-port", "29500"]
+    given = {"NPROC": "8", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node-a"}
+    several = [*TORCHRUN, *nodes, "--nproc-per-node", "8"]
+    assert tables(1, "q1", "deit_tiny", **given) == [[config, run, *several, "--resume", "auto"]]
+
+
+def test_a_row_of_several_models(tables: Tables) -> None:
+    expected = [tables.run(f"table1_q1_{m}", f"ablations/table1.yaml#q1/{m}") for m in ("deit_tiny", "deit_small")]
+    assert tables(1, "q1", "--", "--lr", "1") == [[*run, "--lr", "1"] for run in expected]
+
+
+def test_a_row_that_is_the_same_run_as_another(tables: Tables) -> None:
+    assert tables(4, "tetrajet_qema", "deit_small") == [tables.run("deit_small_qema", "deit_small_qema.yaml")]
+    shared = tables.run("table8_qema_default_deit_base", "ablations/table8.yaml#qema_default/deit_base")
+    assert tables(9, "decay_0.998") == [shared]
+
+
+def test_one_folder_is_for_one_run(tables: Tables) -> None:
+    assert [run[1] for run in tables(9, "decay_0.995", OUTPUT_DIR="mine")] == ["mine"]
+    assert tables(1, "q1", OUTPUT_DIR="mine") == []
+    assert (tables.result.returncode, tables.result.stderr) == (
+        2,
+        "error: OUTPUT_DIR and --output_dir are the folder of one run; RUNS_DIR is that of several.\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["q7"], "Table 1 has no row q7; did you mean q"),
+        (["everything"], "Table 1 has no row everything; there are full_precision, q1, q2, q3, q4, q5, q6, all_quant"),
+        (["q1", "deit_tny"], "Table 1 has no model deit_tny; did you mean deit_tiny?"),
+        (["all", "swin_tiny"], "Table 1 has no model swin_tiny; did you mean deit_tiny?"),
+        (
+            ["q1", "deit_tiny", "deit_small"],
+            "table1.sh takes ROW [MODEL], or all [MODEL]; got q1 deit_tiny deit_small.",
+        ),
+        (["--smoke"], "table1.sh takes ROW [MODEL], or all [MODEL] before the flags."),
+        (["all", "--epoch", "3"], "There is no flag --epoch; did you mean --epochs?"),
+    ],
+)
+def test_a_mistake_at_a_table_script(tables: Tables, words: list[str], message: str) -> None:
+    assert tables(1, *words) == []
+    assert (tables.result.returncode, tables.result.stdout) == (2, "")
+    assert tables.result.stderr.startswith(f"error: {message}")
+    assert len(tables.result.stderr.splitlines()) == 1
+
+
+def test_all_runs_what_is_missing(tables: Tables) -> None:
+    tables.make("deit_tiny_tetrajet", "deit_tiny_tetrajet.yaml")  # complete
+    tables.make("table7_e2m1_e3m0_deit_tiny", "ablations/table7.yaml#e2m1/e3m0", epochs=89)
+    tables.make(
+        "table7_e3m0_e2m1_deit_tiny", "ablations/table7.yaml#e3m0/e2m1", "run.seed=1"
+    )  # complete, but another run
+    missing = [
+        tables.run(f"table7_{row.replace('/', '_')}_deit_tiny", f"ablations/table7.yaml#{row}/deit_tiny")
+        for row in ("e2m1/e3m0", "e3m0/e2m1", "e3m0/e3m0")
+    ]
+    assert tables(7, "all") == missing
+    assert tables.result.stderr == f"{tables.runs_dir / 'deit_tiny_tetrajet'} is complete.\n"
+    assert [line for line in tables.result.stdout.splitlines() if line.startswith("==")] == [
+        f"== configs/ablations/table7.yaml#{row}/deit_tiny" for row in ("e2m1/e3m0", "e3m0/e2m1", "e3m0/e3m0")
+    ]
+
+
+def test_all_with_everything_complete(tables: Tables) -> None:
+    for name in ("deit_base_tetrajet", "deit_base_qema", "deit_base_qramping"):
+        tables.make(name, f"{name}.yaml")
+    for row in ("without_wq", "without_wq_aq"):
+        tables.make(f"table6_{row}_deit_base", f"ablations/table6.yaml#{row}")
+    assert tables(6, "all") == []
+    assert (tables.result.returncode, tables.result.stdout) == (0, "")
+    assert len(tables.result.stderr.splitlines()) == 5
+
+
+def test_a_failure_ends_a_table(tables: Tables) -> None:
+    assert len(tables(1, "q1", STATUS="3")) == 1
+    assert tables.result.returncode == 3
+    assert tables.result.stderr.startswith(
+        "table.sh: configs/ablations/table1.yaml#q1/deit_tiny ended with exit code 3;"
+    )
+
+
+def test_a_stopped_table_waits_for_its_run(tables: Tables, tmp_path: Path) -> None:
+    """As from Slurm: the signal goes to all processes, and the run needs time to save its state."""
+    saved = tmp_path / "saved"
+    run = executable(tmp_path / "train", f'trap "sleep 0.5; touch {saved}; exit 143" TERM; sleep 60 & wait\n')
+    command = ["bash", str(SCRIPTS / "table1.sh"), "q1"]
+    env = tables.environment(THEN=f"exec bash {run}")
+    process = subprocess.Popen(
+        command, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not tables.started() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert saved.exists()
+    assert len(tables.started()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For real, at full size. tests/test_paper_rows.py trains a spread of small ones.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def smoke(script: Path, *words: str, cwd: Path) -> None:
+    env = clean_env(PYTHON=sys.executable, NPROC="1", OMP_NUM_THREADS="1")
+    command = ["bash", str(script), *words, "--smoke", "--device", "cpu"]
+    result = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith("smoke test passed")
+    assert not list(cwd.iterdir())
+
+
+def test_a_table_script_for_real(tmp_path: Path) -> None:
+    smoke(SCRIPTS / "table1.sh", "q1", "deit_tiny", "--input-size", "32", "--model.kwargs", "{depth: 1}", cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TABLE_2)
+def test_every_script_of_table_2(name: str, tmp_path: Path) -> None:
+    smoke(SCRIPTS / f"{name}.sh", cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS, ids=lambda c: f"{c.table}-{c.row}-{c.column}")
+def test_every_row_of_every_table(cell: Cell, tmp_path: Path) -> None:
+    smoke(SCRIPTS / f"table{cell.table}.sh", cell.row, cell.column, cwd=tmp_path)
