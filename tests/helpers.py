@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import os
@@ -41,7 +42,7 @@ TINY = {
     "--num_workers": "0",
     "--lr": "0.1",
     "--epochs": "2",
-    "--warmup-epochs": "1",
+    "--warmup-epochs": "0",
     "--log-every": "1",
     "--aa": "null",
 }
@@ -194,7 +195,8 @@ def in_two_processes(folder: Path, runs: Sequence[Mapping[str, Any]]) -> list[li
     """Work through `runs` in two gloo processes; returns for each run what rank 0 and rank 1 report.
 
     A run is {"argv": [...]} and, if something is to happen on one rank, {"rank": 1, "step": 2, "action": "stop"}.
-    A report is {"code": exit code, "stderr": text, "noise": the two words of noise state of every step}.
+    A report is {"code": exit code, "stderr": text, "noise": the two words of noise state of every step, "weights": a
+    digest of the weights after every step}.
     """
     (folder / "plan.json").write_text(json.dumps(list(runs)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -212,12 +214,16 @@ def _work(folder: Path) -> None:
     dist.init_process_group = functools.cache(dist.init_process_group)
     train_step = engine.train_step
     for run in json.loads((folder / "plan.json").read_text()):
-        noise: list[list[int]] = []
+        if dist.is_initialized():
+            dist.barrier()  # a run resumed by both must find what rank 0 saved last
+        report: dict[str, Any] = {"noise": [], "weights": []}
 
-        def record(run: Run, batches: Any, noise: list[list[int]] = noise) -> dict[str, float]:
+        def record(run: Run, batches: Any, report: dict[str, Any] = report) -> dict[str, float]:
             figures = train_step(run, batches)
             if run.cfg.quant.scheme != "none":
-                noise.append(run.model.noise.state.tolist())
+                report["noise"].append(run.model.noise.state.tolist())
+            weights = b"".join(p.detach().numpy().tobytes() for p in run.model.parameters())
+            report["weights"].append(hashlib.sha256(weights).hexdigest())
             return figures
 
         engine.train_step = record
@@ -225,7 +231,7 @@ def _work(folder: Path) -> None:
             engine.train_step = before_step(run["step"], ACTIONS[run["action"]])
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             code = exit_code(run["argv"])
-        reports.append({"code": code, "stderr": stderr.getvalue(), "noise": noise})
+        reports.append({"code": code, "stderr": stderr.getvalue(), **report})
     (folder / f"rank{rank}.json").write_text(json.dumps(reports))
     leave()
 

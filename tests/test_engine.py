@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import re
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -55,6 +57,13 @@ def _process() -> Iterator[None]:
         yield
 
 
+class Box:
+    """Stands in for an object of which only these attributes are needed."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
+
+
 class Killed(BaseException):
     """Ends a run where it stands, as SIGKILL does."""
 
@@ -68,6 +77,14 @@ def kill(_run: Run) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SCHEDULES = ["epoch", "iteration"]
+QRAMPING = ["--stabilizer.kind", "qramping", "--stabilizer.detect_steps", "5"]  # over the end of an epoch of 4
+METHODS = {
+    "qema": ["--stabilizer.kind", "qema", "--stabilizer.decay", "0.8"],
+    "qramping": [*QRAMPING, "--stabilizer.k1", "0.5", "--stabilizer.update_period", "3"],
+    "dampen": ["--stabilizer.kind", "dampen", "--stabilizer.weight", "0.1"],
+    "freeze": ["--stabilizer.kind", "freeze", "--stabilizer.momentum", "0.3", "--stabilizer.threshold_start", "0.2"],
+    "int4": ["--quant.scheme", "int4", "--no-model-ema"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +94,12 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {on: train(folder / on, *FULL, "--schedule.step_on", on) for on in SCHEDULES}
 
 
-def killed_then_resumed(
-    monkeypatch: pytest.MonkeyPatch, output_dir: Path, step: int, *flags: str, resume: tuple[str, ...] = ()
-) -> Path:
+def killed_then_resumed(monkeypatch: pytest.MonkeyPatch, output_dir: Path, step: int, *flags: str) -> Path:
     """A run killed before optimizer step `step` and then resumed."""
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(engine, "train_step", before_step(step, kill))
         main.main(tiny(output_dir, *FULL, *flags))
-    return train(output_dir, *FULL, *flags, *resume, "--resume", "auto")
+    return train(output_dir, *FULL, *flags, "--resume", "auto")
 
 
 def test_the_runs_compared_use_everything_that_is_random_or_has_a_state(straight: dict[str, Path]) -> None:
@@ -120,7 +135,7 @@ def test_a_run_killed_in_mid_epoch_goes_on_from_the_step_saved_last(
 def test_a_step_of_several_micro_batches_is_resumed_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ["--batch-size", "8", "--save-every", "1", "--schedule.step_on", "iteration", "--clip-grad", "1"]
+    flags = ["--batch-size", "8", "--save-every", "5", "--schedule.step_on", "iteration", "--clip-grad", "1"]
     resumed = killed_then_resumed(monkeypatch, tmp_path / "run", 5, *flags)
     assert differences(outcome(train(tmp_path / "straight", *FULL, *flags)), outcome(resumed)) == []
 
@@ -198,7 +213,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 def test_a_process_killed_then_terminated_then_resumed_equals_one_run_bit_for_bit(tmp_path: Path) -> None:
-    flags = [*FULL, "--data.num_images", "480", "--save-every", "5", "--schedule.step_on", "iteration"]  # 30 steps
+    flags = [*FULL, "--data.num_images", "320", "--save-every", "5", "--schedule.step_on", "iteration"]  # 20 steps
     output_dir = tmp_path / "run"
     main_py = [sys.executable, str(ROOT / "main.py"), *tiny(output_dir, *flags)]
 
@@ -211,7 +226,7 @@ def test_a_process_killed_then_terminated_then_resumed_equals_one_run_bit_for_bi
     process.kill()
     assert process.wait() == -signal.SIGKILL
     seen = lines(0)
-    assert load_checkpoint(output_dir / "last.pt")["step"] in range(5, 30, 5)
+    assert load_checkpoint(output_dir / "last.pt")["step"] in range(5, 20, 5)
 
     process = subprocess.Popen(
         [*main_py, "--resume", "auto"], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -223,7 +238,7 @@ def test_a_process_killed_then_terminated_then_resumed_equals_one_run_bit_for_bi
     state = load_checkpoint(output_dir / "last.pt")
     assert err.startswith(f"Stopped by SIGTERM at epoch {state['epoch']}, step {state['step']}; the state is in ")
     assert re.search(r"Continuing .*last\.pt at epoch 0, step \d+\.", out)
-    assert state["epoch"] * 30 + state["step"] < 60
+    assert state["epoch"] * 20 + state["step"] < 40
 
     train(output_dir, *flags, "--resume", "auto")
     assert differences(outcome(train(tmp_path / "straight", *flags)), outcome(output_dir)) == []
@@ -249,6 +264,90 @@ def test_another_length_of_epoch_is_refused_in_mid_epoch(
     assert "stopped inside an epoch of 5 steps and this run's have 4; resume it with the same data set" in (
         capsys.readouterr().err
     )
+
+
+def random_states(model: nn.Module) -> tuple[Any, ...]:
+    words = [torch.get_rng_state().numpy().tobytes(), np.random.get_state()[1].tobytes(), random.getstate()]
+    return (*words, tuple(model.noise.state.tolist()))
+
+
+def test_no_two_forward_passes_share_their_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[Any, ...]] = []
+
+    def watch(run: Run) -> None:
+        run.model.patch_embed.register_forward_pre_hook(
+            lambda *_: drawn.append(random_states(run.model)) if run.model.training else None
+        )
+
+    monkeypatch.setattr(engine, "train_step", before_step(0, watch))
+    train(tmp_path / "run", *FULL, "--batch-size", "8")
+    assert len(drawn) == 16  # two micro-batches in each of two times four steps
+    assert [len(set(states)) for states in zip(*drawn, strict=True)] == [16, 16, 16, 16]
+
+
+def test_draws_follow_from_seed_rank_and_position() -> None:
+    cfg = load_config(
+        overrides=["quant.scheme=mx", "model.img_size=8", "model.patch_size=4", "model.kwargs={depth: 1}"]
+    )
+    model = create_model(cfg, 4)
+
+    def states(seed: int = 0, rank: int = 0, position: int = 0) -> tuple[Any, ...]:
+        model.noise.reseed(seed, rank)
+        engine.seed_step(Box(cfg=Box(run=Box(seed=seed)), rank=rank, model=model), position)
+        model.noise.advance()
+        return random_states(model)
+
+    assert states() == states()
+    for other in (states(seed=1), states(rank=1), states(position=1)):
+        assert [a == b for a, b in zip(states(), other, strict=True)] == [False] * 4
+
+
+def test_the_moving_average_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Run] = []
+    weights: list[Tensor] = []
+
+    def start(run: Run) -> None:
+        runs.append(run)
+        weight = run.model.blocks[0].attn.qkv.weight
+        run.optimizer.register_step_post_hook(lambda *_: weights.append(weight.detach().clone()))
+
+    monkeypatch.setattr(engine, "train_step", before_step(0, start))
+    train(tmp_path / "run", "--model-ema", "--model-ema-decay", "0.9")
+    average = weights[0]  # timm's begins with the weights after the first step
+    for weight in weights[1:]:
+        average = 0.9 * average + 0.1 * weight
+    assert len(weights) == 8
+    torch.testing.assert_close(runs[0].ema.module.blocks[0].attn.qkv.weight, average)
+    saved = load_checkpoint(tmp_path / "run" / "last.pt")["ema"]
+    assert differences(dict(runs[0].ema.module.state_dict()), dict(saved)) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stabilizers and schemes in the loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_resumed_bit_for_bit(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ["--data.num_images", "32", "--model.kwargs", "{embed_dim: 32, depth: 1, num_heads: 2}"]
+    flags = [*small, *METHODS[method], "--save-every", "1"]  # two epochs of two steps
+    resumed = killed_then_resumed(monkeypatch, tmp_path / "run", 3, *flags)
+    assert differences(outcome(train(tmp_path / "straight", *FULL, *flags)), outcome(resumed)) == []
+
+
+def test_rehearsed_steps_leave_no_trace(straight: dict[str, Path], tmp_path: Path) -> None:
+    """Q-Ramping whose periods all stay 1 is plain AdamW, but for the steps it rehearses."""
+    ramped = outcome(
+        train(tmp_path / "run", *FULL, *QRAMPING, "--stabilizer.k2", "0", "--stabilizer.update_period", "3")
+    )
+    plain = outcome(straight["epoch"])
+    for part in ("model", "ema", "meter", "epoch", "best_top1"):
+        assert differences(plain["last.pt"][part], ramped["last.pt"][part]) == []
+    detected = [line["step"] for line in ramped["metrics"] if "stabilizer.mean_period" in line["data"]]
+    assert detected == [(0, 0), (0, 3), (1, 2)]
+    for line in ramped["metrics"]:
+        line["data"] = {name: value for name, value in line["data"].items() if not name.startswith("stabilizer.")}
+    assert differences(plain["metrics"], [line for line in ramped["metrics"] if line["data"]]) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,9 +382,13 @@ def test_two_processes(tmp_path: Path) -> None:
             {"argv": tiny(folder("stopped"), *tetrajet), "rank": 1, "step": 5, "action": "stop"},
             {"argv": tiny(folder("stopped"), *tetrajet, "--resume", "auto")},
             {"argv": tiny(folder("broken"), *plain), "rank": 1, "step": 5, "action": "break"},
+            {"argv": tiny(folder("rehearsed"), *tetrajet, *QRAMPING, "--stabilizer.k2", "0")},
+            {"argv": tiny(folder("ramped"), *tetrajet, *METHODS["qramping"])},
         ],
     )
-    assert [[report["code"] for report in run] for run in reports] == [[0, 0], [0, 0], [143, 143], [0, 0], [1, 1]]
+    codes = [[report["code"] for report in run] for run in reports]
+    assert codes == [[0, 0], [0, 0], [143, 143], [0, 0], [1, 1], [0, 0], [0, 0]]
+    assert all(run[0]["weights"] == run[1]["weights"] for run in (*reports[:4], *reports[5:]))
 
     one = train(folder("one"), *plain)
     two = folder("plain")
@@ -309,6 +412,11 @@ def test_two_processes(tmp_path: Path) -> None:
 
     # A signal that one process hears stops both after the same step, and they go on bit for bit.
     assert differences(outcome(folder("tetrajet")), outcome(folder("stopped"))) == []
+
+    # Q-Ramping rehearses on both, without a trace where all periods are 1, and sets the same periods.
+    weights = outcome(folder("tetrajet"))["last.pt"]["model"]
+    assert differences(weights, outcome(folder("rehearsed"))["last.pt"]["model"]) == []
+    assert differences(weights, outcome(folder("ramped"))["last.pt"]["model"])
 
     # What breaks on one process stops both; the first says where it was.
     said = reports[4][0]["stderr"]
@@ -401,11 +509,6 @@ def test_the_first_step_may_fail_before_there_is_a_checkpoint(
     err = capsys.readouterr().err
     assert re.search(r"Step 0 of epoch 0: the loss is nan .*; the first that is not finite is the input; ", err)
     assert err.endswith(f"; there is no checkpoint in {tmp_path / 'run'} yet.\n")
-
-
-class Box:
-    def __init__(self, **attributes: Any) -> None:
-        self.__dict__.update(attributes)
 
 
 def test_a_failed_step_is_repeated_on_what_it_was_fed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,12 +23,14 @@ from PIL import Image
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import engine
 import main
 from checkpoint import load_checkpoint, load_weights
 from config import Config, UserError, load_config
 from flags import build_parser
 from main import build_optimizer, build_schedule, plan_batches
 from models import create_model
+from quantization.stabilizers import Plan, build_stabilizer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,9 +85,13 @@ def swin_rate(step: int, *, steps: int, warmup: int, lr: float, start: float, le
     return least + (lr - least) * (1 + math.cos(math.pi * (t - warmup) / (steps - warmup))) / 2
 
 
+def optimizer_of(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
+    return build_optimizer(cfg, model, build_stabilizer(cfg.stabilizer, model, Plan(1, 1)), torch.device("cpu"))
+
+
 def rates_of(cfg: Config, steps_per_epoch: int) -> list[float]:
     """The rate of every step of a whole run, from the schedule alone, driven as engine.py and main.py drive it."""
-    optimizer = build_optimizer(cfg, nn.Linear(2, 2), torch.device("cpu"))
+    optimizer = optimizer_of(cfg, nn.Linear(2, 2))
     schedule, rates = build_schedule(cfg, optimizer, steps_per_epoch), []
     for epoch in range(cfg.schedule.epochs):
         for step in range(steps_per_epoch):
@@ -159,12 +165,13 @@ def test_a_swin_trains_at_the_rates_of_swin(used_rates: list[float], tmp_path: P
 
 @pytest.mark.parametrize("on", ["epoch", "iteration"])
 def test_a_resumed_run_goes_on_at_the_same_rates(on: str, used_rates: list[float], tmp_path: Path) -> None:
-    flags = ["--schedule.step_on", on, "--warmup-epochs", "2", "--epochs"]
+    flags = ["--schedule.step_on", on, "--epochs"]
     train(tmp_path / "straight", *flags, "4")
     straight = used_rates.copy()
     used_rates.clear()
     # A shorter run has another curve; with more --epochs it goes on at the longer one's.
-    train(tmp_path / "run", *flags, "2")
+    short = load_checkpoint(train(tmp_path / "run", *flags, "2") / "last.pt")
+    assert short["optimizer"]["param_groups"][0]["lr"] != straight[8]
     train(tmp_path / "run", *flags, "4", "--resume", "auto")
     assert used_rates[8:] == straight[8:]
 
@@ -172,7 +179,7 @@ def test_a_resumed_run_goes_on_at_the_same_rates(on: str, used_rates: list[float
 def test_the_rate_scales_with_the_global_batch_unless_told_otherwise() -> None:
     def rate(*overrides: str) -> float:
         cfg = load_config(overrides=["optim.lr=4e-4", *overrides])
-        return build_optimizer(cfg, nn.Linear(2, 2), torch.device("cpu")).param_groups[0]["lr"]
+        return optimizer_of(cfg, nn.Linear(2, 2)).param_groups[0]["lr"]
 
     assert rate("optim.global_batch=512") == 4e-4
     assert rate("optim.global_batch=1024") == 8e-4
@@ -192,7 +199,7 @@ def test_the_rate_scales_with_the_global_batch_unless_told_otherwise() -> None:
 def test_weight_decay_is_on_weights_alone(name: str, quant: str) -> None:
     cfg = load_config(overrides=[f"model.name={name}", f"quant.scheme={quant}"])
     model = create_model(cfg, 1000)
-    optimizer = build_optimizer(cfg, model, torch.device("cpu"))
+    optimizer = optimizer_of(cfg, model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = optimizer.param_groups
     decays = [(names[id(parameter)], group["weight_decay"]) for group in groups for parameter in group["params"]]
@@ -383,7 +390,7 @@ def test_fine_tuning_starts_from_weights_of_another_class_count(
         return build(cfg, model, **kwargs)
 
     monkeypatch.setattr(main, "build_loss", note)
-    flags = ["--nb-classes", "7", "--epochs", "1", "--warmup-epochs", "0", "--finetune", str(finished / "last.pt")]
+    flags = ["--nb-classes", "7", "--epochs", "1", "--finetune", str(finished / "last.pt")]
     train(tmp_path / "run", *flags)
     given, ended = load_weights(finished / "last.pt"), load_weights(tmp_path / "run" / "last.pt")
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
@@ -422,21 +429,24 @@ DEIT_FLAGS = """
 KEY_FLAGS = """
 --model.name --model.img_size --model.patch_size --model.num_classes --model.drop --model.drop_path --model.kwargs
 --quant.scheme --quant.active --quant.scale_rule --quant.backward_operands --quant.element.activation_weight
---quant.element.gradient --quant.rounding.forward --quant.rounding.backward --stabilizer.kind --optim.opt --optim.lr
---optim.unscale_lr --optim.global_batch --optim.betas --optim.eps --optim.momentum --optim.weight_decay
---optim.clip_grad --schedule.epochs --schedule.sched --schedule.step_on --schedule.warmup_epochs --schedule.warmup_lr
---schedule.warmup_prefix --schedule.min_lr --schedule.decay_epochs --schedule.decay_rate --aug.crop --aug.scale
---aug.hflip --aug.color_jitter --aug.aa --aug.three_augment --aug.interpolation --aug.repeats --aug.reprob
---aug.remode --aug.recount --aug.mixup --aug.cutmix --aug.cutmix_minmax --aug.mixup_prob --aug.mixup_switch_prob
---aug.mixup_mode --loss.smoothing --loss.bce --model_ema.enabled --model_ema.decay --distillation.type
---distillation.teacher_model --distillation.teacher_path --distillation.alpha --distillation.tau --data.set
---data.path --data.batch_size --data.num_workers --data.pin_mem --data.eval_crop_ratio --data.mean --data.std
---data.on_corrupt --data.num_images --run.output_dir --run.seed --run.device --run.amp --run.eval --run.resume
---run.finetune --run.save_every --run.log_every
+--quant.element.gradient --quant.rounding.forward --quant.rounding.backward --quant.hadamard --quant.sampling
+--quant.learned_step --stabilizer.kind --stabilizer.decay --stabilizer.k1 --stabilizer.k2 --stabilizer.detect_steps
+--stabilizer.update_period --stabilizer.n_max --stabilizer.weight --stabilizer.start --stabilizer.momentum
+--stabilizer.threshold_start --stabilizer.threshold_end --optim.opt --optim.lr --optim.unscale_lr --optim.global_batch
+--optim.betas --optim.eps --optim.momentum --optim.weight_decay --optim.clip_grad --schedule.epochs --schedule.sched
+--schedule.step_on --schedule.warmup_epochs --schedule.warmup_lr --schedule.warmup_prefix --schedule.min_lr
+--schedule.decay_epochs --schedule.decay_rate --aug.crop --aug.scale --aug.hflip --aug.color_jitter --aug.aa
+--aug.three_augment --aug.interpolation --aug.repeats --aug.reprob --aug.remode --aug.recount --aug.mixup --aug.cutmix
+--aug.cutmix_minmax --aug.mixup_prob --aug.mixup_switch_prob --aug.mixup_mode --loss.smoothing --loss.bce
+--model_ema.enabled --model_ema.decay --distillation.type --distillation.teacher_model --distillation.teacher_path
+--distillation.alpha --distillation.tau --data.set --data.path --data.batch_size --data.num_workers --data.pin_mem
+--data.eval_crop_ratio --data.mean --data.std --data.on_corrupt --data.num_images --run.output_dir --run.seed
+--run.device --run.amp --run.eval --run.resume --run.finetune --run.save_every --run.log_every
 """
 SWITCHES = """
 --unscale-lr --optim.unscale_lr --schedule.warmup_prefix --ThreeAugment --aug.three_augment --bce-loss --loss.bce
---model-ema --model_ema.enabled --pin-mem --data.pin_mem --eval --run.eval
+--model-ema --model_ema.enabled --pin-mem --data.pin_mem --eval --run.eval --quant.hadamard --quant.sampling
+--quant.learned_step
 """
 
 
@@ -466,21 +476,25 @@ def test_dashes_and_underscores_are_alike_in_flags(underscore: bool, capsys: pyt
     assert (printed["data"]["num_workers"], printed["model_ema"]["decay"]) == (3, 0.5)
 
 
-@pytest.mark.parametrize("more", [[], ["--eval", "--resume", "auto", "--save-every", "1", "--epochs", "9"]])
+OTHERS = ["--eval", "--resume", "auto", "--save-every", "1", "--epochs", "9", "--stabilizer.kind", "qramping"]
+
+
+@pytest.mark.parametrize(("more", "steps"), [([], 2), (OTHERS, 3)])  # a detection of Q-Ramping rehearses 1 step
 def test_a_smoke_test_needs_no_data_and_leaves_nothing(
-    more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    more: list[str], steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "scratch").mkdir()
     (tmp_path / "here").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     monkeypatch.chdir(tmp_path / "here")
     flags = words(TINY | {"--data-set": "imagenet", "--global-batch": "1024", "--quant.scheme": "mx"})
-    seen: list[int] = []
-    with register_optimizer_step_pre_hook(lambda *_: seen.append(1)):
-        assert exit_code([*flags, "--smoke", *more]) == 0
+    taken: list[int] = []
+    step = engine.train_step
+    monkeypatch.setattr(engine, "train_step", lambda run, batches: taken.append(run.step) or step(run, batches))
+    assert exit_code([*flags, "--smoke", *more]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "smoke test passed: 2 training steps and 1 evaluation batch of deit_tiny_patch16_224"
-    assert len(seen) == 2
+    assert len(taken) == steps
     assert list((tmp_path / "here").iterdir()) == list((tmp_path / "scratch").iterdir()) == []
 
 
@@ -633,12 +647,20 @@ RUN_MISTAKES = {
     "folder below a file": (["--output_dir", "file/run"], ["file/run cannot be written", "another --output_dir"]),
     "evaluate nothing": (["--eval"], ["--eval needs weights", "--resume CHECKPOINT"]),
     "evaluate nothing yet": (["--eval", "--resume", "auto"], ["--eval needs weights", "--resume CHECKPOINT"]),
-    "optimizer unknown": (["--opt", "adamzzz"], ["cannot make the optimizer adamzzz", "not found", "check --opt"]),
-    "betas": (["--opt-betas", "2", "0.9"], ["cannot make the optimizer adamw", "beta", "--opt-betas"]),
-    "too few betas": (["--opt", "adan"], ["cannot make the optimizer adan", "--opt-betas"]),
+    "optimizer unknown": (["--opt", "adamzzz"], ["optimizer adamzzz cannot be made", "not found", "check --opt"]),
+    "betas": (["--opt-betas", "2", "0.9"], ["optimizer adamw cannot be made", "beta", "--opt-betas"]),
+    "too few betas": (["--opt", "adan"], ["optimizer adan cannot be made", "--opt-betas"]),
     "warm-up": (
         ["--schedule.warmup_prefix", "--warmup-epochs", "2"],
         ["warm-up of 2 epochs must be shorter than the 2 epochs of training", "--warmup-epochs"],
+    ),
+    "stabilizer without quantizers": (
+        ["--stabilizer.kind", "qema"],
+        ["stabilizer qema works on weights in MXFP4, and the model has none", "see quant and stabilizer"],
+    ),
+    "stabilizer with another optimizer": (
+        ["--stabilizer.kind", "qramping", "--quant.scheme", "mx", "--opt", "sgd"],
+        ["qramping changes AdamW and cannot work with the optimizer sgd", "--opt"],
     ),
     "no distillation token": (["--distillation-type", "hard"], ["needs a model with a distillation token"]),
     "no teacher given": (TOKEN, ["teacher's checkpoint", "--teacher-path FILE"]),
