@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,28 @@ from quantization.spec import QuantizerSpec
 
 BACKENDS = ("auto", "reference", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _implementation(x: Tensor, spec: QuantizerSpec, backend: str) -> ModuleType:
+    """The module whose `quantize` does the work. Triton is imported only for a tensor that it could serve."""
+    if backend == "reference" or (backend == "auto" and not x.is_cuda):
+        return reference
+    try:
+        from quantization import kernels
+    except ImportError as error:  # there is no Triton for macOS, for example
+        if backend == "auto":
+            return reference
+        raise ValueError("backend='triton' needs the package triton, which cannot be imported here") from error
+    if kernels.supports(x, spec.format, spec.axis, spec.block_size):
+        if x.is_cuda or kernels.INTERPRETED:
+            return kernels
+        raise ValueError("backend='triton' takes CUDA tensors; CPU tensors only under TRITON_INTERPRET=1")
+    if backend == "auto":
+        return reference
+    raise ValueError(
+        f"the Triton kernel has no blocks of {spec.block_size} along axis {spec.axis} of a tensor of rank {x.dim()}; "
+        "use backend='auto' or 'reference'"
+    )
 
 
 def fake_quantize(
@@ -29,7 +53,8 @@ def fake_quantize(
             gives the same bits on every device and backend. None draws one from torch's default CPU generator.
         shadow: shadow weight of x's shape (Q-EMA, Algorithm 1): picks between the two neighbours of each element of x.
             For nearest rounding only.
-        backend: `reference`, `triton`, or `auto`, which takes the fastest that is there.
+        backend: `reference`, `triton` (for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1), or `auto`: the
+            kernel where it can serve a CUDA tensor, else the reference. Both give the same bits.
 
     A value that rounds beyond the largest number of x's dtype becomes Inf, as in any cast (e2m1, nearest: float16 from
     57344 on, float32 and bfloat16 from 2.98e38 on).
@@ -46,8 +71,7 @@ def fake_quantize(
         raise ValueError("a shadow weight decides the rounding, so it needs a nearest rounding, not a stochastic one")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    if backend == "triton":
-        raise ValueError("this version has no Triton kernels; use backend='auto' or 'reference'")
+    implementation = _implementation(x, spec, backend)
     if x.numel() == 0:
         return x.clone()
 
@@ -56,6 +80,6 @@ def fake_quantize(
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         noise = seed if isinstance(seed, Noise) else Noise.from_seed(seed, x.device)
-    return reference.quantize(
+    return implementation.quantize(
         x.detach(), spec.format, spec.scale_rule, spec.rounding, spec.axis, spec.block_size, noise, shadow
     )

@@ -1,0 +1,178 @@
+"""The Triton kernel against the reference, bit for bit, on the CPU: in Triton's interpreter.
+
+Triton decides at its import whether it compiles or interprets, and other test modules may have imported it by then (and
+must not meet an interpreter). So the one test that pytest finds here by itself runs this module again in a process of
+its own, with TRITON_INTERPRET=1, where the others are. `tests/test_gpu.py` compares on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantization import QuantizerSpec, fake_quantize, reference
+from quantization.formats import FORMATS, ElementFormat
+from quantization.noise import Noise, uniform
+from quantization.spec import ROUNDINGS, SCALE_RULES
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SPECS = [QuantizerSpec(*choice) for choice in itertools.product(FORMATS, SCALE_RULES, ROUNDINGS, (-1, 0))]
+NOISE = Noise(torch.tensor([-123456789123456789, (5 << 32) | 0xFFFFFFF0]), 8 * 47 + 5)  # the low word carries
+# numpy, which computes in the interpreter, warns of Inf and NaN, which some of our tensors hold.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+
+
+@functools.cache
+def awkward(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Numbers of many sizes, grid points and midpoints, zeros of both signs, subnormals, the largest, NaN and Inf."""
+    g = torch.Generator().manual_seed(seed)
+    smallest, largest = (-24, 15) if dtype == torch.float16 else (-149, 127)
+    scale = torch.exp2(torch.randint(smallest, largest, shape[:-1], generator=g).double()).unsqueeze(-1)
+    sizes = torch.exp2(torch.randint(-6, 1, shape, generator=g).double())
+    x = torch.randn(shape, generator=g, dtype=torch.float64) * sizes
+    eighths = torch.randint(-64, 65, shape, generator=g) / 8  # every grid point and every midpoint, once scaled
+    x = (torch.where(torch.rand(shape, generator=g) < 0.5, eighths, x) * scale).to(dtype)
+    flat = x.flatten()
+    flat[3::17], flat[5::23] = 0.0, -0.0
+    flat[0], flat[-1] = torch.finfo(dtype).max, -torch.finfo(dtype).smallest_normal / 2
+    if flat.numel() > 600:
+        flat[flat.numel() // 3], flat[flat.numel() // 2] = torch.nan, -torch.inf
+    return flat.view(shape)
+
+
+def differing(x: torch.Tensor, spec: QuantizerSpec, shadow: torch.Tensor | None = None) -> int:
+    """How many elements of the kernel's result have other bits than the reference's."""
+    seed = NOISE if spec.stochastic else None
+    kernel, expected = (fake_quantize(x, spec, seed=seed, shadow=shadow, backend=b) for b in ("triton", "reference"))
+    assert kernel.dtype == expected.dtype and kernel.shape == expected.shape and kernel.is_contiguous()
+    return int((bits(kernel) != bits(expected)).sum())
+
+
+if not INTERPRETED:
+
+    def test_in_the_interpreter():
+        pytest.importorskip("triton")
+        root = Path(__file__).parent.parent
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+        env = {**os.environ, "TRITON_INTERPRET": "1"}
+        run = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600)
+        assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-5000:] + run.stderr[-2000:]
+
+    def test_cpu_tensors_need_the_interpreter():
+        pytest.importorskip("triton")
+        with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+            fake_quantize(torch.ones(2, 32), QuantizerSpec(), backend="triton")
+
+    def test_without_triton_a_demand_for_it_is_refused(monkeypatch):
+        monkeypatch.setitem(sys.modules, "quantization.kernels", None)  # what an import then raises is ImportError
+        monkeypatch.delattr("quantization.kernels", raising=False)
+        with pytest.raises(ValueError, match="needs the package triton"):
+            fake_quantize(torch.ones(2, 32), QuantizerSpec(), backend="triton")
+        assert torch.equal(fake_quantize(torch.ones(2, 32), QuantizerSpec()), torch.ones(2, 32))
+
+else:
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s}/{s.axis}")
+    def test_every_spec(spec, dtype):
+        assert differing(awkward((33, 40), dtype), spec) == 0
+
+    @pytest.mark.parametrize("spec", [s for s in SPECS if not s.stochastic], ids=lambda s: f"{s}/{s.axis}")
+    def test_every_spec_with_a_shadow(spec):
+        w = awkward((33, 40), torch.float32)
+        near = w * (1 + torch.randn(w.shape, generator=torch.Generator().manual_seed(1)) / 4)
+        assert differing(w, spec, near) == 0
+        assert torch.equal(bits(fake_quantize(w, spec, backend="triton")), bits(fake_quantize(w, spec, shadow=w)))
+
+    @pytest.mark.parametrize("axis", [-1, 0])
+    def test_a_shadow_far_away_not_finite_and_of_another_dtype(axis):
+        for w_dtype, shadow_dtype in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+            shadow = awkward((40, 70), shadow_dtype, seed=2)
+            assert differing(awkward((40, 70), w_dtype, seed=1), QuantizerSpec(axis=axis), shadow) == 0
+
+    @pytest.mark.parametrize("shape", [(1, 32), (1, 1), (197, 8), (31, 33), (2, 130), (70,), (2, 3, 33)], ids=str)
+    def test_odd_shapes(shape):
+        for rounding, axis in itertools.product(("nearest_even", "stochastic"), (-1, 0)):
+            if axis == -1 or len(shape) < 3:
+                assert differing(awkward(shape, torch.float32), QuantizerSpec(rounding=rounding, axis=axis)) == 0
+
+    @pytest.mark.parametrize("block_size", [1, 2, 8, 16, 64, 128])
+    def test_other_block_sizes(block_size):
+        for rounding, axis in itertools.product(("nearest_away", "stochastic"), (-1, 0)):
+            spec = QuantizerSpec(rounding=rounding, axis=axis, block_size=block_size)
+            assert differing(awkward((130, 33), torch.bfloat16), spec) == 0
+
+    def test_strided_input():
+        for x in (awkward((40, 66), torch.float32).t(), awkward((40, 66), torch.float32)[::2, 1::2]):
+            for axis in (-1, 0):
+                assert differing(x, QuantizerSpec(rounding="stochastic", axis=axis)) == 0
+
+    def test_noise_of_other_streams_and_positions():
+        x = torch.randn(8, 48, generator=torch.Generator().manual_seed(3))
+        spec = QuantizerSpec(rounding="stochastic")
+        results = set()
+        for key, position, stream in itertools.product((0, -1, 2**63 - 1), (0, 2**31, 2**32 - 1), (0, 1, 767)):
+            noise = Noise(torch.tensor([key, position << 32 if position < 2**31 else (position - 2**32) << 32]), stream)
+            kernel, expected = (fake_quantize(x, spec, seed=noise, backend=b) for b in ("triton", "reference"))
+            assert torch.equal(kernel, expected)
+            results.add(tuple(kernel.flatten().tolist()))
+        assert len(results) == 27
+
+    def test_every_bfloat16_of_the_blocks_of_one_size():
+        """All numbers of eight significant bits from 2^-14 up to the largest of the block, of both signs."""
+        x = torch.arange(0x3880, 0x40C1, dtype=torch.int16).view(torch.bfloat16)
+        x = torch.nn.functional.pad(torch.cat([x, -x]), (0, -2 * len(x) % 31)).view(-1, 31)
+        x = torch.cat([torch.full((len(x), 1), 6.0, dtype=x.dtype), x], dim=1)
+        for rounding in ROUNDINGS:
+            assert differing(x, QuantizerSpec(rounding=rounding)) == 0
+
+    def test_another_small_float_is_served_and_another_grid_is_not(monkeypatch):
+        monkeypatch.setitem(FORMATS, "e2m2", ElementFormat("e2m2", (*range(8), 8, 10, 12, 14, 16, 20, 24, 28)))
+        monkeypatch.setitem(FORMATS, "int3", ElementFormat("int3", tuple(map(float, range(8)))))
+        monkeypatch.setitem(FORMATS, "odd", ElementFormat("odd", (0.0, 1.0, 3.0, 4.0)))
+        for element, rounding in itertools.product(("e2m2", "int3"), ROUNDINGS):
+            assert differing(awkward((33, 40), torch.float32), QuantizerSpec(element, rounding=rounding)) == 0
+        with pytest.raises(ValueError, match="Triton kernel"):
+            fake_quantize(torch.ones(2, 32), QuantizerSpec("odd"), backend="triton")
+
+    @pytest.mark.parametrize(
+        ("shape", "spec"),
+        [
+            ((2, 3, 4), QuantizerSpec(axis=1)),
+            ((2, 3, 4), QuantizerSpec(axis=0)),
+            ((2, 48), QuantizerSpec(block_size=24)),
+            ((2, 512), QuantizerSpec(block_size=256)),
+        ],
+    )
+    def test_what_the_kernel_does_not_serve(shape, spec):
+        with pytest.raises(ValueError, match="use backend='auto' or 'reference'"):
+            fake_quantize(torch.ones(shape), spec, backend="triton")
+        assert torch.equal(fake_quantize(torch.ones(shape), spec), torch.ones(shape))
+
+    @pytest.mark.parametrize("rounding", ROUNDINGS)
+    def test_control_one_place_in_the_reference_is_seen(monkeypatch, rounding):
+        """A threshold moved by one float32 number makes the comparison fail: ties and draws equal to the distance."""
+        x, spec = awkward((33, 40), torch.float32).clone(), QuantizerSpec(rounding=rounding)
+        if rounding == "stochastic":
+            x = uniform(x.shape, NOISE) / 2  # below 1/2, so that the place between 0 and 1/2 is the draw itself
+            x[:, ::32] = 6.0
+        assert differing(x, spec) == 0
+        rounds_up, places = reference.rounds_up, -1 if rounding == "nearest_away" else 1
+
+        def with_moved_thresholds(latent, *args, **kwargs):
+            return rounds_up((latent.view(torch.int32) + places).view(torch.float32), *args, **kwargs)
+
+        monkeypatch.setattr(reference, "rounds_up", with_moved_thresholds)
+        assert differing(x, spec) > 0
