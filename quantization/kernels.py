@@ -35,7 +35,6 @@ _MAGNITUDE = tl.constexpr(2**31 - 1)
 _EXPONENT = tl.constexpr(0x7F800000)
 _INFINITY = tl.constexpr(0x7F800000)
 _MANTISSA = tl.constexpr(0x7FFFFF)
-_ONE_TWICE = tl.constexpr(254 << 23)  # bits of 2^k + bits of 2^-k
 _INTEGERS_ONLY = tl.constexpr(1.5 * 2.0**23)  # float32 numbers of this size have no fraction
 
 
@@ -84,7 +83,7 @@ def _uniform(state, stream, first_row, first_column, ROWS: tl.constexpr, COLUMNS
 
 @triton.jit
 def _nearest_integer(n):
-    """The nearest integer, ties to even, for small n: the addition rounds. Keeps what it gets in its own bits."""
+    """The nearest integer, ties to even, of |n| < 2^22: the first sum rounds, the second is exact."""
     return (n + _INTEGERS_ONLY) - _INTEGERS_ONLY
 
 
@@ -95,24 +94,27 @@ def _round(
     u,
     ROUNDING: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
-    MIN_GAP: tl.constexpr,
+    MIN_NORMAL: tl.constexpr,
     MAX: tl.constexpr,
+    SATURATES: tl.constexpr,
 ):
     """Round x / S to the grid: float32, the sign kept also at zero. `shadow` (over S) and `u` as in the reference."""
     sign = latent.to(tl.int32, bitcast=True) & _SIGN
-    magnitude = tl.minimum(tl.abs(latent), MAX)
+    magnitude = tl.abs(latent)
+    if SATURATES:
+        magnitude = tl.minimum(magnitude, MAX)
 
-    # The gap is 2^(exponent - mantissa bits), and MIN_GAP (its bits) next to zero. MAX is the last of its binade's.
-    exponent = magnitude.to(tl.int32, bitcast=True) & _EXPONENT
-    gap_bits = tl.maximum(exponent - (MANTISSA_BITS << 23), MIN_GAP)
-    gap = gap_bits.to(tl.float32, bitcast=True)
-    gaps_per_one = (-gap_bits + _ONE_TWICE).to(tl.float32, bitcast=True)
+    # The gap is 2^(exponent - mantissa bits), the exponent being at least that of MIN_NORMAL (here in bits).
+    binade = tl.maximum(magnitude.to(tl.int32, bitcast=True) & _EXPONENT, MIN_NORMAL)
+    gap = binade.to(tl.float32, bitcast=True) * (1.0 / (1 << MANTISSA_BITS))
+    gaps_per_one = (-(binade - (MANTISSA_BITS << 23)) + (254 << 23)).to(tl.float32, bitcast=True)
     n = magnitude * gaps_per_one
 
     if ROUNDING == "nearest_even" and MANTISSA_BITS > 0 and shadow is None:
         steps = _nearest_integer(n)  # its parity is that of the code
     else:
-        # The lower neighbour; of an odd integer the one below it, from where each rounding goes up again.
+        # The integer below: n - 1 for odd n, from where each rounding then goes up to n. Where n - 0.5 is not exact
+        # it lies between -0.5 and -0.25, and the integer is 0.
         lower = _nearest_integer(n - 0.5)
         if ROUNDING == "stochastic":
             up = u < n - lower
@@ -129,7 +131,7 @@ def _round(
                     tie_goes_up = sign == 0
                 else:
                     integer = (lower + _INTEGERS_ONLY).to(tl.int32, bitcast=True)  # in its lowest bits
-                    code = integer + (((gap_bits - MIN_GAP) >> 23) << MANTISSA_BITS)
+                    code = integer + (((binade - MIN_NORMAL) >> 23) << MANTISSA_BITS)
                     tie_goes_up = (code & 1) == 1
                 up = (target > midpoint) | ((target == midpoint) & tie_goes_up)
         steps = tl.where(up, lower + 1.0, lower)
@@ -152,8 +154,9 @@ def _quantize(
     STEP_UP_ABOVE: tl.constexpr,
     ROUNDING: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
-    MIN_GAP: tl.constexpr,
+    MIN_NORMAL: tl.constexpr,
     MAX: tl.constexpr,
+    SATURATES: tl.constexpr,
     AXIS: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
@@ -192,7 +195,7 @@ def _quantize(
     if state_ptr is not None:
         u = tl.reshape(_uniform(state_ptr, stream, first_row, first_column, TILE_ROWS, TILE_COLUMNS), (D0, D1, D2))
 
-    rounded = _round(x * to_latent, shadow, u, ROUNDING, MANTISSA_BITS, MIN_GAP, MAX)
+    rounded = _round(x * to_latent, shadow, u, ROUNDING, MANTISSA_BITS, MIN_NORMAL, MAX, SATURATES)
     bits = _bits_of(rounded * _power_of_two(s), out_ptr.dtype.element_ty)
     bits = tl.where(largest < _INFINITY, bits, NAN_BITS)  # as bits: devices differ in the NaN they compute
     values = tl.reshape(bits.to(out_ptr.dtype.element_ty, bitcast=True), (TILE_ROWS, TILE_COLUMNS))
@@ -263,8 +266,9 @@ def quantize(
             STEP_UP_ABOVE=step_up_above,
             ROUNDING=rounding,
             MANTISSA_BITS=bits,
-            MIN_GAP=(math.frexp(fmt.magnitudes[1])[1] + 126) << 23,
+            MIN_NORMAL=(math.frexp(fmt.magnitudes[1])[1] + 126 + bits) << 23,
             MAX=float(fmt.max),
+            SATURATES=scale_rule == "floor",
             AXIS=0 if along_columns else 1,
             BLOCK=block_size,
             TILE_ROWS=tile_rows,
