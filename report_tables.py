@@ -8,6 +8,7 @@ not count is listed with the reason: another recipe, an unfinished run, a second
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import statistics
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config import Config, UserError, load_config, recipe_differences
+from config import UserError, load_config, recipe_differences
 from rows import FIGURES, ROOT, Cell, all_cells, epochs_done, shown
 from runlog import CONFIG, MANIFEST, read_metrics
 
@@ -34,24 +35,24 @@ class TableRun:
     """One run directory: every configuration it was trained with, epochs evaluated, figures of the last one."""
 
     directory: Path
-    configs: list[Config]
+    configs: list[dict[str, Any]]
     epochs: int
     figures: dict[str, float]
     manifest: dict[str, Any]
 
     @property
     def seed(self) -> int:
-        return self.configs[0].run.seed
+        return self.configs[0]["run"]["seed"]
 
     def differences(self, cell_config: dict[str, Any]) -> list[str]:
         """How the run differs from a row of the paper, in words; empty if it is one."""
         found: dict[str, None] = {}
         for cfg in self.configs:
-            for difference in recipe_differences(cfg.model_dump(mode="json"), cell_config):
+            for difference in recipe_differences(cfg, cell_config):
                 if not difference.startswith("run.seed "):
                     found[difference.replace(" (here ", " (the row has ")] = None
-            if cfg.run.finetune is not None:
-                found[f"run.finetune {cfg.run.finetune}"] = None
+            if cfg["run"]["finetune"] is not None:
+                found[f"run.finetune {cfg['run']['finetune']}"] = None
         steps = IMAGENET["images"] // cell_config["optim"]["global_batch"]
         if (classes := self.manifest.get("classes", IMAGENET["classes"])) != IMAGENET["classes"]:
             found[f"{classes} classes"] = None
@@ -74,7 +75,7 @@ def read_table_run(directory: Path) -> TableRun:
         raise UserError(f"{path} is not JSON.") from None
     return TableRun(
         directory=directory,
-        configs=[load_config(path) for path in sorted(directory.glob("resolved*.yaml"))],
+        configs=[load_config(path).model_dump(mode="json") for path in sorted(directory.glob("resolved*.yaml"))],
         epochs=epochs,
         figures={name: data[key] for name, key in METRICS.items() if key in data},
         manifest=manifest,
@@ -110,10 +111,16 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
     return list(found)
 
 
+@functools.cache
+def paper_configs() -> dict[str, dict[str, Any]]:
+    """The configuration of every run of the paper by its name."""
+    references = {cell.run: cell.run_reference for cell in all_cells()}
+    return {name: load_config(reference).model_dump(mode="json") for name, reference in references.items()}
+
+
 def assign(directories: Iterable[Path], cells: Sequence[Cell]) -> tuple[dict[str, Ours], list[str]]:
     """(our runs by the name of the paper's run, a line for each run that does not count)."""
-    configs = {cell.run: cell.run_reference for cell in cells}
-    configs = {name: load_config(reference).model_dump(mode="json") for name, reference in configs.items()}
+    configs = paper_configs()
     run_of = {(cell.table, cell.row, cell.column): cell.run for cell in cells}
     ours = {name: Ours(config["schedule"]["epochs"]) for name, config in configs.items()}
     notes: list[str] = []
@@ -134,13 +141,13 @@ def assign(directories: Iterable[Path], cells: Sequence[Cell]) -> tuple[dict[str
             else:
                 ours[name].finished.append(run)
             continue
-        paper = run.configs[0].paper
-        name = paper and run_of.get((paper.table, paper.row, paper.column))
-        if name is None:
+        paper = run.configs[0]["paper"] or {}
+        named = tuple(paper.get(key) for key in ("table", "row", "column"))
+        if named not in run_of:
             notes.append(f"{directory}: no row of the paper")
         else:
-            differences = ", ".join(run.differences(configs[name]))
-            notes.append(f"{directory}: Table {paper.table} {paper.row} {paper.column}, differs: {differences}")
+            differences = ", ".join(run.differences(configs[run_of[named]]))
+            notes.append(f"{directory}: Table {named[0]} {named[1]} {named[2]}, differs: {differences}")
     return ours, notes
 
 

@@ -86,7 +86,7 @@ class Cell:
     @property
     def run(self) -> str:
         """The name of its run, which is that of the run's folder below runs/."""
-        return run_name(self.run_reference)
+        return run_name(self.base) if self.same else f"{self.file.stem}_{self.row}_{self.column}".replace("/", "_")
 
 
 def is_row(reference: str | Path) -> bool:
@@ -193,10 +193,7 @@ def all_cells(folder: Path = TABLES) -> list[Cell]:
 
 def run_name(reference: str | Path) -> str:
     """The name of a configuration's run: the file's, or for a row table1_q1_deit_tiny; that of the run it is."""
-    if not is_row(reference):
-        return Path(reference).stem
-    cell = find_cell(str(reference))
-    return cell.run if cell.same else f"{cell.file.stem}_{cell.row}_{cell.column}".replace("/", "_")
+    return find_cell(str(reference)).run if is_row(reference) else Path(reference).stem
 
 
 # ---------------------------------------------------------------------------------------------------------------------
