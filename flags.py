@@ -53,7 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
         "128 + n stopped by signal n with its state saved.",
     )
     parser.add_argument(
-        "--config", default=None, metavar="FILE", help="configuration file, such as configs/deit_tiny_tetrajet.yaml"
+        "--config",
+        default=None,
+        metavar="FILE",
+        help="configuration file, such as configs/deit_tiny_tetrajet.yaml, or a row of a table, FILE#ROW/MODEL",
     )
     parser.add_argument(
         "--print-config", action="store_true", default=False, help="print the resolved configuration as YAML and exit"

@@ -74,6 +74,13 @@ def test_every_figure_of_the_paper_is_there() -> None:
     assert sum(len(cell.published) for cell in CELLS) == 131
 
 
+def test_the_readme_has_the_figures_of_table_2() -> None:
+    lines = [[word.strip(" `") for word in line.split("|")[2:-1]] for line in (ROOT / "README.md").open()]
+    matrix = {method: figures for method, *figures in filter(None, lines) if method in ("METHOD", *METHODS.values())}
+    figures = {method: [f"{value:.2f}" for value in PAPER["table2"][row]] for row, method in METHODS.items()}
+    assert matrix == {"METHOD": [*MODELS], **figures}
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("row", METHODS)
 def test_a_configuration_of_table_2_carries_its_figure(row: str, model: str) -> None:
