@@ -49,6 +49,7 @@ from datasets import build_data
 from engine import Run, TrainingError, evaluate
 from losses import Loss, build_loss
 from models import create_model
+from quantization.stabilizers import Plan, Stabilizer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,7 +84,7 @@ METHODS = {
     "qramping": [*QRAMPING, "--stabilizer.k1", "0.5", "--stabilizer.update_period", "3"],
     "dampen": ["--stabilizer.kind", "dampen", "--stabilizer.weight", "0.1"],
     "freeze": ["--stabilizer.kind", "freeze", "--stabilizer.momentum", "0.3", "--stabilizer.threshold_start", "0.2"],
-    "int4": ["--quant.scheme", "int4", "--no-model-ema"],
+    "int4": ["--quant.scheme", "int4"],
 }
 
 
@@ -333,6 +334,30 @@ def test_every_method_is_resumed_bit_for_bit(method: str, tmp_path: Path, monkey
     flags = [*small, *METHODS[method], "--save-every", "1"]  # two epochs of two steps
     resumed = killed_then_resumed(monkeypatch, tmp_path / "run", 3, *flags)
     assert differences(outcome(train(tmp_path / "straight", *FULL, *flags)), outcome(resumed)) == []
+
+
+def test_a_stabilizer_is_called_at_every_step_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[str, int]] = []
+    plans: list[Plan] = []
+
+    class Spy(Stabilizer):
+        def __init__(self, cfg: Any, model: nn.Module, plan: Plan) -> None:
+            plans.append(plan)
+
+        def before_step(self, step: int, trainer: Any) -> None:
+            heard.append(("before_step", step))
+
+        def after_backward(self, step: int) -> None:
+            heard.append(("after_backward", step))
+
+        def after_step(self, step: int) -> None:
+            heard.append(("after_step", step))
+
+    monkeypatch.setattr(main, "build_stabilizer", Spy)
+    train(tmp_path / "run", "--batch-size", "8")
+    points = ("before_step", "after_backward", "after_step")
+    assert heard == [(point, step) for step in range(8) for point in points]
+    assert plans == [Plan(steps_per_epoch=4, total_steps=8)]
 
 
 def test_rehearsed_steps_leave_no_trace(straight: dict[str, Path], tmp_path: Path) -> None:
