@@ -78,6 +78,8 @@ def build_optimizer(
             momentum=o.momentum,
             **{name: value for name, value in options.items() if value is not None},
         )
+        if getattr(optimizer, "is_second_order", False):
+            raise ValueError("it needs second derivatives, which this program does not compute")
     except (ValueError, AssertionError, TypeError, IndexError) as error:
         raise UserError(
             f"The optimizer {o.opt} cannot be made: {error}; check --opt, --opt-betas and --opt-eps."

@@ -648,6 +648,10 @@ RUN_MISTAKES = {
     "evaluate nothing": (["--eval"], ["--eval needs weights", "--resume CHECKPOINT"]),
     "evaluate nothing yet": (["--eval", "--resume", "auto"], ["--eval needs weights", "--resume CHECKPOINT"]),
     "optimizer unknown": (["--opt", "adamzzz"], ["optimizer adamzzz cannot be made", "not found", "check --opt"]),
+    "optimizer of second order": (
+        ["--opt", "adahessian"],
+        ["adahessian cannot be made", "second derivatives", "--opt"],
+    ),
     "betas": (["--opt-betas", "2", "0.9"], ["optimizer adamw cannot be made", "beta", "--opt-betas"]),
     "too few betas": (["--opt", "adan"], ["optimizer adan cannot be made", "--opt-betas"]),
     "warm-up": (
