@@ -135,7 +135,7 @@ class Dampen(_Section):
     """Dampen: a loss that pulls weights to their quantized values (Nagel et al. 2022)."""
 
     kind: Literal["dampen"]
-    weight: float = _key(1e-3, "dampen: weight of the loss at the end of training", ge=0)
+    weight: float = _key(5e-3, "dampen: weight of the loss at the end of training", ge=0)
     start: float = _key(0.25, "dampen, freeze: share of training before which it is off", ge=0, lt=1)
 
 
