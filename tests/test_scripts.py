@@ -668,5 +668,5 @@ def test_every_script_of_table_2(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", [c for c in CELLS if not c.same], ids=lambda c: f"{c.table}-{c.row}-{c.column}")
 def test_every_row_with_a_run_of_its_own(cell: Cell, tmp_path: Path) -> None:
-    """Together with the scripts of Table 2 all 75 runs; that the other rows start one of these, test_paper_rows.py says."""
+    """With the scripts of Table 2 all 75 runs. tests/test_paper_rows.py says that each other row starts one of them."""
     smoke(SCRIPTS / f"table{cell.table}.sh", cell.row, cell.column, cwd=tmp_path)
