@@ -7,5 +7,7 @@ PYTHON="$(bash scripts/setup.sh requirements-test.txt)"
 failed=0
 "$PYTHON" -m ruff check . || failed=1
 "$PYTHON" -m ruff format --check . || failed=1
-"$PYTHON" -m pytest -q -m "not gpu and not slow" "$@" || failed=$?
+# Two processes, a test file at a time each; one thread each, so that they do not get in each other's way.
+export OMP_NUM_THREADS=1
+"$PYTHON" -m pytest -q -n 2 --dist loadfile -m "not gpu and not slow" "$@" || failed=$?
 exit "$failed"
