@@ -201,7 +201,7 @@ def in_two_processes(folder: Path, runs: Sequence[Mapping[str, Any]]) -> list[li
     (folder / "plan.json").write_text(json.dumps(list(runs)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, __file__, str(folder)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     return [list(reports) for reports in zip(*ranks, strict=True)]

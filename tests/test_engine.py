@@ -5,6 +5,7 @@ Runs are those of main.py on a tiny model (tests/helpers.py), so that what is te
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
@@ -205,6 +206,17 @@ def test_a_second_signal_is_immediate(tmp_path: Path, monkeypatch: pytest.Monkey
     assert exit_code(tiny(tmp_path / "run")) == 143
 
 
+@contextlib.contextmanager
+def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that does not outlive the test."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     while not condition():
@@ -222,19 +234,16 @@ def test_a_process_killed_then_terminated_then_resumed_equals_one_run_bit_for_bi
         log = output_dir / "metrics.log"
         return log.read_text().count(f'"step": [{epoch}, ') if log.exists() else 0
 
-    process = subprocess.Popen(main_py, env=environment(), stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (output_dir / "last.pt").exists() and lines(0) >= 7, process)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    with started(main_py) as process:
+        wait_for(lambda: (output_dir / "last.pt").exists() and lines(0) >= 7, process)
+    assert process.returncode == -signal.SIGKILL
     seen = lines(0)
     assert load_checkpoint(output_dir / "last.pt")["step"] in range(5, 20, 5)
 
-    process = subprocess.Popen(
-        [*main_py, "--resume", "auto"], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(lambda: lines(0) > seen, process)
-    process.terminate()
-    out, err = process.communicate()
+    with started([*main_py, "--resume", "auto"]) as process:
+        wait_for(lambda: lines(0) > seen, process)
+        process.terminate()
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 143, err
     state = load_checkpoint(output_dir / "last.pt")
     assert err.startswith(f"Stopped by SIGTERM at epoch {state['epoch']}, step {state['step']}; the state is in ")
