@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
+from pydantic import ValidationError
 from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -124,6 +125,8 @@ class Run:
         The number of epochs may change: a finished run can be given more of them.
         """
         given = yaml.safe_load(state["config"])
+        with contextlib.suppress(ValidationError):  # keys that are newer than the checkpoint get their defaults
+            given = Config.model_validate(given).model_dump(mode="json")
         differences = recipe_differences(given, self.cfg.model_dump(mode="json"))
         differences = [d for d in differences if not d.startswith("schedule.epochs ")]
         if differences:
