@@ -822,7 +822,7 @@ def steps_of(run: Run, count: int) -> list[Any]:
 def test_a_rehearsal_puts_everything_back_bit_for_bit(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In mid-epoch, amid accumulations, for more steps than an epoch has; with an image in each batch unreadable."""
+    """In mid-epoch, amid accumulations, for more steps than this epoch and the next have; with unreadable images."""
     runs = []
     for name in ("rehearsing", "not"):
         run = captured(monkeypatch, tmp_path / name, *SMALL, *FLAGS[kind])
@@ -840,9 +840,9 @@ def test_a_rehearsal_puts_everything_back_bit_for_bit(
     run, twin = runs
     before = everything(run)
     seen: list[list[str]] = []
-    run.rehearse(6, lambda: seen.append(differences(before, everything(run))))
+    run.rehearse(7, lambda: seen.append(differences(before, everything(run))))
     assert differences(before, everything(run)) == []
-    assert len(seen) == 6
+    assert len(seen) == 7
     for found in seen:  # the control: the rehearsed steps change all of it
         for part in ("/model/", "/ema/", "/optimizer/", "/meter/", "/rates/", "/place/", "/generators/torch"):
             assert any(where.startswith(part) for where in found), part
