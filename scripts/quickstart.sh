@@ -6,6 +6,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON="$(bash scripts/setup.sh)"
 
+# One thread: the tensors are so small that a second one waits more than it works.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
 methods=(fp microscaling tetrajet)
 runs=()
 for method in "${methods[@]}"; do
