@@ -1,6 +1,6 @@
 """The command line: every key of the configuration as a flag, under DeiT's name where DeiT has one.
 
-argparse does the parsing; the flags are read off the schema in config.py, so a new key is a new flag.
+argparse does the parsing; the flags are read off schema.py, so a new key is a new flag.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, Literal
 import yaml
 from pydantic.fields import FieldInfo
 
-from config import Config, UserError, iter_keys, sections_in
+from config import UserError
+from schema import Config, iter_keys, sections_in
 
 
 class _Parser(argparse.ArgumentParser):

@@ -25,8 +25,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from config import PaperConfig, UserError, load_config, read_yaml, recipe_differences
+from config import UserError, load_config, read_yaml, recipe_differences
 from flags import parse_flags
+from schema import PaperConfig
 
 ROOT = Path(__file__).resolve().parent
 TABLES = ROOT / "configs/ablations"
