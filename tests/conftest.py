@@ -1,4 +1,9 @@
-"""Settings of every test: gpu-marked tests need a CUDA device, and torch takes two threads at most."""
+"""Settings of every test: gpu-marked tests need a CUDA device, and torch takes two threads at most. Shared fixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,3 +14,26 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="module")
+def in_this_process() -> Iterator[None]:
+    """For files whose tests call main.py as a function; see `undisturbed`."""
+    from helpers import undisturbed
+
+    with undisturbed():
+        yield
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a run of two epochs without a stop, by the kind of its stabilizer; trained once."""
+    from helpers import train
+    from stabilizer_helpers import FLAGS, SMALL
+
+    folder = tmp_path_factory.mktemp("straight")
+
+    def run(kind: str) -> Path:
+        return folder / kind if (folder / kind).exists() else train(folder / kind, *SMALL, *FLAGS[kind])
+
+    return run

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -113,7 +114,7 @@ def train(output_dir: Path, *flags: str) -> Path:
 
 
 def before_step(number: int, action: Callable[[Run], object]) -> Callable[..., dict[str, float]]:
-    """engine.train_step that calls `action` before optimizer step `number` of the run (counted from 0)."""
+    """engine.train_step that calls `action` before optimizer step `number` (from 0), be it trained or rehearsed."""
     step = engine.train_step
 
     def train_step(run: Run, batches: Any) -> dict[str, float]:
@@ -122,6 +123,30 @@ def before_step(number: int, action: Callable[[Run], object]) -> Callable[..., d
         return step(run, batches)
 
     return train_step
+
+
+class Killed(BaseException):
+    """Ends a run where it stands, as SIGKILL does."""
+
+
+def killed(monkeypatch: pytest.MonkeyPatch, folder: Path, step: int, *flags: str, rehearsing: bool = False) -> None:
+    """A tiny run that is killed before optimizer step `step`, of the training itself or of a rehearsal."""
+    train_step, rehearse, rehearsals = engine.train_step, Run.rehearse, []
+
+    def kill(run: Run, batches: Any) -> dict[str, float]:
+        if run.global_step == step and bool(rehearsals) == rehearsing:
+            raise Killed
+        return train_step(run, batches)
+
+    def note(run: Run, *args: Any) -> None:
+        rehearsals.append(run.global_step)
+        rehearse(run, *args)
+        rehearsals.clear()
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(engine, "train_step", kill)
+        patch.setattr(Run, "rehearse", note)
+        main.main(tiny(folder, *flags))
 
 
 def metrics(output_dir: Path) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ from helpers import (
     environment,
     exit_code,
     in_two_processes,
+    killed,
     metrics,
     outcome,
     tiny,
@@ -66,14 +67,6 @@ class Box:
         self.__dict__.update(attributes)
 
 
-class Killed(BaseException):
-    """Ends a run where it stands, as SIGKILL does."""
-
-
-def kill(_run: Run) -> None:
-    raise Killed
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Resuming
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,7 +75,7 @@ SCHEDULES = ["epoch", "iteration"]
 QRAMPING = ["--stabilizer.kind", "qramping", "--stabilizer.detect_steps", "5"]  # over the end of an epoch of 4
 METHODS = {
     "qema": ["--stabilizer.kind", "qema", "--stabilizer.decay", "0.8"],
-    "qramping": [*QRAMPING, "--stabilizer.k1", "0.5", "--stabilizer.update_period", "3"],
+    "qramping": [*QRAMPING, "--stabilizer.k1", "0.5", "--stabilizer.update_period", "3", "--stabilizer.n_max", "4"],
     "dampen": ["--stabilizer.kind", "dampen", "--stabilizer.weight", "0.1"],
     "freeze": ["--stabilizer.kind", "freeze", "--stabilizer.momentum", "0.3", "--stabilizer.threshold_start", "0.2"],
     "int4": ["--quant.scheme", "int4"],
@@ -97,10 +90,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def killed_then_resumed(monkeypatch: pytest.MonkeyPatch, output_dir: Path, step: int, *flags: str) -> Path:
-    """A run killed before optimizer step `step` and then resumed."""
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(engine, "train_step", before_step(step, kill))
-        main.main(tiny(output_dir, *FULL, *flags))
+    """A run killed before its own optimizer step `step`, rehearsed ones aside, and then resumed."""
+    killed(monkeypatch, output_dir, step, *FULL, *flags)
     return train(output_dir, *FULL, *flags, "--resume", "auto")
 
 
@@ -265,9 +256,7 @@ def test_another_recipe_is_refused_on_resuming(straight: dict[str, Path], tmp_pa
 def test_another_length_of_epoch_is_refused_in_mid_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(engine, "train_step", before_step(3, kill))
-        main.main(tiny(tmp_path / "run", "--save-every", "2"))
+    killed(monkeypatch, tmp_path / "run", 3, "--save-every", "2")
     load = main.load_checkpoint
     monkeypatch.setattr(main, "load_checkpoint", lambda path: {**load(path), "steps_per_epoch": 5})  # more images then
     assert exit_code(tiny(tmp_path / "run", "--resume", "auto")) == 2
@@ -337,12 +326,23 @@ def test_the_moving_average_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_resumed_bit_for_bit(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("method", "step"), [*((method, 3) for method in METHODS), ("qramping", 2)])
+def test_every_method_is_resumed_bit_for_bit(
+    method: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two epochs of two steps. Q-Ramping detects at steps 0 and 3: killed after a detection, and between two."""
     small = ["--data.num_images", "32", "--model.kwargs", "{embed_dim: 32, depth: 1, num_heads: 2}"]
-    flags = [*small, *METHODS[method], "--save-every", "1"]  # two epochs of two steps
-    resumed = killed_then_resumed(monkeypatch, tmp_path / "run", 3, *flags)
-    assert differences(outcome(train(tmp_path / "straight", *FULL, *flags)), outcome(resumed)) == []
+    flags = [*FULL, *small, *METHODS[method], "--save-every", "1"]
+    killed(monkeypatch, tmp_path / "run", step, *flags)
+    stopped = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert 2 * stopped["epoch"] + stopped["step"] == step
+    if method == "qramping":
+        ramping = stopped["optimizer"]["ramping"]
+        assert ramping["grad_sum"].any() and len(ramping["period"].unique()) > 1  # amid accumulations
+    capfd.readouterr()
+    resumed = train(tmp_path / "run", *flags, "--resume", "auto")
+    assert f"at epoch {step // 2}, step {step % 2}." in capfd.readouterr().out  # it went on and did not begin anew
+    assert differences(outcome(train(tmp_path / "straight", *flags)), outcome(resumed)) == []
 
 
 def test_a_stabilizer_is_called_at_every_step_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,595 @@
+"""Q-Ramping: periods, its AdamW, its detector; by hand, on planted weights, and in runs on a tiny model."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import PLAIN, differences, exit_code, metrics, tiny, train
+from stabilizer_helpers import FLAGS, SMALL, block, build, captured, last, layer_of, normal, stabilized
+from torch import Tensor, nn
+
+import engine
+from checkpoint import load_checkpoint, save_checkpoint
+from engine import Run
+from quantization.stabilizers import QRampingAdamW
+from quantization.stabilizers.qramping import periods
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Q-Ramping: periods
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def below(value: float) -> float:
+    """The float32 before `value`."""
+    return float(np.nextafter(np.float32(value), np.float32(0)))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "k1", "k2", "n_max", "n"),
+    [
+        (0.0, 16, 5, 100, 1),
+        (1.0, 16, 5, 100, 1),
+        (below(16), 16, 5, 100, 1),
+        (16.0, 16, 5, 100, 6),
+        (below(32), 16, 5, 100, 6),
+        (32.0, 16, 5, 100, 11),
+        (47.9, 16, 5, 100, 11),
+        (48.0, 16, 5, 100, 16),
+        (below(304), 16, 5, 100, 91),
+        (304.0, 16, 5, 100, 96),
+        (320.0, 16, 5, 100, 100),  # not 101
+        (1e30, 16, 5, 100, 100),
+        (math.inf, 16, 5, 100, 100),
+        (math.inf, 16, 0, 100, 1),
+        (1e30, 16, 0, 100, 1),
+        (64.0, 16, 3, 1, 1),
+        (64.0, 16, 3, 12, 12),
+        (64.0, 16, 3, 13, 13),
+        (64.0, 16, 3, 14, 13),
+        (below(20), 20, 4, 100, 1),
+        (20.0, 20, 4, 100, 5),
+        (1.24, 0.5, 5, 100, 11),
+    ],
+)
+def test_the_period_of_a_ratio(ratio: float, k1: float, k2: int, n_max: int, n: int) -> None:
+    """N_w = min(k2 floor(R_w / k1) + 1, N_max)."""
+    found = periods(torch.tensor([[ratio, 0.0], [0.0, ratio]]), k1, k2, n_max)
+    assert found.dtype == torch.int32 and found.tolist() == [[n, 1], [1, n]]
+
+
+def test_an_epoch_is_the_default_of_period_and_cap() -> None:
+    def figures(**keys: int) -> tuple[int, int, float, int, int]:
+        s = build("qramping", layer_of(block()), epoch=17, **keys)
+        return s.update_period, s.n_max, s.cfg.k1, s.cfg.k2, s.cfg.detect_steps
+
+    assert figures() == (17, 17, 16.0, 5, 30)
+    assert figures(update_period=3, n_max=40) == (3, 40, 16.0, 5, 30)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Q-Ramping: the optimizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHAPES = [(7, 5), (33,), (16, 32), (3, 1)]  # the first three are ramped; the fourth has the same group, a fifth another
+
+
+def two_optimizers(**options: Any) -> tuple[list[nn.Parameter], torch.optim.AdamW, list[nn.Parameter], QRampingAdamW]:
+    """Equal parameters under torch's AdamW and ours: two groups, of which the first holds the ramped ones."""
+    found: list[Any] = []
+    for kind in (torch.optim.AdamW, QRampingAdamW):
+        parameters = [nn.Parameter(normal(*shape, seed=i)) for i, shape in enumerate([*SHAPES, (11,)])]
+        groups = [{"params": parameters[:4], "weight_decay": 0.1}, {"params": parameters[4:], "weight_decay": 0.0}]
+        found += [parameters, kind(groups, **{"lr": 0.1, **options})]
+    found[3].ramp(found[2][:3])
+    return tuple(found)
+
+
+def give_gradients(parameters: Sequence[nn.Parameter], step: int) -> None:
+    for i, p in enumerate(parameters):
+        p.grad = normal(*p.shape, seed=100 * step + i + 50) * (1 + i) + 0.3
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "reload"),
+    [
+        (50, {}, False),
+        (50, {}, True),
+        (50, {"betas": (0.8, 0.95), "eps": 1e-4}, True),
+        (20, {"betas": (0.0, 0.5)}, False),
+        (400, {}, False),
+        (400, {"betas": (0.5, 0.9)}, False),  # 1 - .9^n is 1 from n = 349 on
+    ],
+    ids=str,
+)
+def test_with_period_1_it_is_torch_s_adamw_bit_for_bit(steps: int, options: dict[str, Any], reload: bool) -> None:
+    """With weight decay, clipping, a rate that changes, and other parameters and groups beside the ramped ones."""
+    theirs, adamw, ours, ramping = two_optimizers(**options)
+    clipped = 0
+    for step in range(steps):
+        give_gradients(theirs, step)
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = q.grad.clone()
+        for parameters, optimizer in ((theirs, adamw), (ours, ramping)):
+            norm = nn.utils.clip_grad_norm_(parameters, 72.0)
+            for n, group in enumerate(optimizer.param_groups):
+                group["lr"] = (0.1, 0.01)[n] * (1.01 + math.cos(step / 7)) / 2
+            optimizer.step()
+            assert all(p.grad is not None for p in parameters)
+            if reload and step % 10 == 4:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        clipped += bool(norm > 72)
+        assert differences([p.data for p in theirs], [p.data for p in ours]) == [], step
+    assert 0 < clipped < steps
+    moments = torch.cat([adamw.state[p]["exp_avg_sq"].flatten() for p in theirs[:3]])
+    assert torch.equal(moments, ramping.ramping["exp_avg_sq"])
+    assert set(ramping.state) == set(ours[3:])
+    assert ramping.ramping["updates"].unique().tolist() == [steps]
+    # The control: one element of another period.
+    n = [torch.ones(shape) for shape in SHAPES[:3]]
+    n[1][7] = 2
+    ramping.set_periods(n)
+    for parameters, optimizer in ((theirs, adamw), (ours, ramping)):
+        give_gradients(parameters, steps)
+        optimizer.step()
+    assert differences([p.data for p in theirs], [p.data for p in ours]) == ["/1"]
+    assert (theirs[1] != ours[1]).nonzero().flatten().tolist() == [7]
+
+
+def by_hand(
+    w: float,
+    gradients: Sequence[float],
+    in_force: Sequence[int],
+    rates: Sequence[float],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+    wrong: str = "",
+) -> list[float]:
+    """One weight, in float64: its values after every step. `in_force`: its period at each step."""
+    values, total, count, n, m, v = [], 0.0, 0, 0, 0.0, 0.0
+    for step, (g, period, rate) in enumerate(zip(gradients, in_force, rates, strict=True)):
+        due = count + 1 >= period
+        if wrong != "decay at updates" or due:
+            w *= 1 - rate * decay
+        total, count = total + g, count + 1
+        if due:
+            mean = g if wrong == "last gradient" else total if wrong == "sum" else total / count
+            n += 1
+            m = betas[0] * m + (1 - betas[0]) * mean
+            v = betas[1] * v + (1 - betas[1]) * mean**2
+            k = step + 1 if wrong == "correction by steps" else n
+            scale = 1 if wrong == "rate not scaled" else period
+            w -= scale * rate * (m / (1 - betas[0] ** k)) / (math.sqrt(v / (1 - betas[1] ** k)) + eps)
+            total, count = 0.0, 0
+        values.append(w)
+    return values
+
+
+WRONG = ["decay at updates", "last gradient", "sum", "correction by steps", "rate not scaled"]
+
+
+def histories(steps: int) -> Tensor:
+    """Periods in force (steps, 7, 5): mixed within the tensor, and changed at steps 11 and 29, amid accumulations."""
+    draw = torch.Generator().manual_seed(3)
+    first, second, third = (torch.randint(1, 10, (7, 5), generator=draw) for _ in range(3))
+    first[0, 0], second[0, 0], third[0, 0] = 9, 2, 9  # shorter than the accumulation under way: ends at once
+    first[0, 1], second[0, 1], third[0, 1] = 2, 9, 40  # longer: the one under way goes on
+    return torch.stack([first if step < 11 else second if step < 29 else third for step in range(steps)])
+
+
+@pytest.mark.parametrize("changing", [False, True], ids=["fixed periods", "changing periods"])
+def test_a_period_is_an_accumulation_and_one_larger_step(changing: bool) -> None:
+    steps = 60
+    options = {"betas": (0.9, 0.97), "eps": 1e-3}
+    _, _, parameters, optimizer = two_optimizers(**options)
+    in_force = histories(steps) if changing else histories(steps)[:1].expand(steps, 7, 5)
+    others = [torch.full(shape, n) for shape, n in ((SHAPES[1], 1), (SHAPES[2], 4))]
+    rates = [0.02 * (1.1 + math.cos(step / 9)) for step in range(steps)]
+    start = [p.detach().clone() for p in parameters]
+    gradients, values = [], []
+    for step in range(steps):
+        give_gradients(parameters, step)
+        gradients.append([p.grad.clone() for p in parameters])
+        optimizer.param_groups[0]["lr"] = rates[step]
+        if step == 0 or not torch.equal(in_force[step], in_force[step - 1]):
+            assert bool(step and (optimizer.ramping["count"] > 0).any()) == bool(step)  # amid accumulations
+            optimizer.set_periods([in_force[step], *others])
+        optimizer.step()
+        values.append([p.detach().clone() for p in parameters])
+
+    def expected(i: int, index: tuple[int, ...], n: Sequence[int], wrong: str = "") -> Tensor:
+        g = [step[i][index].item() for step in gradients]
+        return torch.tensor(by_hand(start[i][index].item(), g, n, rates, **options, decay=0.1, wrong=wrong))
+
+    def actual(i: int, index: tuple[int, ...]) -> Tensor:
+        return torch.stack([step[i][index] for step in values])
+
+    off = dict.fromkeys(WRONG, 0.0)
+    for index in np.ndindex(7, 5):
+        n = in_force[(slice(None), *index)].tolist()
+        torch.testing.assert_close(actual(0, index), expected(0, index, n), rtol=0, atol=5e-6)
+        for wrong in WRONG:
+            off[wrong] = max(off[wrong], (actual(0, index) - expected(0, index, n, wrong)).abs().max().item())
+    assert min(off.values()) > 1e-3, off  # the controls
+    for i, index, period in ((1, (20,), 1), (2, (3, 30), 4)):
+        torch.testing.assert_close(actual(i, index), expected(i, index, [period] * steps), rtol=0, atol=5e-6)
+
+
+def test_an_element_stands_still_between_its_updates() -> None:
+    _, _, parameters, optimizer = two_optimizers()
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    n = torch.arange(35).view(7, 5) % 6 + 1
+    optimizer.set_periods([n, *(torch.ones(shape) for shape in SHAPES[1:3])])
+    moves = torch.zeros(7, 5, dtype=torch.int64)
+    for step in range(60):
+        before = parameters[0].detach().clone()
+        give_gradients(parameters, step)
+        optimizer.step()
+        moved = parameters[0] != before
+        assert torch.equal(moved, (step + 1) % n == 0)
+        moves += moved
+    assert torch.equal(moves, 60 // n)
+
+
+def test_the_state_continues_bit_for_bit_amid_accumulations(tmp_path: Path) -> None:
+    def continued(optimizer: QRampingAdamW, parameters: list[nn.Parameter]) -> list[Any]:
+        for step in range(17, 40):
+            give_gradients(parameters, step)
+            optimizer.step()
+        return [[p.detach().clone() for p in parameters], optimizer.state_dict()]
+
+    def another(change: Callable[[dict[str, Any]], object] = lambda _: None) -> list[Any]:
+        _, _, parameters, optimizer = two_optimizers(lr=0.5)  # the rate comes with the state
+        state = load_checkpoint(tmp_path / "state.pt")
+        change(state["optimizer"]["ramping"])
+        optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for p, saved in zip(parameters, state["model"], strict=True):
+                p.copy_(saved)
+        return continued(optimizer, parameters)
+
+    _, _, parameters, optimizer = two_optimizers()
+    optimizer.set_periods([torch.arange(math.prod(shape)).view(shape) % 9 + 1 for shape in SHAPES[:3]])
+    for step in range(17):
+        give_gradients(parameters, step)
+        optimizer.step()
+    assert optimizer.ramping["count"].unique().tolist() == [0, 1, 2, 3, 5, 8]  # 17 modulo 1 ... 9
+    save_checkpoint(tmp_path / "state.pt", {"model": [p.data for p in parameters], "optimizer": optimizer.state_dict()})
+    whole = continued(optimizer, parameters)
+    assert differences(whole, another()) == []
+    for name in ("exp_avg", "exp_avg_sq", "grad_sum", "count", "updates", "period"):  # the controls
+        assert differences(whole[0], another(lambda ramping, name=name: ramping[name].mul_(2))[0]), name
+
+
+def test_a_loaded_state_is_a_copy() -> None:
+    _, _, parameters, optimizer = two_optimizers()
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    give_gradients(parameters, 0)
+    optimizer.step()
+    assert not any(value.any() for name, value in state["ramping"].items() if name != "period")
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    _, _, parameters, optimizer = two_optimizers()
+    stranger = nn.Parameter(torch.zeros(2))
+    for wrong in ([parameters[0], parameters[4]], [parameters[0], stranger], [stranger]):
+        with pytest.raises(ValueError, match="ramped parameters must all be in one parameter group"):
+            optimizer.ramp(wrong)
+
+    give_gradients(parameters, 0)
+    parameters[1].grad = None
+    before = [p.detach().clone() for p in parameters]
+    with pytest.raises(ValueError, match="a ramped parameter has no gradient"):
+        optimizer.step()
+    assert differences(before, [p.data for p in parameters]) == []
+    give_gradients(parameters, 0)
+    parameters[3].grad = None  # others may lack theirs
+    optimizer.step()
+    changed = [not torch.equal(a, b) for a, b in zip(before, parameters, strict=True)]
+    assert changed == [True, True, True, False, True]
+
+
+def test_a_foreign_state_is_refused_and_changes_nothing() -> None:
+    theirs, adamw, parameters, optimizer = two_optimizers()
+    for each, one in ((theirs, adamw), (parameters, optimizer)):
+        give_gradients(each, 0)
+        one.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    fewer = QRampingAdamW(parameters[:4])
+    fewer.ramp(parameters[:2])
+    one_group = QRampingAdamW(parameters)
+    one_group.ramp(parameters[:3])
+    for state in (adamw.state_dict(), fewer.state_dict(), one_group.state_dict()):
+        with pytest.raises(ValueError, match=r"no periods for these parameters|different number of parameter groups"):
+            optimizer.load_state_dict(state)
+        assert differences(before, optimizer.state_dict()) == []
+    optimizer.load_state_dict(before)
+
+
+def test_a_checkpoint_without_periods_is_the_user_s_mistake(
+    straight: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = load_checkpoint(straight("qramping") / "last.pt")
+    del state["optimizer"]["ramping"]
+    save_checkpoint(tmp_path / "cut.pt", state)
+    capsys.readouterr()
+    flags = [*SMALL, *FLAGS["qramping"], "--epochs", "3", "--resume", str(tmp_path / "cut.pt")]
+    assert exit_code(tiny(tmp_path / "run", *flags)) == 2
+    said = f"The optimizer state in {tmp_path / 'cut.pt'} does not fit --opt adamw: it holds no periods for these"
+    assert capsys.readouterr().err == f"error: {said} parameters.\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Q-Ramping: the detector
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def generators() -> dict[str, Any]:
+    name, *numpy = np.random.get_state()
+    return {"python": random.getstate(), "numpy": [name, numpy[0].tolist(), *numpy[1:]], "torch": torch.get_rng_state()}
+
+
+def everything(run: Run) -> dict[str, Any]:
+    """All that a rehearsal must leave as it was."""
+    rates = [group["lr"] for group in run.optimizer.param_groups]
+    gradients = [p.grad for p in run.model.parameters()]
+    place = [run.global_step, run.epoch, run.step, run.data.corrupt, run.model.training]
+    return copy.deepcopy(
+        {**run.state_dict(), "rates": rates, "gradients": gradients, "place": place, "generators": generators()}
+    )
+
+
+def steps_of(run: Run, count: int) -> list[Any]:
+    """Train for `count` steps within the epoch: the figures, the noise and the random state of each."""
+    batches, found = run.upcoming_batches(), []
+    for _ in range(count):
+        figures = engine.train_step(run, batches)
+        found.append([figures, run.model.noise.state.clone(), generators()])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["qramping", "qema"])
+def test_a_rehearsal_puts_everything_back_bit_for_bit(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In mid-epoch, amid accumulations, for more steps than this epoch and the next have; with unreadable images."""
+    runs = []
+    for name in ("rehearsing", "not"):
+        run = captured(monkeypatch, tmp_path / name, *SMALL, *FLAGS[kind])
+
+        def unreadable(*args: Any, batches: Any = run.data.train_batches, run: Run = run, **kwargs: Any) -> Any:
+            for batch in batches(*args, **kwargs):
+                run.data.corrupt += 1
+                yield batch
+
+        run.data.train_batches = unreadable
+        if kind == "qramping":
+            run.optimizer.set_periods([torch.arange(p.numel()).view(p.shape) % 4 + 1 for p in run.stabilizer.weights])
+        steps_of(run, 2)
+        runs.append(run)
+    run, twin = runs
+    before = everything(run)
+    seen: list[list[str]] = []
+    run.rehearse(7, lambda: seen.append(differences(before, everything(run))))
+    assert differences(before, everything(run)) == []
+    assert len(seen) == 7
+    for found in seen:  # the control: the rehearsed steps change all of it
+        for part in ("/model/", "/ema/", "/optimizer/", "/meter/", "/rates/", "/place/", "/generators/torch"):
+            assert any(where.startswith(part) for where in found), part
+    names = [f"blocks.0.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    shadows = [where for where in seen[0] if where.startswith("/model/") and where.endswith("shadow")]
+    assert shadows == ([f"/model/{name}.shadow" for name in names] if kind == "qema" else [])
+    if kind == "qramping":  # and a detection its accumulations and periods
+        assert before["optimizer"]["ramping"]["count"].any()
+        run.stabilizer.detect(run)
+        assert differences(before, everything(run)) == []
+    # What follows is what follows without it.
+    run.data.corrupt = twin.data.corrupt
+    assert differences(steps_of(twin, 2), steps_of(run, 2)) == []
+    a, b = everything(twin), everything(run)
+    del a["config"], b["config"]
+    assert differences(a, b) == []
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, Any]]:
+    """Of every forward pass of a run, by its position: batch, noise and generators after it; [of the training itself,
+    of rehearsals]. A position rehearsed twice must be the same twice."""
+    passes: list[dict[int, Any]] = [{}, {}]
+    rehearse, forward_backward = Run.rehearse, engine.forward_backward
+    rehearsing: list[bool] = []
+
+    def note_rehearsal(run: Run, *args: Any) -> None:
+        rehearsing.append(True)
+        rehearse(run, *args)
+        rehearsing.clear()
+
+    def note(run: Run, model: nn.Module, images: Tensor, targets: Tensor, position: int) -> Tensor:
+        loss = forward_backward(run, model, images, targets, position)
+        this = [images.clone(), targets.clone(), run.model.noise.state.clone(), generators()]
+        before = passes[len(rehearsing)].setdefault(position, this)
+        assert differences(before, this) == [], position
+        return loss
+
+    monkeypatch.setattr(Run, "rehearse", note_rehearsal)
+    monkeypatch.setattr(engine, "forward_backward", note)
+    return passes
+
+
+def test_detection_with_periods_forced_to_1_leaves_no_trace(
+    recorded: list[dict[int, Any]], straight: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Detections of 5 steps in epochs of 4, at steps 0, 3, 6: they go on into the next epochs and beyond the last."""
+    plain = train(tmp_path / "plain", *SMALL)
+    trained, rehearsed = ({**passes} for passes in recorded)
+    assert (sorted(trained), rehearsed) == (list(range(8)), {})
+    for passes in recorded:
+        passes.clear()
+    flags = stabilized("qramping", k1=0.5, k2=0, detect_steps=5, update_period=3)
+    ramped = train(tmp_path / "ramped", *SMALL, *flags)
+    assert (sorted(recorded[0]), sorted(recorded[1])) == (list(range(8)), list(range(11)))
+
+    # The training's own batches and draws are those of a plain run, and those rehearsed are those that come next.
+    assert differences(trained, recorded[0]) == []
+    assert differences(trained, {position: recorded[1][position] for position in range(8)}) == []
+    everywhere = {**recorded[0], **recorded[1]}
+    assert len({value[0].sum().item() for value in everywhere.values()}) == 11  # the control: no two are alike
+
+    one, other = last(plain), last(ramped)
+    ramping = other["optimizer"].pop("ramping")
+    assert ramping["period"].unique().tolist() == [1]
+    optimizer = one.pop("optimizer"), other.pop("optimizer")
+    assert differences(one, other) == []
+    assert differences(*(state["param_groups"] for state in optimizer)) == []
+    ours, theirs = optimizer[1]["state"], optimizer[0]["state"]
+    assert len(ours) == len(theirs) - 4 and differences({key: theirs[key] for key in ours}, ours) == []
+    moments = [theirs[key]["exp_avg"].flatten() for key in theirs if key not in ours]
+    assert sorted(torch.cat(moments).tolist()) == sorted(ramping["exp_avg"].tolist())
+
+    detections = [line for line in metrics(ramped) if "stabilizer.mean_period" in line["data"]]
+    assert [line["step"] for line in detections] == [(0, 0), (0, 3), (1, 2)]
+    assert all(line["data"]["stabilizer.mean_period"] == 1 for line in detections)
+    lines = [
+        {**line, "data": {name: value for name, value in line["data"].items() if not name.startswith("stabilizer.")}}
+        for line in metrics(ramped)
+    ]
+    assert differences(metrics(plain), [line for line in lines if line["data"]]) == []
+    rates = [line["data"]["train.lr"] for line in lines if len(line["step"]) == 2 and line["data"]]
+    assert len(set(rates)) == 7  # as Swin's: the first two steps share one
+
+    # The control: with other periods it is another run.
+    assert any(line["data"].get("stabilizer.mean_period", 1) > 1 for line in metrics(straight("qramping")))
+    assert differences(one["model"], last(straight("qramping"))["model"])
+
+
+LR, UNIT = 0.005 * 2.0**-6, 2.0**-6  # Adam's step is a hundredth of the smallest step of the grid
+
+
+def plant(run: Run) -> Tensor:
+    """The first row of the first layer becomes a block of scale UNIT: weight 1 is pulled to a threshold from both
+    sides, weight 2 is pushed upwards over one, the others are left alone."""
+    weight = run.model.blocks[0].attn.qkv.weight
+    with torch.no_grad():
+        weight[0] = 2.0 * UNIT
+        weight[0, 0], weight[0, 1], weight[0, 2] = 6.0 * UNIT, 0.7501 * UNIT, 2.47 * UNIT
+
+    def pull(gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        gradient[0] = 0.0
+        gradient[0, 1] = torch.sign(weight[0, 1] - 0.75 * UNIT)
+        gradient[0, 2] = -1.0
+        return gradient
+
+    weight.register_hook(pull)
+    return weight
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, folder: Path, **keys: Any) -> tuple[Run, Tensor]:
+    """A run at a constant rate, with a planted row of 16 weights, in epochs of 24 steps; q2 alone is on, for speed."""
+    flags = [*PLAIN, "--quant.scheme", "mx", "--quant.active", "[q2]", "--model.kwargs"]
+    flags += ["{embed_dim: 16, depth: 1, num_heads: 2}", "--lr", str(LR), "--min-lr", str(LR), "--unscale-lr"]
+    flags += ["--weight-decay", "0", "--global-batch", "2"]
+    flags += ["--data.num_images", "48", "--no-repeated-aug", *stabilized("qramping", **keys)]
+    run = captured(monkeypatch, folder, *flags)
+    assert run.steps_per_epoch == 24
+    return run, plant(run)
+
+
+def changes(values: Sequence[float]) -> int:
+    return sum(a != b for a, b in itertools.pairwise(values))
+
+
+def test_a_planted_oscillation_is_found_and_a_moving_weight_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, weight = planted(monkeypatch, tmp_path / "run", k1=16, k2=5)
+    layers = list(run.stabilizer.layers.values())
+    paths: list[list[list[float]]] = [[], []]
+    rehearse = run.rehearse
+
+    def note() -> None:
+        paths[0].append(weight[0].tolist())
+        paths[1].append(layers[0].quantized_weight()[0].tolist())
+
+    def watched(steps: int, observe: Callable[[], None]) -> None:
+        assert steps == 30
+        note()
+        rehearse(steps, lambda: (observe(), note()))
+
+    run.rehearse = watched
+    before = everything(run)
+    ratios = run.stabilizer.detect(run)
+    assert differences(before, everything(run)) == []
+    dist_w, dist_q = (
+        [sum(abs(b - a) for a, b in itertools.pairwise(w)) for w in zip(*path, strict=True)] for path in paths
+    )
+    by_hand = [q / w if w else 0.0 for q, w in zip(dist_q, dist_w, strict=True)]
+    assert ratios[0][0].tolist() == pytest.approx(by_hand, rel=1e-4)
+    assert by_hand[1] > 32 and 1 < by_hand[2] < 10 and not any(by_hand[3:])
+    assert [ratio.shape for ratio in ratios] == [layer.weight.shape for layer in layers]
+
+    figures = run.stabilizer.before_step(0, run)
+    n = min(5 * math.floor(by_hand[1] / 16) + 1, 24)
+    period = run.optimizer.ramping["period"]
+    assert period[:16].tolist() == [1, n] + [1] * 14 and n >= 11
+    share = sum(int((ratio > 16).sum()) for ratio in ratios) / period.numel()
+    assert figures == {"oscillating_share": share, "mean_period": pytest.approx(period.double().mean().item())}
+    assert 0 < share < 0.5
+    assert run.stabilizer.before_step(1, run) is None and run.stabilizer.before_step(23, run) is None
+
+
+def test_a_planted_oscillation_flips_less_often_with_its_period(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flips, moves = {}, {}
+    for k2 in (0, 5):
+        run, weight = planted(monkeypatch, tmp_path / str(k2), k1=16, k2=k2)
+        layer = run.model.blocks[0].attn.qkv
+        run.stabilizer.before_step(0, run)
+        values, quantized = [weight[0].tolist()], [layer.quantized_weight()[0, 1].item()]
+        batches = run.upcoming_batches()
+        for _ in range(24):
+            engine.train_step(run, batches)
+            values.append(weight[0].tolist())
+            quantized.append(layer.quantized_weight()[0, 1].item())
+        moves[k2] = [changes(value) for value in zip(*values, strict=True)][:4]
+        flips[k2] = changes(quantized)
+    n = run.optimizer.ramping["period"][1].item()
+    assert moves == {0: [0, 24, 24, 0], 5: [0, 24 // n, 24, 0]} and n > 10
+    assert flips[5] <= 24 // n < flips[0]
+
+
+@pytest.mark.parametrize(("update_period", "steps"), [(1, [0, 1, 2, 3, 4, 5, 6, 7]), (3, [0, 3, 6]), (None, [0, 4])])
+def test_detection_is_at_step_0_and_every_update_period(update_period: int | None, steps: list[int]) -> None:
+    found: list[tuple[int, int]] = []
+    layer = layer_of(block())
+
+    class Trainer:
+        optimizer = QRampingAdamW(layer.parameters())
+
+        def rehearse(self, count: int, observe: Callable[[], None]) -> None:
+            assert self.optimizer.ramping["period"].unique().tolist() == [1]  # ordinary steps
+            found.append((step, count))
+
+    keys = {} if update_period is None else {"update_period": update_period}
+    stabilizer = build("qramping", layer, epoch=4, total=8, detect_steps=7, **keys)
+    stabilizer.bind(Trainer.optimizer)
+    for step in range(8):
+        Trainer.optimizer.set_periods([torch.full((1, 32), 3)])
+        figures = stabilizer.before_step(step, Trainer())
+        assert figures == (None if step not in steps else {"oscillating_share": 0.0, "mean_period": 1.0})
+    assert found == [(step, 7) for step in steps]
