@@ -34,6 +34,7 @@ def dump_config(cfg: Config) -> str:
 _EXECUTION = {
     *(f"run.{name}" for name in RunConfig.model_fields if name != "seed"),
     *(f"data.{name}" for name in ("path", "batch_size", "num_workers", "pin_mem", "on_corrupt")),
+    "probes",
     "paper",
 }
 

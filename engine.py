@@ -35,11 +35,13 @@ from config import Config, UserError, dump_config, recipe_differences
 from datasets import Data
 from losses import Loss
 from quantization.noise import NoiseClock
+from quantization.probe import Probe
 from quantization.stabilizers import Stabilizer
 from runlog import Meter, RunLog
 
-# Noise positions of evaluation, which only matter where the forward pass rounds stochastically, lie above training's.
-EVALUATION_POSITION = 2**31
+# Noise positions of evaluation and of the probe, which only matter where the forward pass rounds stochastically, lie
+# above training's.
+EVALUATION_POSITION, PROBE_POSITION = 2**31, 3 * 2**30
 
 
 class TrainingError(Exception):
@@ -76,6 +78,7 @@ class Run:
     mixup: Mixup | None
     ema: ModelEmaV3 | None
     stabilizer: Stabilizer
+    probe: Probe
     log: RunLog
     stop: StopSignal
     device: torch.device
@@ -111,6 +114,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "stabilizer": self.stabilizer.state_dict(),
+            "probe": self.probe.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
@@ -150,6 +154,7 @@ class Run:
         if self.ema is not None:
             restore_model(self.ema.module, state["ema"] or state["model"], path)
         self.stabilizer.load_state_dict(state["stabilizer"])
+        self.probe.load_state_dict(state.get("probe", {}))
         self.epoch, self.step, self.best_top1 = state["epoch"], state["step"], state["best_top1"]
         self.meter.load_state_dict(state["meter"])
         # As DeiT: the rate of an epoch is the one its predecessor's end set, the first two share the start of warm-up.
@@ -306,12 +311,15 @@ def train_one_epoch(run: Run, max_steps: int | None = None) -> None:
             if detected is not None:
                 run.log.log((run.epoch, run.step), detected, tag="stabilizer", at=run.global_step)
                 batches = run.upcoming_batches()  # the rehearsed steps have used them
+            run.probe.before_step(run.global_step)
             try:
                 figures = train_step(run, batches)
             except StopIteration:
                 raise TrainingError(
                     f"The training data ended after {run.step} of the {total} steps of epoch {run.epoch}."
                 ) from None
+            if (recording := run.probe.after_step(run.global_step - 1)) is not None:
+                run.log.write_recording(recording, at=run.global_step)
             bar.update(cfg.optim.global_batch, loss=figures["loss"], lr=figures["lr"])
             if run.step % cfg.run.log_every == 0:
                 now = time.monotonic()

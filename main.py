@@ -5,6 +5,8 @@ Configuration -> seeds -> data, model, optimizer -> epochs of training and evalu
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import re
 import signal
@@ -21,17 +23,19 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
 
 from checkpoint import BEST, LAST, find_last, finetune_from, load_checkpoint, load_weights, restore_model
 from config import Config, UserError, dump_config, load_config
-from datasets import build_data, build_mixup
-from engine import Run, StopSignal, TrainingError, evaluate, train_one_epoch
+from datasets import Data, build_data, build_mixup
+from engine import PROBE_POSITION, Run, StopSignal, TrainingError, evaluate, train_one_epoch
 from flags import parse_flags
 from losses import build_loss
 from models import create_model, quantizer_table
 from quantization.noise import NoiseClock
+from quantization.probe import OscillationProbe, Probe
 from quantization.stabilizers import Plan, Stabilizer, build_stabilizer
 from rows import run_name
 from runlog import RunLog, manifest
@@ -157,6 +161,33 @@ def describe(figures: dict[str, float]) -> str:
     )
 
 
+def fixed_images(data: Data, count: int) -> Tensor:
+    """`count` evaluation images spread over the whole set, the same on all processes; of a stream its first ones."""
+    images = data.eval_loader.dataset
+    if isinstance(images, IterableDataset):
+        samples = itertools.islice(images, count)
+    else:
+        count = min(count, data.eval_size)
+        samples = (images[index, index, 0] for index in (n * data.eval_size // count for n in range(count)))
+    readable = [image for image, *_ in samples if image is not None]
+    if not readable:
+        raise UserError("The probe found no evaluation image that can be read; check data.path.")
+    return torch.stack(readable)
+
+
+def build_probe(cfg: Config, model: nn.Module, plan: Plan, data: Data, amp: torch.dtype | None) -> Probe:
+    """The probe of the `probes` section."""
+    if not cfg.probes.enabled or cfg.run.eval:
+        return Probe()
+    device = next(model.parameters()).device
+    images = fixed_images(data, cfg.probes.images).to(device)
+    autocast = functools.partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
+    try:
+        return OscillationProbe(cfg.probes, model, plan, images=images, autocast=autocast, position=PROBE_POSITION)
+    except ValueError as error:
+        raise UserError(f"{error}; see probes in the configuration.") from None
+
+
 def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, device: torch.device) -> Run:
     """Data, model, stabilizer, optimizer and the rest, at the start of training; nothing is written yet."""
     amp = torch.bfloat16 if cfg.run.amp == "bfloat16" or (cfg.run.amp == "auto" and device.type == "cuda") else None
@@ -193,6 +224,7 @@ def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, devi
         mixup=mixup,
         ema=ema,
         stabilizer=stabilizer,
+        probe=build_probe(cfg, model, plan, data, amp),
         log=RunLog(output_dir, enabled=False),
         stop=StopSignal(),
         device=device,
@@ -292,7 +324,7 @@ def train(run: Run, max_steps: int | None = None) -> None:
         done = run.epoch
         run.epoch, run.step = run.epoch + 1, 0
         log.log((done,), train_figures, tag="train", at=run.global_step)
-        log.log((done,), {**figures, "seconds": evaluated}, tag="eval", at=run.global_step)
+        log.log((done,), {**figures, "seconds": evaluated, **run.probe.figures(done)}, tag="eval", at=run.global_step)
         run.meter = type(run.meter)()
         is_best = figures["top1"] > run.best_top1
         run.best_top1 = max(run.best_top1, figures["top1"])

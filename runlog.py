@@ -32,14 +32,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from checkpoint import LAST, atomic_write
 from config import Config, UserError
+from quantization.probe import Recording
 
-MANIFEST, CONFIG, METRICS = "manifest.json", "resolved.yaml", "metrics.log"
+MANIFEST, CONFIG, METRICS, PROBES = "manifest.json", "resolved.yaml", "metrics.log", "probes"
 _PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "tensorboardX")
 # What the manifest keeps of every start of a run that was stopped and continued.
 _OF_A_START = ("start_time", "command_line", "git", "versions", "device", "world_size")
@@ -185,6 +187,35 @@ class RunLog(contextlib.AbstractContextManager):
         for name, value in values.items():
             if self.tensorboard is not None and at is not None and isinstance(value, int | float):
                 self.tensorboard.add_scalar(f"{tag}/{name}" if tag else name, value, at)
+
+    def write_recording(self, recording: Recording, *, at: int) -> None:
+        """Keep a probe's recording as probes/NAME.npz; TensorBoard gets its histograms and figures of layers, `at` this
+        optimizer step of the run. Raises UserError where the disk is full.
+        """
+        if not self.enabled:
+            return
+        arrays = recording.arrays
+        folder = self.output_dir / PROBES
+        folder.mkdir(exist_ok=True)
+        atomic_write(folder / f"{recording.name}.npz", lambda file: np.savez_compressed(file, **arrays))
+        if self.tensorboard is None or "oscillating" not in arrays:
+            return
+        for layer, count, numel in zip(arrays["layers"], arrays["oscillating"], arrays["numel"], strict=True):
+            self.tensorboard.add_scalar(f"oscillating_share/{layer}", count / numel, at)
+        for name in ("latent", "confidence"):
+            edges, counts = arrays[f"{name}_edges"], arrays[f"{name}_counts"].sum(0)
+            middles = (edges[1:] + edges[:-1]) / 2
+            self.tensorboard.add_histogram_raw(
+                f"probe/{name}",
+                min=edges[0],
+                max=edges[-1],
+                num=counts.sum(),
+                sum=counts @ middles,
+                sum_squares=counts @ middles**2,
+                bucket_limits=edges[1:].tolist(),
+                bucket_counts=counts.tolist(),
+                global_step=at,
+            )
 
     def describe(self, metric: str, **fields: str) -> None:
         """What a metric (tag.name) is, as a METADATA record: unit="img/s", format=":.1f", say."""

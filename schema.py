@@ -273,6 +273,21 @@ class RunConfig(_Section):
     log_every: int = _key(50, "optimizer steps between logged lines", "--log-every", ge=1)
 
 
+class ProbesConfig(_Section):
+    """Probes: how much weights oscillate (Appendix A of the paper), recorded while the training goes on unchanged."""
+
+    enabled: bool = _key(False, "record it, into TensorBoard and the folder probes/ of the run", "--probes")
+    steps: int = _key(
+        200, "T0: a recording covers so many optimizer steps, the last ones of its epoch (at most the epoch)", ge=1
+    )
+    every: int = _key(1, "epochs between recordings; the last two epochs are always recorded", ge=1)
+    block: int | None = _key(
+        None, "transformer block whose output is watched, from 1; null: the 9th, or the last of fewer", ge=1
+    )
+    images: int = _key(64, "evaluation images that output is computed on", ge=1)
+    trajectories: int = _key(32, "weights that are followed through the last epoch, the most oscillating", ge=0)
+
+
 class PaperConfig(_Section):
     """The published figure this configuration reproduces."""
 
@@ -301,6 +316,7 @@ class Config(_Section):
     distillation: DistillationConfig = DistillationConfig()
     data: DataConfig = DataConfig()
     run: RunConfig = RunConfig()
+    probes: ProbesConfig = ProbesConfig()
     paper: PaperConfig | None = None
 
 

@@ -13,6 +13,7 @@ import yaml
 from config import Config, load_config
 from models import ZOO
 from quantization import PRESETS, QuantizerSpec, resolve
+from schema import ProbesConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))
@@ -125,7 +126,7 @@ def test_the_rows_of_table_2_are_there() -> None:
     files = {path.stem for path in FILES}
     assert {f"{column}_{method}" for column, method in CELLS} <= files
     assert files - {f"{column}_{method}" for column, method in CELLS} == {
-        f"{task}_{method}" for task in ("digits", "tiny_imagenet") for method in ("fp", "microscaling", "tetrajet")
+        f"{task}_{method}" for task in ("digits", "tiny_imagenet") for method in ROW_OF if method != "int4"
     }
 
 
@@ -198,8 +199,14 @@ def test_the_methods_of_a_model_differ_in_the_method_alone(column: str) -> None:
     assert all(rest(method) == rest("fp") for method in ROW_OF)
 
 
-def test_without_a_file_the_recipe_is_that_of_deit_tiny() -> None:
-    assert load_config() == load_config(CONFIGS / "deit_tiny_fp.yaml", ["paper=null"])
+def test_without_a_file_the_recipe_is_that_of_deit_tiny_without_its_probes() -> None:
+    assert load_config() == load_config(CONFIGS / "deit_tiny_fp.yaml", ["paper=null", "probes.enabled=false"])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_run_has_its_probes_on_as_they_come(path: Path) -> None:
+    """Figures 2 to 6 and Table 3 can be drawn from any of them."""
+    assert load_config(path).probes == ProbesConfig(enabled=True)
 
 
 @pytest.mark.parametrize("task", ["digits", "tiny_imagenet"])
@@ -211,6 +218,10 @@ def test_the_smaller_tasks_compare_the_same_methods(task: str) -> None:
         assert cfgs[method].paper is None  # not in the paper
     rest = [cfg.model_dump(exclude={"quant"}) for cfg in cfgs.values()]
     assert rest[0] == rest[1] == rest[2]
+    for method in ("qema", "qramping"):
+        cfg = load(task, method)
+        assert cfg.stabilizer.kind == method and cfg.paper is None
+        assert cfg.model_dump(exclude={"stabilizer"}) == cfgs["tetrajet"].model_dump(exclude={"stabilizer"})
 
 
 def test_tiny_imagenet_is_the_recipe_of_deit_on_smaller_images() -> None:
