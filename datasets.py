@@ -217,10 +217,18 @@ def build_mixup(cfg: Config, num_classes: int) -> Mixup | None:
     """timm's Mixup, with label smoothing; None where neither mixup nor cutmix is on.
 
     It works on whole batches in the training process and draws from numpy's global generator, which is the caller's.
+    Raises UserError where the sides of cutmix boxes leave timm nothing to draw from.
     """
-    aug = cfg.aug
+    aug, size = cfg.aug, cfg.model.img_size
     if not _mixes(cfg):
         return None
+    if aug.cutmix_minmax is not None:
+        shortest, longest = (int(size * side) for side in aug.cutmix_minmax)  # the second is never drawn
+        if not shortest < longest:
+            raise UserError(
+                f"aug.cutmix_minmax gives cutmix boxes of {shortest} to {longest} pixels in images of {size}: the "
+                "second number must be larger than the first, by a pixel at least."
+            )
     probabilities = {"prob": aug.mixup_prob, "switch_prob": aug.mixup_switch_prob, "mode": aug.mixup_mode}
     target = {"label_smoothing": cfg.loss.smoothing, "num_classes": num_classes}
     return Mixup(aug.mixup, aug.cutmix, aug.cutmix_minmax, **probabilities, **target)

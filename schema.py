@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticKnownError
 
 Element = Literal["e2m1", "e3m0"]
 Rounding = Literal["nearest_even", "nearest_away", "nearest_up", "stochastic"]
@@ -20,6 +21,23 @@ Quantizer = Literal["q1", "q2", "q3", "q4", "q5", "q6"]
 
 # DeiT's spellings of data sets, kept working.
 _DATA_SET_ALIASES = {"IMNET": "imagenet", "CIFAR": "cifar100", "CIFAR10": "cifar10"}
+
+
+def _number(error_type: Literal["int_type", "float_type"]) -> BeforeValidator:
+    """Refuses true and false, which pydantic takes for 1 and 0; its strict mode would refuse 3e-4, to YAML a text."""
+
+    def refuse_switches(value: Any) -> Any:
+        if isinstance(value, bool):
+            raise PydanticKnownError(error_type)
+        return value
+
+    return BeforeValidator(refuse_switches)
+
+
+Int = Annotated[int, _number("int_type")]
+Float = Annotated[float, _number("float_type")]
+Positive = Annotated[Float, Field(gt=0)]
+Share = Annotated[Float, Field(ge=0, le=1)]
 
 
 def _key(default: Any, help: str, *flags: str, consts: dict[str, Any] | None = None, **constraints: Any) -> Any:
@@ -39,12 +57,12 @@ class ModelConfig(_Section):
     """Model: one of the five models of the paper, or any timm model with transformer blocks."""
 
     name: str = _key("deit_tiny_patch16_224", "timm model name", "--model")
-    img_size: int = _key(224, "input resolution in pixels", "--input-size", ge=1)
-    patch_size: int | None = _key(None, "patch size in pixels; null keeps the model's own", ge=1)
-    num_classes: int | None = _key(None, "number of classes; null takes the data set's", "--nb-classes", ge=1)
-    drop: float = _key(0.0, "dropout rate before the head", "--drop", ge=0, lt=1)
-    drop_path: float = _key(0.1, "stochastic depth rate of the last block", "--drop-path", ge=0, lt=1)
-    kwargs: dict[str, bool | int | float | str | list[int]] = _key(
+    img_size: Int = _key(224, "input resolution in pixels", "--input-size", ge=1)
+    patch_size: Int | None = _key(None, "patch size in pixels; null keeps the model's own", ge=1)
+    num_classes: Int | None = _key(None, "number of classes; null takes the data set's", "--nb-classes", ge=1)
+    drop: Float = _key(0.0, "dropout rate before the head", "--drop", ge=0, lt=1)
+    drop_path: Float = _key(0.1, "stochastic depth rate of the last block", "--drop-path", ge=0, lt=1)
+    kwargs: dict[str, bool | int | float | str | list[Int]] = _key(
         {}, "further arguments of the timm model, such as {embed_dim: 96, depth: 4}"
     )
 
@@ -107,54 +125,54 @@ class QEma(_Section):
     """Q-EMA: the moving average of a weight decides its rounding (section 5 of the paper)."""
 
     kind: Literal["qema"]
-    decay: float = _key(0.998, "qema: decay of the shadow weights", ge=0, lt=1)
+    decay: Float = _key(0.998, "qema: decay of the shadow weights", ge=0, lt=1)
 
 
 class QRamping(_Section):
     """Q-Ramping: oscillating weights are updated less often, with more gradient (section 6)."""
 
     kind: Literal["qramping"]
-    k1: float = _key(16.0, "qramping: oscillation ratio of one ramp", gt=0)
-    k2: int = _key(5, "qramping: steps added for each ramp", ge=0)
-    detect_steps: int = _key(30, "qramping: training steps of a detection, undone afterwards", ge=1)
-    update_period: int | None = _key(None, "qramping: steps between detections; null: one epoch", ge=1)
-    n_max: int | None = _key(None, "qramping: longest period of an element; null: the steps of one epoch", ge=1)
+    k1: Float = _key(16.0, "qramping: oscillation ratio of one ramp", gt=0)
+    k2: Int = _key(5, "qramping: steps added for each ramp", ge=0)
+    detect_steps: Int = _key(30, "qramping: training steps of a detection, undone afterwards", ge=1)
+    update_period: Int | None = _key(None, "qramping: steps between detections; null: one epoch", ge=1)
+    n_max: Int | None = _key(None, "qramping: longest period of an element; null: the steps of one epoch", ge=1)
 
 
 class Dampen(_Section):
     """Dampen: a loss that pulls weights to their quantized values (Nagel et al. 2022)."""
 
     kind: Literal["dampen"]
-    weight: float = _key(5e-3, "dampen: weight of the loss at the end of training", ge=0)
-    start: float = _key(0.25, "dampen, freeze: share of training before which it is off", ge=0, lt=1)
+    weight: Float = _key(5e-3, "dampen: weight of the loss at the end of training", ge=0)
+    start: Float = _key(0.25, "dampen, freeze: share of training before which it is off", ge=0, lt=1)
 
 
 class Freeze(_Section):
     """Freeze: weights that flip too often are fixed for good (Nagel et al. 2022)."""
 
     kind: Literal["freeze"]
-    momentum: float = _key(0.001, "freeze: momentum of the moving averages", gt=0, le=1)
-    threshold_start: float = _key(0.1, "freeze: flipping frequency that freezes, when it starts", gt=0)
-    threshold_end: float = _key(0.01, "freeze: the same at the end of training", gt=0)
-    start: float = _key(0.25, "dampen, freeze: share of training before which it is off", ge=0, lt=1)
+    momentum: Float = _key(0.001, "freeze: momentum of the moving averages", gt=0, le=1)
+    threshold_start: Float = _key(0.1, "freeze: flipping frequency that freezes, when it starts", gt=0)
+    threshold_end: Float = _key(0.01, "freeze: the same at the end of training", gt=0)
+    start: Float = _key(0.25, "dampen, freeze: share of training before which it is off", ge=0, lt=1)
 
 
 class OptimConfig(_Section):
     """Optimizer. The global batch is part of the recipe; gradient accumulation follows from it."""
 
     opt: str = _key("adamw", "optimizer, by timm's name", "--opt")
-    lr: float = _key(5e-4, "learning rate for a global batch of 512", "--lr", gt=0)
+    lr: Float = _key(5e-4, "learning rate for a global batch of 512", "--lr", gt=0)
     unscale_lr: bool = _key(False, "use lr as it is instead of lr * global_batch / 512", "--unscale-lr")
-    global_batch: int = _key(1024, "samples of one optimizer step over all processes", "--global-batch", ge=1)
-    betas: tuple[float, float] | None = _key(
+    global_batch: Int = _key(1024, "samples of one optimizer step over all processes", "--global-batch", ge=1)
+    betas: tuple[Float, Float] | None = _key(
         (0.9, 0.999), "optimizer betas; null for the optimizer's own", "--opt-betas"
     )
-    eps: float | None = _key(1e-8, "optimizer epsilon; null for the optimizer's own", "--opt-eps", gt=0)
-    momentum: float = _key(0.9, "momentum, where the optimizer has one", "--momentum", ge=0, lt=1)
-    weight_decay: float = _key(
+    eps: Float | None = _key(1e-8, "optimizer epsilon; null for the optimizer's own", "--opt-eps", gt=0)
+    momentum: Float = _key(0.9, "momentum, where the optimizer has one", "--momentum", ge=0, lt=1)
+    weight_decay: Float = _key(
         0.05, "decoupled weight decay; not on biases, norms and embeddings", "--weight-decay", ge=0
     )
-    clip_grad: float | None = _key(
+    clip_grad: Float | None = _key(
         None, "clip the gradient's global norm to this; null for no clipping", "--clip-grad", gt=0
     )
 
@@ -162,17 +180,17 @@ class OptimConfig(_Section):
 class ScheduleConfig(_Section):
     """Learning-rate schedule."""
 
-    epochs: int = _key(90, "epochs to train", "--epochs", ge=1)
+    epochs: Int = _key(90, "epochs to train", "--epochs", ge=1)
     sched: Literal["cosine", "step"] = _key("cosine", "shape of the schedule, from timm", "--sched")
     step_on: Literal["epoch", "iteration"] = _key(
         "epoch", "change the rate once an epoch (DeiT) or each iteration (Swin)"
     )
-    warmup_epochs: int = _key(5, "epochs of linear warm-up", "--warmup-epochs", ge=0)
-    warmup_lr: float = _key(1e-6, "learning rate the warm-up starts from", "--warmup-lr", ge=0)
+    warmup_epochs: Int = _key(5, "epochs of linear warm-up", "--warmup-epochs", ge=0)
+    warmup_lr: Float = _key(1e-6, "learning rate the warm-up starts from", "--warmup-lr", ge=0)
     warmup_prefix: bool = _key(False, "start the cosine after the warm-up instead of under it")
-    min_lr: float = _key(1e-5, "learning rate the schedule ends at", "--min-lr", ge=0)
-    decay_epochs: float = _key(30, "epochs between steps of the step schedule", "--decay-epochs", gt=0)
-    decay_rate: float = _key(0.1, "factor of each step of the step schedule", "--decay-rate", gt=0)
+    min_lr: Float = _key(1e-5, "learning rate the schedule ends at", "--min-lr", ge=0)
+    decay_epochs: Float = _key(30, "epochs between steps of the step schedule", "--decay-epochs", gt=0)
+    decay_rate: Float = _key(0.1, "factor of each step of the step schedule", "--decay-rate", gt=0)
 
 
 class AugConfig(_Section):
@@ -181,35 +199,37 @@ class AugConfig(_Section):
     crop: Literal["rrc", "src"] = _key(
         "rrc", "random resized crop (rrc) or DeiT III's simple random crop (src)", consts={"--src": "src"}
     )
-    scale: tuple[float, float] = _key((0.08, 1.0), "area range of the random resized crop")
-    hflip: float = _key(0.5, "probability of a horizontal flip", ge=0, le=1)
-    color_jitter: float = _key(0.3, "colour jitter, where no AutoAugment replaces it", "--color-jitter", ge=0)
+    scale: tuple[Share, Share] = _key((0.08, 1.0), "area range of the random resized crop")
+    hflip: Float = _key(0.5, "probability of a horizontal flip", ge=0, le=1)
+    color_jitter: Float = _key(0.3, "colour jitter, where no AutoAugment replaces it", "--color-jitter", ge=0)
     aa: str | None = _key("rand-m9-mstd0.5-inc1", "AutoAugment policy, by timm's name; null for none", "--aa")
     three_augment: bool = _key(False, "DeiT III's 3-Augment in place of the AutoAugment policy", "--ThreeAugment")
     interpolation: Literal["bicubic", "bilinear", "random"] = _key(
         "bicubic", "interpolation of training images", "--train-interpolation"
     )
-    repeats: int = _key(
+    repeats: Int = _key(
         3,
         "repeated augmentation: views of an image in an epoch",
         consts={"--repeated-aug": 3, "--no-repeated-aug": 1},
         ge=1,
     )
-    reprob: float = _key(0.25, "probability of random erasing", "--reprob", ge=0, le=1)
+    reprob: Float = _key(0.25, "probability of random erasing", "--reprob", ge=0, le=1)
     remode: Literal["pixel", "rand", "const"] = _key("pixel", "filling of erased areas", "--remode")
-    recount: int = _key(1, "erased areas an image", "--recount", ge=1)
-    mixup: float = _key(0.8, "mixup alpha; 0 for none", "--mixup", ge=0)
-    cutmix: float = _key(1.0, "cutmix alpha; 0 for none", "--cutmix", ge=0)
-    cutmix_minmax: tuple[float, float] | None = _key(None, "cutmix area range in place of alpha", "--cutmix-minmax")
-    mixup_prob: float = _key(1.0, "probability of mixup or cutmix on a batch", "--mixup-prob", ge=0, le=1)
-    mixup_switch_prob: float = _key(0.5, "probability of cutmix where both are on", "--mixup-switch-prob", ge=0, le=1)
+    recount: Int = _key(1, "erased areas an image", "--recount", ge=1)
+    mixup: Float = _key(0.8, "mixup alpha; 0 for none", "--mixup", ge=0)
+    cutmix: Float = _key(1.0, "cutmix alpha; 0 for none", "--cutmix", ge=0)
+    cutmix_minmax: tuple[Share, Share] | None = _key(
+        None, "shortest and longest side of cutmix boxes over the image's, in place of alpha", "--cutmix-minmax"
+    )
+    mixup_prob: Float = _key(1.0, "probability of mixup or cutmix on a batch", "--mixup-prob", ge=0, le=1)
+    mixup_switch_prob: Float = _key(0.5, "probability of cutmix where both are on", "--mixup-switch-prob", ge=0, le=1)
     mixup_mode: Literal["batch", "pair", "elem"] = _key("batch", "what mixup draws its weights for", "--mixup-mode")
 
 
 class LossConfig(_Section):
     """Loss."""
 
-    smoothing: float = _key(0.1, "label smoothing", "--smoothing", ge=0, lt=1)
+    smoothing: Float = _key(0.1, "label smoothing", "--smoothing", ge=0, lt=1)
     bce: bool = _key(False, "binary cross-entropy in place of cross-entropy", "--bce-loss")
 
 
@@ -217,7 +237,7 @@ class ModelEmaConfig(_Section):
     """Moving average of the whole model, evaluated beside it (not Q-EMA)."""
 
     enabled: bool = _key(False, "keep one", "--model-ema")
-    decay: float = _key(0.99996, "its decay", "--model-ema-decay", ge=0, lt=1)
+    decay: Float = _key(0.99996, "its decay", "--model-ema-decay", ge=0, lt=1)
 
 
 class DistillationConfig(_Section):
@@ -226,8 +246,8 @@ class DistillationConfig(_Section):
     type: Literal["none", "soft", "hard"] = _key("none", "kind of distillation", "--distillation-type")
     teacher_model: str = _key("regnety_160", "timm name of the teacher", "--teacher-model")
     teacher_path: str | None = _key(None, "the teacher's checkpoint", "--teacher-path")
-    alpha: float = _key(0.5, "weight of the distillation term", "--distillation-alpha", ge=0, le=1)
-    tau: float = _key(1.0, "temperature of soft distillation", "--distillation-tau", gt=0)
+    alpha: Float = _key(0.5, "weight of the distillation term", "--distillation-alpha", ge=0, le=1)
+    tau: Float = _key(1.0, "temperature of soft distillation", "--distillation-tau", gt=0)
 
 
 class DataConfig(_Section):
@@ -239,27 +259,27 @@ class DataConfig(_Section):
         "--data-set",
     )
     path: str | None = _key(None, "folder of the data set", "--data-path")
-    batch_size: int | None = _key(
+    batch_size: Int | None = _key(
         None, "samples of one process at a time; null fits the global batch, 256 at most", "--batch-size", ge=1
     )
-    num_workers: int | None = _key(
+    num_workers: Int | None = _key(
         None, "loader processes of one process; null: its share of the cores, 10 at most", "--num_workers", ge=0
     )
     pin_mem: bool = _key(True, "pin host memory for copies to a GPU", "--pin-mem")
-    eval_crop_ratio: float = _key(0.875, "evaluation: centre crop over resized side", "--eval-crop-ratio", gt=0, le=1)
-    mean: tuple[float, float, float] = _key((0.485, 0.456, 0.406), "channel means for normalisation")
-    std: tuple[float, float, float] = _key((0.229, 0.224, 0.225), "channel deviations for normalisation")
+    eval_crop_ratio: Float = _key(0.875, "evaluation: centre crop over resized side", "--eval-crop-ratio", ge=0.1, le=1)
+    mean: tuple[Float, Float, Float] = _key((0.485, 0.456, 0.406), "channel means for normalisation")
+    std: tuple[Positive, Positive, Positive] = _key((0.229, 0.224, 0.225), "channel deviations for normalisation")
     on_corrupt: Literal["error", "skip"] = _key(
         "error", "an image that cannot be read stops the run (error) or is replaced and counted (skip)", "--on-corrupt"
     )
-    num_images: int = _key(1280, "training images of the generated set (a tenth as many for evaluation)", ge=1)
+    num_images: Int = _key(1280, "training images of the generated set (a tenth as many for evaluation)", ge=1)
 
 
 class RunConfig(_Section):
     """The run itself."""
 
     output_dir: str | None = _key(None, "where the run is written; null: runs/<name of the config>", "--output_dir")
-    seed: int = _key(
+    seed: Int = _key(
         0, "seed of initialisation, data order, augmentation and quantization noise", "--seed", ge=0, lt=2**32
     )
     device: str = _key("auto", "auto, cpu or cuda", "--device")
@@ -269,33 +289,18 @@ class RunConfig(_Section):
     finetune: str | None = _key(
         None, "checkpoint or safetensors file whose weights the training starts from", "--finetune"
     )
-    save_every: int | None = _key(None, "also checkpoint every so many optimizer steps", "--save-every", ge=1)
-    log_every: int = _key(50, "optimizer steps between logged lines", "--log-every", ge=1)
-
-
-class ProbesConfig(_Section):
-    """Probes: how much weights oscillate (Appendix A of the paper), recorded while the training goes on unchanged."""
-
-    enabled: bool = _key(False, "record it, into TensorBoard and the folder probes/ of the run", "--probes")
-    steps: int = _key(
-        200, "T0: a recording covers so many optimizer steps, the last ones of its epoch (at most the epoch)", ge=1
-    )
-    every: int = _key(1, "epochs between recordings; the last two epochs are always recorded", ge=1)
-    block: int | None = _key(
-        None, "transformer block whose output is watched, from 1; null: the 9th, or the last of fewer", ge=1
-    )
-    images: int = _key(64, "evaluation images that output is computed on", ge=1)
-    trajectories: int = _key(32, "weights that are followed through the last epoch, the most oscillating", ge=0)
+    save_every: Int | None = _key(None, "also checkpoint every so many optimizer steps", "--save-every", ge=1)
+    log_every: Int = _key(50, "optimizer steps between logged lines", "--log-every", ge=1)
 
 
 class PaperConfig(_Section):
     """The published figure this configuration reproduces."""
 
-    table: int
+    table: Int
     row: str
     column: str
-    top1: float | None = None
-    top5: float | None = None
+    top1: Float | None = None
+    top5: Float | None = None
 
 
 Quant = Annotated[NoQuant | MXQuant | Int4Quant, Field(discriminator="scheme")]
@@ -316,7 +321,6 @@ class Config(_Section):
     distillation: DistillationConfig = DistillationConfig()
     data: DataConfig = DataConfig()
     run: RunConfig = RunConfig()
-    probes: ProbesConfig = ProbesConfig()
     paper: PaperConfig | None = None
 
 

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,14 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
     if isinstance(one, torch.Tensor):
         return [] if one.dtype == other.dtype and torch.equal(one, other) else [where]
     return [] if one == other else [where]
+
+
+def leaf_types(annotation: Any) -> set[Any]:
+    """The types that a key's annotation is made of: {float} for tuple[float, float], {int, NoneType} for int | None."""
+    inner = typing.get_args(annotation) if typing.get_origin(annotation) is not typing.Literal else ()
+    if typing.get_origin(annotation) is typing.Annotated:
+        inner = inner[:1]
+    return set().union(*map(leaf_types, inner)) if inner else {annotation}
 
 
 def tree(folder: Path) -> dict[str, tuple[bytes, int]]:

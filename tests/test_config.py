@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import yaml
+from helpers import leaf_types
 from pydantic import BaseModel, ValidationError
 
 import config
@@ -587,6 +588,24 @@ def test_every_key_is_recognised_when_misspelt_and_named_when_wrong(key: str, wr
     path = write(a=text)
     before = ["paper.table=2", "paper.row=a", "paper.column=b"] if key.startswith("paper.") else before
     assert mistake(path, [o for o in before if not o.startswith(f"{key}=")]).startswith(f"{path}: {named} is ")
+
+
+FIELDS = {key: field for key, field in iter_keys() if leaf_types(field.annotation) & {int, float}}
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_no_number_can_be_true_or_false(key: str, write: Write) -> None:
+    """pydantic alone would take them for 1 and 0."""
+    if key == "model.kwargs":  # may hold switches, but not among numbers
+        assert mistake(None, ["model.kwargs={depths: [2, true]}"]).startswith("an override: model.kwargs.depths is ")
+        return
+    in_a_list = "tuple" in str(FIELDS[key].annotation)
+    given = "[false, false]" if in_a_list else "true"  # of three too: what is missing is named last
+    named, shown = (f"{key}.0", "false") if in_a_list else (key, "true")
+    before = ["paper={table: 2, row: a, column: b}"] if key.startswith("paper.") else kind_of(key)
+    said = mistake(None, [*before, f"{key}={given}"])
+    kind = "integer" if int in leaf_types(FIELDS[key].annotation) else "number"
+    assert said == f"an override: {named} is {shown}: input should be a valid {kind}."
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -9,6 +9,7 @@ import typing
 from typing import Any, Literal
 
 import pytest
+from helpers import leaf_types
 
 import flags
 from config import Config, UserError, iter_keys, load_config, sections_in
@@ -141,11 +142,12 @@ def words_for(key: str) -> tuple[list[str], Any]:
         shape = next((a for a in arguments if "tuple" in str(a)), annotation)
         value = tuple(0.125 * (i + 1) for i in range(len(typing.get_args(shape))))
         return [str(v) for v in value], value
-    if int in (annotation, *arguments):
+    types = leaf_types(annotation)
+    if int in types:
         return ["7"], 7
-    if float in (annotation, *arguments):
+    if float in types:
         return ["0.375"], 0.375
-    assert str in (annotation, *arguments), key
+    assert str in types, key
     return ["some text"], "some text"
 
 

@@ -584,6 +584,11 @@ CONFIGURATION_MISTAKES = {
     "flag without value": (["--lr"], ["--lr", "expected one argument"]),
     "word without flag": (["train"], ["train", "see --help"]),
     "type of flag": (["--lr", "fast"], ["the command line: optim.lr is 'fast'", "valid number"]),
+    "switch for a number": (["--epochs", "true"], ["the command line: schedule.epochs is true", "valid integer"]),
+    "switch in a list": (["--opt-betas", "0.9", "true"], ["optim.betas.1 is true", "valid number"]),
+    "deviation of zero": (["--data.std", "0", "0", "0"], ["data.std.0 is 0", "greater than 0"]),
+    "area": (["--aug.scale", "-1", "1"], ["aug.scale.0 is -1", "greater than or equal to 0"]),
+    "crop ratio": (["--eval-crop-ratio", "1e-9"], ["data.eval_crop_ratio is", "greater than or equal to 0.1"]),
     "fraction of an epoch": (["--epochs", "1.5"], ["schedule.epochs is 1.5", "valid integer"]),
     "number for folder": (["--output_dir", "[1, 2]"], ["run.output_dir is [1, 2]", "valid string"]),
     "choice": (["--mixup-mode", "all"], ["aug.mixup_mode is 'all'", "'batch', 'pair' or 'elem'"]),
@@ -625,6 +630,10 @@ RUN_MISTAKES = {
         ["fewer images than the global batch of 128"],
     ),
     "odd batch with mixup": (["--global-batch", "15"], ["mixup pairs the images", "must be even, not 15"]),
+    "cutmix boxes of no range": (
+        ["--cutmix-minmax", "0.5", "0.6"],  # of 8 pixels: from 4 to 4
+        ["aug.cutmix_minmax gives cutmix boxes of 4 to 4 pixels in images of 8", "larger than the first"],
+    ),
     "resume nothing": (["--resume", "nowhere.pt"], ["no checkpoint nowhere.pt"]),
     "resume folder": (["--resume", "run"], ["run is a folder", "run/last.pt"]),
     "resume another recipe": (
