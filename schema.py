@@ -293,6 +293,21 @@ class RunConfig(_Section):
     log_every: Int = _key(50, "optimizer steps between logged lines", "--log-every", ge=1)
 
 
+class ProbesConfig(_Section):
+    """Probes: how much weights oscillate (Appendix A of the paper), recorded while the training goes on unchanged."""
+
+    enabled: bool = _key(False, "record it, into TensorBoard and the folder probes/ of the run", "--probes")
+    steps: Int = _key(
+        200, "T0: a recording covers so many optimizer steps, the last ones of its epoch (at most the epoch)", ge=1
+    )
+    every: Int = _key(1, "epochs between recordings; the last two epochs are always recorded", ge=1)
+    block: Int | None = _key(
+        None, "transformer block whose output is watched, from 1; null: the 9th, or the last of fewer", ge=1
+    )
+    images: Int = _key(64, "evaluation images that output is computed on", ge=1)
+    trajectories: Int = _key(32, "weights that are followed through the last epoch, the most oscillating", ge=0)
+
+
 class PaperConfig(_Section):
     """The published figure this configuration reproduces."""
 
@@ -321,6 +336,7 @@ class Config(_Section):
     distillation: DistillationConfig = DistillationConfig()
     data: DataConfig = DataConfig()
     run: RunConfig = RunConfig()
+    probes: ProbesConfig = ProbesConfig()
     paper: PaperConfig | None = None
 
 
