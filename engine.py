@@ -185,8 +185,13 @@ class Run:
         python, numpy = random.getstate(), np.random.get_state()
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             batches = self.upcoming_batches(epochs=2 + steps // self.steps_per_epoch)
-            for _ in range(steps):
-                train_step(self, batches)
+            for done in range(steps):
+                try:
+                    train_step(self, batches)
+                except StopIteration:
+                    raise TrainingError(
+                        f"The training data ended after {done} of {steps} rehearsed steps in epoch {place[0]}."
+                    ) from None
                 observe()
         for module, weights in zip(modules, kept[0], strict=True):
             module.load_state_dict(weights)

@@ -6,6 +6,7 @@ Runs are those of main.py on a tiny model (tests/helpers.py), so that what is te
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import random
@@ -584,6 +585,26 @@ def test_data_that_ends_early_is_a_failure(
     monkeypatch.setattr(engine, "to_device", lambda *_: iter(()))
     assert exit_code(tiny(tmp_path / "run")) == 1
     assert capsys.readouterr().err == "error: The training data ended after 0 of the 4 steps of epoch 0.\n"
+
+
+def test_data_that_ends_early_in_a_rehearsal_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a stream may that has fewer images than it says: here 3 of the 4 batches of every epoch."""
+    build = main.build_data
+
+    def short(*args: Any, **kwargs: Any) -> Any:
+        data = build(*args, **kwargs)
+        batches = data.train_batches
+        data.train_batches = lambda epoch, start=0: itertools.islice(batches(epoch, start), max(3 - start, 0))
+        return data
+
+    monkeypatch.setattr(main, "build_data", short)
+    flags = ["--quant.scheme", "mx", "--stabilizer.kind", "qramping", "--stabilizer.detect_steps"]
+    assert exit_code(tiny(tmp_path / "run", *flags, "19")) == 1  # has 6 epochs to draw from
+    assert capsys.readouterr().err == "error: The training data ended after 18 of 19 rehearsed steps in epoch 0.\n"
+    assert exit_code(tiny(tmp_path / "other", *flags, "15")) == 1  # 5 epochs are enough, and the training is not
+    assert capsys.readouterr().err == "error: The training data ended after 3 of the 4 steps of epoch 0.\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
