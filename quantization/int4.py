@@ -219,7 +219,8 @@ class Int4Linear(NoisyLinear):
 
     With learned steps there are the parameters `step_x` and `step_w` (float32 scalars) too. step_w starts from the
     weights at conversion, step_x from the first training batch of all processes, which must meet in that forward pass.
-    Until then step_x is 1, the buffer `step_x_known` False, and evaluation takes the initial step of its own input.
+    Until then step_x is 1, the buffer `step_x_known` False, and evaluation takes the initial step of its own input. A
+    state dict that has a weight without its steps, as one of a layer in full precision, starts both anew.
 
     `noise` is the clock and `layer` the layer's number in it, as for QuantLinear.
     """
@@ -242,10 +243,14 @@ class Int4Linear(NoisyLinear):
         quant.step_x = quant.step_w = None
         quant._step_x_known = False  # on the host, so that asking does not wait for the device
         if recipe.learned_step:
-            _, step = divide(recipe.basis(linear.weight.detach()), None)
+            step = quant._first_step_w()
             quant.step_x, quant.step_w = nn.Parameter(torch.ones_like(step)), nn.Parameter(step)
             quant.register_buffer("step_x_known", torch.zeros_like(step, dtype=torch.bool))
         return quant.train(linear.training)
+
+    def _first_step_w(self) -> Tensor:
+        _, step = divide(self.recipe.basis(self.weight.detach()), None)
+        return step
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., C) for an input of any rank."""
@@ -276,6 +281,11 @@ class Int4Linear(NoisyLinear):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._step_x_known = False  # to be looked up again
+        if self.recipe.learned_step and f"{prefix}weight" in state_dict and f"{prefix}step_w" not in state_dict:
+            with torch.no_grad():  # what the steps were made for has gone
+                self.step_w.copy_(self._first_step_w())
+                self.step_x.fill_(1.0)
+                self.step_x_known.fill_(False)
 
     @torch.no_grad()
     def quantized_weight(self) -> Tensor:

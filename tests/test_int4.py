@@ -437,6 +437,28 @@ def test_a_state_dict_brings_the_steps_and_that_they_are_known():
     assert other.step_x.item() == pytest.approx(100 * made.step_x.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("hadamard", [True, False])
+def test_weights_without_steps_start_the_steps_anew(hadamard):
+    """As --finetune loads them from a checkpoint in full precision."""
+    made, X, recipe = layer_of(Int4Recipe(hadamard=hadamard)), normal(9, 48), Int4Recipe(hadamard=hadamard)
+    made(X)
+    old = made.step_w.item()
+    weights = {"weight": 5 * normal(40, 48, seed=9), "bias": torch.zeros(40)}
+    made.load_state_dict(weights, strict=False)
+    linear = nn.Linear(48, 40)
+    linear.load_state_dict(weights)
+    fresh = Int4Linear.from_linear(linear, recipe)
+    assert torch.equal(made.step_w, fresh.step_w) and made.step_w.item() > 10 * old
+    assert not made.step_x_known and made.step_x.item() == 1
+    made(100 * X), fresh(100 * X)
+    assert torch.equal(made.step_x, fresh.step_x) and made.step_x_known
+    made.load_state_dict({"bias": torch.ones(40)}, strict=False)  # the controls: what brings no weight changes no step
+    assert torch.equal(made.step_w, fresh.step_w) and made.step_x_known
+    made.load_state_dict({**weights, "step_w": torch.tensor(0.5)}, strict=False)
+    assert made.step_w.item() == 0.5
+    layer_of(PLAIN).load_state_dict(weights)  # nor is there one to change
+
+
 def test_a_moving_average_made_before_the_first_step_uses_its_own_step_x():
     made, X = layer_of(), normal(9, 48)
     average = ModelEmaV3(made, decay=0.5)

@@ -30,6 +30,7 @@ from config import Config, UserError, load_config
 from flags import build_parser
 from main import build_optimizer, build_schedule, plan_batches
 from models import create_model
+from quantization.int4 import Int4Linear, hadamard
 from quantization.stabilizers import Plan, build_stabilizer
 
 
@@ -399,6 +400,23 @@ def test_fine_tuning_starts_from_weights_of_another_class_count(
     assert started[0]["head.weight"].shape == (7, 32)
     assert all(torch.equal(value, given[name]) for name, value in started[0].items() if not name.startswith("head."))
     assert not torch.equal(ended["blocks.0.attn.qkv.weight"], given["blocks.0.attn.qkv.weight"])
+
+
+def test_fine_tuning_in_int4_takes_its_steps_from_the_weights_that_were_loaded(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[engine.Run] = []
+    monkeypatch.setattr(main, "train", lambda run, max_steps=None: runs.append(run))
+    train(tmp_path / "run", "--quant.scheme", "int4", "--finetune", str(finished / "last.pt"))
+    train(tmp_path / "fresh", "--quant.scheme", "int4")
+    tuned, fresh = (dict(run.model.named_modules()) for run in runs)
+    given = load_weights(finished / "last.pt")
+    layers = [name for name, layer in tuned.items() if isinstance(layer, Int4Linear)]
+    assert len(layers) == 8
+    for name in layers:
+        expected = 2 * hadamard(given[f"{name}.weight"]).abs().mean().item() / math.sqrt(7)
+        assert tuned[name].step_w.item() == pytest.approx(expected, rel=1e-6)
+        assert fresh[name].step_w.item() != pytest.approx(expected, rel=1e-3)  # the control: as it was at first
 
 
 # ---------------------------------------------------------------------------------------------------------------------
