@@ -642,7 +642,7 @@ def test_a_stopped_table_waits_for_its_run(tables: Tables, tmp_path: Path) -> No
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# For real, at full size. tests/test_paper_rows.py trains a spread of small ones.
+# For real: a few small ones, and all of them at full size. tests/test_paper_rows.py trains a spread without scripts.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -655,8 +655,10 @@ def smoke(script: Path, *words: str, cwd: Path) -> None:
     assert not list(cwd.iterdir())
 
 
-def test_a_table_script_for_real(tmp_path: Path) -> None:
-    smoke(SCRIPTS / "table1.sh", "q1", "deit_tiny", "--input-size", "32", "--model.kwargs", "{depth: 1}", cwd=tmp_path)
+@pytest.mark.parametrize("words", [["table1.sh", "q1", "deit_tiny"], ["deit_tiny_qramping.sh"], ["swin_tiny_int4.sh"]])
+def test_a_script_for_real(words: list[str], tmp_path: Path) -> None:
+    shape = "{depth: 1}" if "swin" not in words[0] else "{depths: [1, 1, 1, 1]}"
+    smoke(SCRIPTS / words[0], *words[1:], "--input-size", "32", "--model.kwargs", shape, cwd=tmp_path)
 
 
 @pytest.mark.slow

@@ -16,15 +16,16 @@ from typing import Any
 import pytest
 import torch
 from helpers import ROOT, before_step, differences, environment, exit_code, killed, outcome, tiny, train
-from stabilizer_helpers import FLAGS, KINDS, SMALL, block, build, last, layer_of, stabilized
+from stabilizer_helpers import FLAGS, KINDS, SMALL, block, build, last, layer_of, normal, stabilized
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import engine
 import main
 from config import UserError, load_config
 from engine import Run
 from quantization import LinearRecipe, build_recipe
-from quantization.stabilizers import STABILIZERS, Stabilizer
+from quantization.stabilizers import STABILIZERS, QRampingAdamW, Stabilizer
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -207,6 +208,50 @@ def test_a_stabilizer_is_called_once_an_optimizer_step(
     train(tmp_path / "run", *SMALL, *FLAGS["qema"], "--batch-size", str(batch_size))
     assert len(passes) == 8 * 8 // batch_size
     assert called == [(point, step) for step in range(8) for point in ("before", "gradients", "after")]
+
+
+def a_step(kind: str, device: str = "cpu") -> Callable[[int], None]:
+    """A step's calls of a stabilizer on two layers, with gradients that are there; its optimizer where it has one."""
+    layers = [layer_of(normal(40, 72)), layer_of(normal(72, 40, seed=1))]
+    layers = layers if device == "cpu" else [layer.to(device) for layer in layers]  # tensors without values cannot move
+    stabilizer = build(kind, *layers, **({} if kind in ("qema", "qramping") else {"start": 0}))
+    optimizer = None
+    if kind == "qramping":
+        optimizer = QRampingAdamW([layer.weight for layer in layers], fused=device == "cuda" or None)
+        stabilizer.bind(optimizer)
+
+    def step(number: int) -> None:
+        for layer in layers:
+            layer.weight.grad = torch.ones_like(layer.weight)
+        stabilizer.after_backward(number)
+        if optimizer is not None:
+            optimizer.step()
+        stabilizer.after_step(number)
+        assert set(stabilizer.figures()) == {"dampen": {"dampen_loss"}, "freeze": {"frozen_share"}}.get(kind, set())
+
+    return step
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_value_decides_what_a_step_computes(kind: str) -> None:
+    """Tensors without values go through it, so that on a GPU nothing waits for them."""
+    a_step(kind)(1)  # fills the tables of formats with values, which later tests need
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        a_step(kind)(1)
+        with pytest.raises(DataDependentOutputException):  # the control
+            normal(3).sum().item()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_does_not_synchronise(kind: str) -> None:
+    step = a_step(kind, "cuda")
+    step(1)  # the first one brings tables to the device
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 TWO_PROCESSES = """
