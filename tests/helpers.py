@@ -27,6 +27,7 @@ import engine
 import main
 from checkpoint import load_checkpoint
 from engine import Run
+from quantization.probe import OscillationProbe, Recording
 from runlog import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -230,7 +231,7 @@ def in_two_processes(folder: Path, runs: Sequence[Mapping[str, Any]]) -> list[li
 
     A run is {"argv": [...]} and, if something is to happen on one rank, {"rank": 1, "step": 2, "action": "stop"}.
     A report is {"code": exit code, "stderr": text, "noise": the two words of noise state of every step, "weights": a
-    digest of the weights after every step}.
+    digest of the weights after every step, "recordings": one of every recording of a probe}.
     """
     (folder / "plan.json").write_text(json.dumps(list(runs)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -246,11 +247,11 @@ def _work(folder: Path) -> None:
     # One group serves all runs.
     leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None
     dist.init_process_group = functools.cache(dist.init_process_group)
-    train_step = engine.train_step
+    train_step, record_probe = engine.train_step, OscillationProbe._record
     for run in json.loads((folder / "plan.json").read_text()):
         if dist.is_initialized():
             dist.barrier()  # a run resumed by both must find what rank 0 saved last
-        report: dict[str, Any] = {"noise": [], "weights": []}
+        report: dict[str, Any] = {"noise": [], "weights": [], "recordings": []}
 
         def record(run: Run, batches: Any, report: dict[str, Any] = report) -> dict[str, float]:
             figures = train_step(run, batches)
@@ -260,7 +261,13 @@ def _work(folder: Path) -> None:
             report["weights"].append(hashlib.sha256(weights).hexdigest())
             return figures
 
-        engine.train_step = record
+        def note(probe: OscillationProbe, epoch: int, report: dict[str, Any] = report) -> Recording:
+            recording = record_probe(probe, epoch)
+            arrays = b"".join(name.encode() + array.tobytes() for name, array in recording.arrays.items())
+            report["recordings"].append(hashlib.sha256(arrays).hexdigest())
+            return recording
+
+        engine.train_step, OscillationProbe._record = record, note
         if run.get("rank") == rank:
             engine.train_step = before_step(run["step"], ACTIONS[run["action"]])
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
