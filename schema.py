@@ -98,6 +98,9 @@ class MXQuant(_Section):
     )
     element: ElementConfig = ElementConfig()
     rounding: RoundingConfig = RoundingConfig()
+    carrier: Literal["bf16", "fp8"] = _key(
+        "bf16", "operands inside the products: bf16 (the dtype of autocast) or fp8 (faster on Hopper, the same values)"
+    )
 
     @model_validator(mode="after")
     def _no_repeats(self) -> MXQuant:

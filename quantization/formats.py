@@ -5,6 +5,7 @@ A block is 32 elements that share one E8M0 scale S = 2^s, s in [-127, 127] (pape
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -32,6 +33,24 @@ class ElementFormat:
     def max_significand(self) -> float:
         """The significand of the largest magnitude, in [1, 2)."""
         return self.max / 2.0**self.emax
+
+    @functools.cached_property
+    def mantissa_bits(self) -> int | None:
+        """The mantissa bits of a format that is a small float with subnormal numbers; None if it is not one."""
+        count, smallest = len(self.magnitudes), self.magnitudes[1]
+        if math.frexp(smallest)[0] != 0.5:
+            return None
+        for bits in range(6):
+            codes = [divmod(code, 1 << bits) for code in range(count)]
+            grid = [smallest * (m if e == 0 else ((1 << bits) + m) * 2.0 ** (e - 1)) for e, m in codes]
+            if grid == list(self.magnitudes):
+                return bits
+        return None
+
+    @property
+    def smallest_normal(self) -> float:
+        """The smallest magnitude that is not subnormal; 0 in a format that is not a small float."""
+        return 0.0 if self.mantissa_bits is None else self.magnitudes[1] * 2.0**self.mantissa_bits
 
 
 FORMATS: dict[str, ElementFormat] = {

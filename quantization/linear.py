@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -52,8 +53,10 @@ class QuantLinear(NoisyLinear):
         """(..., D) -> (..., C) for an input of any rank."""
         if not self.recipe.active:
             return F.linear(x, self.weight, self.bias)
+        stream = STREAMS_PER_LAYER * self.layer
+        differentiable = torch.is_grad_enabled()
         return QuantLinearFunction.apply(
-            x, self.weight, self.bias, self.recipe, self.noise.state, STREAMS_PER_LAYER * self.layer, self.shadow
+            x, self.weight, self.bias, self.recipe, self.noise.state, stream, self.shadow, differentiable
         )
 
     def quantized_weight(self) -> Tensor:

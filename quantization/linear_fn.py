@@ -8,28 +8,58 @@ X_ND activation, W_CD stored weight, G_NC output gradient dL/dY; N tokens, D inp
     grad_bias    db_C = sum of G over N, not quantized
 
 W' and X' are q2's and q1's outputs under `requantized` and W and X themselves under `original`. A quantizer that is
-off is the identity. Each product runs in the compute dtype (autocast's, else X's), in which every quantized value is
-exact; quantizers read X, W and G as they come, so q2 reads the float32 master weight and not a bfloat16 cast of it.
+off is the identity. Each of X, W and G is read once and quantized for the two products it enters: so q4 and q6 run in
+the forward pass already, and the backward pass needs no more of W and X than their small results.
+
+Products run in the compute dtype (autocast's, else X's), in which every quantized value is exact, or are carried by
+fp8 (operands.py). Quantizers read X, W and G as they come: q2 the float32 master weight, not a bfloat16 cast of it.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from quantization.noise import Noise
-from quantization.quantize import fake_quantize
+from quantization.operands import E4M3, E5M2, Operand, forms_of, multiply, prepare
 from quantization.spec import QUANTIZERS, LinearRecipe
 
+ROWS, COLUMNS = 0, -1  # the dimension of a stored matrix that a product sums over
 
-def _quantizer(recipe: LinearRecipe, name: str, x: Tensor, noise: Noise, shadow: Tensor | None = None) -> Tensor:
-    """Apply quantizer `name` (q1 ... q6), or nothing where it is off. Each has a stream of noise of its own."""
-    spec = getattr(recipe, name)
-    if spec is None:
-        return x
-    return fake_quantize(x, spec, seed=Noise(noise.state, noise.stream + QUANTIZERS.index(name)), shadow=shadow)
+
+def _quantized(
+    x: Tensor,
+    names: tuple[str, str],
+    wanted: tuple[bool, bool],
+    recipe: LinearRecipe,
+    forms: dict[str, str],
+    dtype: torch.dtype,
+    noise: Noise,
+    *,
+    chained: bool = False,
+    sums: bool = False,
+    shadow: Tensor | None = None,
+) -> tuple[Operand | None, Operand | None, Tensor | None]:
+    """A matrix as the two quantizers `names` hand it on, and its sum over rows; None for what is not wanted."""
+    row, column = (getattr(recipe, name) if want else None for name, want in zip(names, wanted, strict=True))
+    first, second, total = prepare(
+        x,
+        row,
+        column,
+        (forms[names[0]], forms[names[1]]),
+        dtype,
+        chained=chained,
+        sums=sums,
+        noise=noise,
+        streams=(QUANTIZERS.index(names[0]), QUANTIZERS.index(names[1])),
+        shadow=shadow,
+    )
+    if wanted[0] and first is None:
+        first = Operand((x.to(dtype),), None, x.shape[1])
+    if wanted[1] and second is None:
+        second = first if chained else Operand((x.to(dtype),), None, x.shape[1])
+    return first, second, total
 
 
 class QuantLinearFunction(torch.autograd.Function):
@@ -45,41 +75,50 @@ class QuantLinearFunction(torch.autograd.Function):
         noise_state: Tensor,
         stream: int,
         shadow: Tensor | None,
+        differentiable: bool = True,
     ) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        noise = Noise(noise_state, stream)
-        X_ND = x.reshape(-1, x.shape[-1])
-        x1 = _quantizer(recipe, "q1", X_ND, noise).to(dtype)
-        w2 = _quantizer(recipe, "q2", weight, noise, shadow).to(dtype)
-        output = F.linear(x1, w2, None if bias is None else bias.to(dtype))
+        noise, chained = Noise(noise_state, stream), recipe.backward_operands == "requantized"
+        X_ND, forms = x.reshape(-1, x.shape[-1]), forms_of(recipe, x, weight)
+        for_input, for_weight = (differentiable and needed for needed in ctx.needs_input_grad[:2])
 
-        double = recipe.backward_operands == "requantized"
-        # A quantizer that is off hands its operand on as it came, and not in the compute dtype.
-        x_saved = x1 if double and (recipe.q1 or not recipe.q6) else X_ND
-        w_saved = w2 if double and (recipe.q2 or not recipe.q4) else weight
-        ctx.save_for_backward(x_saved, w_saved, noise_state)
-        ctx.recipe, ctx.stream, ctx.compute_dtype = recipe, stream, dtype
+        x1, x6, _ = _quantized(X_ND, ("q1", "q6"), (True, for_weight), recipe, forms, dtype, noise, chained=chained)
+        w2, w4, _ = _quantized(
+            weight, ("q2", "q4"), (True, for_input), recipe, forms, dtype, noise, chained=chained, shadow=shadow
+        )
+        bias_N = None if bias is None else bias.to(dtype)
+        output = multiply(x1, w2, (COLUMNS, COLUMNS), dtype, dtype, bias=bias_N, fp8=(E4M3, E4M3))
+
+        kept = [operand for operand in (x6, w4) if operand is not None]
+        ctx.save_for_backward(noise_state, *(tensor for operand in kept for tensor in operand.tensors))
+        ctx.kept = [(len(operand.tensors), operand.spec, operand.columns) for operand in kept]
+        ctx.recipe, ctx.forms, ctx.stream, ctx.compute_dtype = recipe, forms, stream, dtype
         ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return output.reshape(*x.shape[:-1], output.shape[-1])
+        return output.reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        X_ND, W_CD, noise_state = ctx.saved_tensors
-        recipe, noise, dtype = ctx.recipe, Noise(noise_state, ctx.stream), ctx.compute_dtype
+        noise_state, *saved = ctx.saved_tensors
+        kept = []
+        for count, spec, columns in ctx.kept:
+            kept.append(Operand(tuple(saved[:count]), spec, columns))
+            saved = saved[count:]
+        for_input, for_weight, for_bias = ctx.needs_input_grad[:3]
+        dtype, noise = ctx.compute_dtype, Noise(noise_state, ctx.stream)
         G_NC = grad_output.reshape(-1, grad_output.shape[-1])
 
-        grad_input = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            g3 = _quantizer(recipe, "q3", G_NC, noise).to(dtype)
-            w4 = _quantizer(recipe, "q4", W_CD, noise).to(dtype)
-            grad_input = (g3 @ w4).to(ctx.x_dtype).reshape(ctx.x_shape)
-        if ctx.needs_input_grad[1]:
-            g5 = _quantizer(recipe, "q5", G_NC, noise).to(dtype)
-            x6 = _quantizer(recipe, "q6", X_ND, noise).to(dtype)
-            grad_weight = (g5.t() @ x6).to(ctx.weight_dtype)
-        if ctx.needs_input_grad[2]:
-            grad_bias = G_NC.sum(0, dtype=ctx.bias_dtype)
-        return grad_input, grad_weight, grad_bias, None, None, None, None
+        g3, g5, grad_bias = _quantized(
+            G_NC, ("q3", "q5"), (for_input, for_weight), ctx.recipe, ctx.forms, dtype, noise, sums=for_bias
+        )
+        grad_input = grad_weight = None
+        if for_input:
+            grad_input = multiply(g3, kept[-1], (COLUMNS, ROWS), dtype, ctx.x_dtype, fp8=(E5M2, E4M3))
+            grad_input = grad_input.reshape(ctx.x_shape)
+        if for_weight:
+            grad_weight = multiply(g5, kept[0], (ROWS, ROWS), dtype, ctx.weight_dtype, fp8=(E5M2, E4M3))
+        if for_bias:
+            grad_bias = grad_bias.to(ctx.bias_dtype)
+        return grad_input, grad_weight, grad_bias, None, None, None, None, None

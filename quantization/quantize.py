@@ -15,7 +15,7 @@ BACKENDS = ("auto", "reference", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _implementation(x: Tensor, spec: QuantizerSpec, backend: str) -> ModuleType:
+def implementation_for(x: Tensor, spec: QuantizerSpec, backend: str) -> ModuleType:
     """The module whose `quantize` does the work. Triton is imported only for a tensor that it could serve."""
     if backend == "reference" or (backend == "auto" and not x.is_cuda):
         return reference
@@ -71,7 +71,7 @@ def fake_quantize(
         raise ValueError("a shadow weight decides the rounding, so it needs a nearest rounding, not a stochastic one")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    implementation = _implementation(x, spec, backend)
+    implementation = implementation_for(x, spec, backend)
     if x.numel() == 0:
         return x.clone()
 

@@ -6,7 +6,8 @@ Details that are easy to simplify wrongly:
 - everything between input and output is float32, where scaling by a power of two and the distances to both neighbours
   on the grid are exact, so each rounding decision is;
 - a NaN or Inf anywhere makes its block NaN; nothing non-finite is swallowed;
-- the sign of zero survives: a small negative number rounds to -0.0.
+- the sign of zero survives: a small negative number rounds to -0.0;
+- stochastic rounding sees numbers below the format's smallest normal one in fixed point, as kernels and hardware do.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def rounds_up(
 ) -> Tensor:
     """Whether each latent value x / S (float32) takes the neighbour of larger magnitude: bool, its shape.
 
-    Stochastic rounding compares the place between the neighbours with `u`, draws in (0, 1). With `shadow`, the shadow
+    Stochastic rounding adds `u`, draws in (0, 1), to the place between the neighbours. With `shadow`, the shadow
     weight divided by the same S, this is Algorithm 1 (Q-EMA): the shadow is rounded instead of the weight, but to one
     of the weight's two neighbours.
     """
@@ -89,12 +90,20 @@ def rounds_up(
     target = target.clamp(lower, upper)
     if rounding == "stochastic":
         gap = torch.where(upper > lower, upper - lower, 1.0)
-        return u < (target - lower) / gap
+        return (target - lower) / gap > 1 - u
     midpoint = (lower + upper) / 2
     if rounding == "nearest_away":
         return target >= midpoint
     tie_goes_up = ~torch.signbit(latent) if rounding == "nearest_up" else (pair.lower_code & 1).bool()
     return torch.where(tie_goes_up, target >= midpoint, target > midpoint)
+
+
+def in_fixed_point(latent: Tensor, fmt: ElementFormat) -> Tensor:
+    """Latent values (float32), those below the format's smallest normal number N rounded to multiples of 2^-23 N."""
+    normal = fmt.smallest_normal
+    magnitude = latent.abs()
+    magnitude = torch.where(magnitude < normal, (magnitude + normal) - normal, magnitude)
+    return torch.copysign(magnitude, latent)
 
 
 class Blocks(NamedTuple):
@@ -146,8 +155,56 @@ def quantize(
     to_latent = power_of_two(-s)
 
     latent = blocks.values * to_latent
+    if rounding == "stochastic":
+        latent = in_fixed_point(latent, fmt)
     pair = neighbours(latent.abs().clamp(max=fmt.max), fmt)  # the clamp saturates; only the floor rule needs it
     up = rounds_up(latent, pair, rounding, u=u, shadow=None if shadow_blocks is None else shadow_blocks * to_latent)
     values = (torch.copysign(torch.where(up, pair.upper, pair.lower), latent) * power_of_two(s)).to(x.dtype)
     values = values.masked_fill(~finite, torch.nan)  # after the cast: devices differ in the NaN they cast a NaN to
     return from_blocks(Blocks(values, blocks.length), axis)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed matrices: 4-bit codes and E8M0 scales
+# ---------------------------------------------------------------------------------------------------------------------
+
+SCALE_BIAS, NAN_SCALE = 127, 255
+
+
+def scale_codes(x: Tensor, spec: QuantizerSpec, shadow: Tensor | None = None) -> Tensor:
+    """The E8M0 codes s + 127 of a matrix's blocks, 255 where one is not finite: uint8, a row for each number a block
+    has along `spec.axis`."""
+    largest = to_blocks(x, spec.axis, spec.block_size).values.abs().amax(dim=-1)
+    finite = torch.isfinite(largest)
+    if shadow is not None:
+        finite &= torch.isfinite(to_blocks(shadow, spec.axis, spec.block_size).values).all(dim=-1)
+    s = scale_exponent(torch.where(finite, largest, 1.0), spec.format, spec.scale_rule)
+    return torch.where(finite, s + SCALE_BIAS, NAN_SCALE).to(torch.uint8).t().contiguous()
+
+
+def _scales_of_elements(scales: Tensor, spec: QuantizerSpec, shape: tuple[int, int]) -> Tensor:
+    """E8M0 codes to float32 scales, one for each element."""
+    values = torch.where(scales == NAN_SCALE, torch.nan, power_of_two(scales.int().clamp(max=254) - SCALE_BIAS))
+    rows, columns = shape
+    values = values.repeat_interleave(spec.block_size, dim=0)
+    return values[:rows] if spec.axis == 0 else values[:columns].t()
+
+
+def pack(values: Tensor, scales: Tensor, spec: QuantizerSpec) -> Tensor:
+    """The codes of a quantized matrix (rows, columns) whose scales are `scales`: uint8, (rows, half the columns).
+
+    A code is the sign and the index of the magnitude in the format, 4 bits; of two columns the left is the low half.
+    """
+    latent = values.float() / _scales_of_elements(scales, spec, values.shape)
+    latent = torch.nan_to_num(latent, nan=0.0).clamp(-spec.format.max, spec.format.max)  # Inf: beyond the dtype's range
+    codes = neighbours(latent.abs(), spec.format).lower_code | (torch.signbit(latent).int() << 3)
+    codes = F.pad(codes, (0, codes.shape[1] % 2)).to(torch.uint8)
+    return codes[:, ::2] | (codes[:, 1::2] << 4)
+
+
+def unpack(codes: Tensor, scales: Tensor, spec: QuantizerSpec, columns: int) -> Tensor:
+    """The numbers that `pack` was given: (rows, columns) float64: a code times the largest scale may leave float32."""
+    codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)[:, :columns].int()
+    magnitude = grid_of(spec.format, codes.device)[codes & 7]
+    latent = torch.where(codes & 8 > 0, -magnitude, magnitude)
+    return latent.double() * _scales_of_elements(scales, spec, latent.shape)

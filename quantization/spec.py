@@ -20,10 +20,12 @@ from quantization.int4 import Int4Recipe
 Rounding = Literal["nearest_even", "nearest_away", "nearest_up", "stochastic"]
 ScaleRule = Literal["truncation_free", "floor"]
 BackwardOperands = Literal["requantized", "original"]
+Carrier = Literal["bf16", "fp8"]
 
 SCALE_RULES = ("truncation_free", "floor")
 ROUNDINGS = ("nearest_even", "nearest_away", "nearest_up", "stochastic")
 BACKWARD_OPERANDS = ("requantized", "original")
+CARRIERS = ("bf16", "fp8")
 QUANTIZERS = ("q1", "q2", "q3", "q4", "q5", "q6")
 _AXIS = {"q1": -1, "q2": -1, "q3": -1, "q4": 0, "q5": 0, "q6": 0}
 _GRADIENT = ("q3", "q5")  # the quantizers that read G; the others read activations or weights
@@ -83,6 +85,7 @@ class LinearRecipe:
 
     `backward_operands`: `requantized` (TetraJet's double quantization: q4 reads q2's output and q6 reads q1's) or
     `original` (Microscaling: q4 reads W and q6 reads X).
+    `carrier`: the dtype of operands inside the products: `bf16` (the compute dtype) or `fp8` (see operands.py).
     """
 
     q1: QuantizerSpec | None = None
@@ -92,12 +95,14 @@ class LinearRecipe:
     q5: QuantizerSpec | None = None
     q6: QuantizerSpec | None = None
     backward_operands: BackwardOperands = "requantized"
+    carrier: Carrier = "bf16"
 
     def __post_init__(self) -> None:
         for name in QUANTIZERS:
             if not isinstance(getattr(self, name), QuantizerSpec | None):
                 raise ValueError(f"{name} must be a QuantizerSpec or None; got {getattr(self, name)!r}")
         _expect("backward_operands", self.backward_operands, BACKWARD_OPERANDS)
+        _expect("carrier", self.carrier, CARRIERS)
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -121,7 +126,8 @@ class LinearRecipe:
             groups.setdefault(str(getattr(self, name)), []).append(name)
         if not groups:
             return "full_precision"
-        return ", ".join(f"{' '.join(names)}: {spec}" for spec, names in groups.items()) + f", {self.backward_operands}"
+        specs = [f"{' '.join(names)}: {spec}" for spec, names in groups.items()]
+        return ", ".join([*specs, self.backward_operands, *(["fp8"] if self.carrier == "fp8" else [])])
 
 
 def build_recipe(
@@ -133,6 +139,7 @@ def build_recipe(
     gradient: str = "e2m1",
     forward: Rounding = "nearest_even",
     backward: Rounding = "stochastic",
+    carrier: Carrier = "bf16",
 ) -> LinearRecipe:
     """Expand the paper's axes of variation into six quantizers; the defaults are TetraJet.
 
@@ -141,6 +148,7 @@ def build_recipe(
         scale_rule, backward_operands: as in QuantizerSpec and LinearRecipe (Table 5).
         activation_weight, gradient: element formats of q1 q2 q4 q6 and of q3 q5 (Table 7).
         forward, backward: roundings of q1 q2 and of q3 q4 q5 q6 (Table 5).
+        carrier: as in LinearRecipe.
     """
     for name in active:
         _expect("every entry of active", name, QUANTIZERS)
@@ -153,7 +161,7 @@ def build_recipe(
         )
         for name in active
     }
-    return LinearRecipe(**specs, backward_operands=backward_operands)
+    return LinearRecipe(**specs, backward_operands=backward_operands, carrier=carrier)
 
 
 PRESETS: dict[str, LinearRecipe] = {
@@ -177,4 +185,5 @@ def resolve(quant: Any) -> LinearRecipe | Int4Recipe:
         gradient=quant.element.gradient,
         forward=quant.rounding.forward,
         backward=quant.rounding.backward,
+        carrier=quant.carrier,
     )
