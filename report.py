@@ -1,6 +1,7 @@
-"""Runs in, pictures and tables out: `python report.py curves RUN [RUN ...] --png FILE`, `python report.py tables`.
+"""Runs in, pictures and tables out: `python report.py curves RUN [RUN ...] --png FILE`, `figures`, `tables`.
 
 curves   a table (method, top-1, loss, time) and one picture of loss and accuracy over the epochs
+figures  Figures 2 to 6 and Table 3 of the paper, from runs with a probe (report_figures.py)
 tables   the paper's tables, published figures beside ours (report_tables.py)
 """
 
@@ -12,21 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import Config, UserError, load_config
-from quantization import PRESETS, resolve
+from config import UserError, load_config
+from report_figures import COLOURS, STYLES, method_name, write_figures
 from report_tables import write_tables
 from runlog import read_metrics
-
-# Okabe and Ito's palette, told apart by colour-blind readers, with line styles for print.
-COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-
-
-def method_name(cfg: Config) -> str:
-    """The method of a configuration by the name of its preset; `mx` for a recipe that is none of them."""
-    recipe = resolve(cfg.quant)
-    name = next((name for name, preset in PRESETS.items() if preset == recipe), cfg.quant.scheme)
-    return name if cfg.stabilizer.kind == "none" else f"{name}_{cfg.stabilizer.kind}"
 
 
 @dataclass(frozen=True)
@@ -122,6 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     curves = commands.add_parser("curves", help="table and picture of loss and accuracy over the epochs")
     curves.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     curves.add_argument("--png", type=Path, default=Path("curves.png"), help="the picture (default: curves.png)")
+    figures = commands.add_parser("figures", help="Figures 2 to 6 and Table 3 of the paper, from runs with a probe")
+    figures.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run directories")
+    figures.add_argument("--out", type=Path, default=Path("figures"), metavar="FOLDER", help="(default: figures)")
     tables = commands.add_parser("tables", help="the paper's tables, published figures beside those of runs")
     tables.add_argument(
         "runs", nargs="*", type=Path, metavar="RUN_DIR", help="runs or folders of them (default: runs/)"
@@ -132,6 +125,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if options.command == "tables":
             write_tables(options.runs, options.markdown, options.csv)
+            return
+        if options.command == "figures":
+            write_figures(options.runs, options.out)
             return
         runs = [read_run(directory) for directory in options.runs]
         draw_curves(runs, options.png)
