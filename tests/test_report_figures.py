@@ -80,7 +80,7 @@ def test_a_title_that_is_cut_off_would_be_seen(
     """The control of the margin."""
 
     def too_long(self: Axes, *_: Any, **__: Any) -> None:
-        self.text(0.8, 0.9, "much too long for its place", transform=self.transAxes).set_in_layout(False)
+        self.text(0.8, 0.9, "\N{EM DASH}" * 60, transform=self.transAxes).set_in_layout(False)
 
     monkeypatch.setattr(Axes, "set_title", too_long)
     draw(tmp_path, runs["tetrajet"])
