@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Sets up and trains a small DeiT on scikit-learn's handwritten digits in full precision, Microscaling and TetraJet,
-# through the same main.py and configs as a real run; ends in a table and runs/quickstart/curves.png.
+# Sets up and trains a small DeiT on scikit-learn's handwritten digits in full precision, Microscaling, TetraJet, and
+# TetraJet with Q-EMA and with Q-Ramping, through the same main.py and configs as a real run; ends in a table,
+# runs/quickstart/curves.png and the oscillation of the weights in runs/quickstart/figures/.
 # A run that was stopped goes on where it was; delete runs/quickstart to start over. Flags are passed on to main.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -9,7 +10,7 @@ PYTHON="$(bash scripts/setup.sh)"
 # One thread: the tensors are so small that a second one waits more than it works.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-methods=(fp microscaling tetrajet)
+methods=(fp microscaling tetrajet qema qramping)
 runs=()
 for method in "${methods[@]}"; do
     run="runs/quickstart/$method"
@@ -18,3 +19,4 @@ for method in "${methods[@]}"; do
     runs+=("$run")
 done
 "$PYTHON" report.py curves "${runs[@]}" --png runs/quickstart/curves.png
+"$PYTHON" report.py figures "${runs[@]}" --out runs/quickstart/figures
