@@ -280,7 +280,7 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     return [{"step": step, "data": steps[step]} for step in sorted(steps, key=lambda step: (*step, math.inf))]
 
 
-def _git() -> dict[str, Any]:
+def git_state() -> dict[str, Any]:
     """{"commit": hash, "dirty": whether tracked files differ from it}; both None without git or outside a checkout."""
     root = Path(__file__).resolve().parent
     command = ["git", "--no-optional-locks", "-C", str(root)]
@@ -321,7 +321,7 @@ def manifest(
     return {
         "start_time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command_line": shlex.join(sys.orig_argv),
-        "git": _git(),
+        "git": git_state(),
         "versions": {
             "python": platform.python_version(),
             **{package: _version(package) for package in _PACKAGES},

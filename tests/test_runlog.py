@@ -351,22 +351,22 @@ def git(folder: Path, *arguments: str) -> str:
 def test_git_commit_and_dirty_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runlog, "__file__", str(tmp_path / "runlog.py"))
     nothing = {"commit": None, "dirty": None}
-    assert runlog._git() == nothing  # not a repository
+    assert runlog.git_state() == nothing  # not a repository
     git(tmp_path, "init", "-q")
-    assert runlog._git() == nothing  # no commit yet
+    assert runlog.git_state() == nothing  # no commit yet
     (tmp_path / "a.py").write_text("a")
     git(tmp_path, "add", "a.py")
     git(tmp_path, "commit", "-qm", "a")
     (tmp_path / "untracked.txt").write_text("a")
-    assert runlog._git() == {"commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": False}
+    assert runlog.git_state() == {"commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": False}
     (tmp_path / "a.py").write_text("b")
-    assert runlog._git() == {"commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": True}
+    assert runlog.git_state() == {"commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": True}
     (tmp_path / "inside").mkdir()
     monkeypatch.setattr(runlog, "__file__", str(tmp_path / "inside" / "runlog.py"))
-    assert runlog._git() == nothing  # somebody else's repository
+    assert runlog.git_state() == nothing  # somebody else's repository
     monkeypatch.setattr(runlog, "__file__", str(tmp_path / "runlog.py"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert runlog._git() == nothing  # no git
+    assert runlog.git_state() == nothing  # no git
 
 
 # TensorBoard ----------------------------------------------------------------------------------------------------------

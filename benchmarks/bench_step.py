@@ -1,0 +1,89 @@
+"""A whole training step: MXFP4 against bfloat16 nn.Linear, eager and compiled, in turns on one device.
+
+    python benchmarks/bench_step.py [--models deit_tiny deit_base] [--methods tetrajet] [--compile] [--carrier fp8]
+
+The step is that of main.py: model, drop path, AdamW, clipping and bfloat16 autocast of the recipe, at 224x224, on a
+batch of noise that stays on the device. Compiled variants are compared with compiled bfloat16, eager ones with eager.
+Peak memory is that of a process with the one variant in it.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+
+import torch
+from common import (
+    MODELS,
+    Results,
+    add_carrier,
+    command,
+    make_batch,
+    make_run,
+    method_config,
+    parse,
+    parser_for,
+    peak_gib,
+    state_of,
+    step_of,
+    take_turns,
+)
+
+from engine import Run
+
+BATCH = {"deit_tiny": 256, "deit_small": 256, "deit_base": 128, "swin_tiny": 128, "swin_small": 128}
+BASELINE, COMPILED = "bf16", " compiled"
+
+
+def compile_run(run: Run, quick: bool) -> None:
+    """Put the model under torch.compile; in a quick run without its code generation, which takes a CPU minutes."""
+    run.wrapped = torch.compile(run.wrapped, backend="eager" if quick else "inductor")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_for(__doc__, rounds=20)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS, help="default: all five")
+    parser.add_argument(
+        "--methods", nargs="+", default=["tetrajet"], help="rows of Table 2, such as tetrajet qema (default: tetrajet)"
+    )
+    parser.add_argument("--batch", type=int, help=f"images of a step (default: {BATCH})")
+    parser.add_argument("--compile", action="store_true", help="also with the model under torch.compile")
+    add_carrier(parser)
+    options, device = parse(parser, argv)
+    results = Results("step", options, device)
+    for model in options.models:
+        batch_size = 4 if options.quick else options.batch or BATCH[model]
+        runs, baselines = {}, {}
+        for suffix in ["", COMPILED] if options.compile else [""]:
+            for method in ["fp", *options.methods]:
+                name = (BASELINE if method == "fp" else f"{method}{options.carrier_suffix}") + suffix
+                more = [] if method == "fp" else options.carrier_override
+                config = method_config(model, method)
+                runs[name] = make_run(config, device, batch=batch_size, quick=options.quick, overrides=more)
+                if suffix:
+                    compile_run(runs[name], options.quick)
+                baselines[name] = BASELINE + suffix
+        batch = make_batch(runs[BASELINE])
+        steps = {name: step_of(run, batch) for name, run in runs.items()}
+        samples = take_turns(steps, device, options, kernels=False)
+        peaks = {name: peak_gib(step, state_of(runs[name], batch), device) for name, step in steps.items()}
+        size = runs[BASELINE].cfg.model.img_size
+        results.add(
+            model,
+            f"batch {batch_size} at {size}x{size}",
+            samples,
+            baselines,
+            rate=lambda _, seconds, images=batch_size: images / seconds,
+            rate_unit="images/s",
+            peaks=peaks,
+        )
+        del runs, steps, batch
+        gc.collect()
+        torch.compiler.reset()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    results.write()
+
+
+if __name__ == "__main__":
+    command(main)
