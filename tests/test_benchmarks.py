@@ -1,0 +1,248 @@
+"""The benchmarks run, on a CPU in a tiny size; what they share times in turns and records what it says."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bench_linear
+import bench_probe
+import bench_quantize
+import bench_stabilizers
+import bench_step
+import common
+import pytest
+import torch
+from helpers import ROOT, environment
+
+from config import UserError, load_config, recipe_differences
+from quantization import QuantizerSpec, QuantLinear, fake_quantize
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
+BENCHMARKS = {
+    "linear": (bench_linear.main, ["--models", "deit_base", "--layers", "qkv", "fc2"]),
+    "probe": (bench_probe.main, []),
+    "quantize": (bench_quantize.main, ["--dtypes", "bfloat16"]),
+    "stabilizers": (bench_stabilizers.main, []),
+    "step": (bench_step.main, ["--models", "deit_tiny", "swin_tiny", "--methods", "tetrajet", "qema", "--compile"]),
+}
+AXES = ("-1", "0", "both")
+CASES = {  # the variants of every case, the baseline of each
+    "linear": [["bf16", "tetrajet", "microscaling"]] * 2,
+    "probe": [["off", "on", "on, last epoch", "ending"]],
+    "quantize": [
+        ["copy", "ours"]
+        + ["ours, columns packed"] * (axis == "both")
+        + ["torchao compiled"] * (rounding == "nearest_even")
+        + ["reference compiled"]
+        for rounding in ("nearest_even", "stochastic")
+        for axis in AXES
+    ],
+    "stabilizers": [["none", "qema", "qramping", "dampen", "freeze"]],
+    "step": [["bf16", "tetrajet", "qema", "bf16 compiled", "tetrajet compiled", "qema compiled"]] * 2,
+}
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_runs_and_records_what_it_measured(
+    name: str, no_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiled: list[str] = []
+
+    def compile_(call: Any, *, backend: str, **_: Any) -> Any:  # torch's takes longer than all else here
+        compiled.append(backend)
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results.csv")
+    main, flags = BENCHMARKS[name]
+    main([*flags, "--quick"])
+    assert "A quick run: nothing is recorded." in capsys.readouterr().out and not list(tmp_path.iterdir())
+    main([*flags, "--quick", "--output", str(tmp_path / "new.csv"), "--commit", "abc"])
+    rows, cases = rows_of(tmp_path / "new.csv"), CASES[name]
+    assert [row["variant"] for row in rows] == [variant for case in cases for variant in case]
+    assert len({(row["case"], row["shape"], row["variant"]) for row in rows}) == len(rows)
+    for row in rows:
+        assert list(row) == common.FIELDS
+        assert (row["benchmark"], row["gpu"], row["commit"], row["samples"]) == (name, "CPU", "abc", "2")
+        assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+        [base] = [r for r in rows if (r["case"], r["variant"]) == (row["case"], row["baseline"])]
+        assert float(row["ratio"]) == pytest.approx(float(row["p50_ms"]) / float(base["p50_ms"]), rel=1e-3)
+        assert row["baseline"].endswith("compiled") == (name == "step" and row["variant"].endswith("compiled"))
+    assert set(compiled) == ({"eager"} if name in ("quantize", "step") else set())
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_help_and_a_machine_without_a_gpu(name: str, no_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    main, _ = BENCHMARKS[name]
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and "--rounds" in shown and "--quick" in shown and f"bench_{name}.py" in shown
+    with pytest.raises(UserError) as caught:
+        main([])
+    assert str(caught.value) == NO_GPU
+
+
+NO_GPU = "This benchmark needs a CUDA device and torch sees none; --quick runs a tiny one on the CPU."
+
+
+def test_a_mistake_at_the_command_is_one_line_and_exit_code_2() -> None:
+    env = {**environment(), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "benchmarks/bench_linear.py")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {NO_GPU}\n")
+
+
+def test_too_little_memory_is_one_line_too(capsys: pytest.CaptureFixture[str]) -> None:
+    def too_large(_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 TiB. GPU 0 has")
+
+    with pytest.raises(SystemExit) as end:
+        common.command(too_large)
+    assert end.value.code == 2
+    said = "error: Out of device memory, so choose smaller sizes: CUDA out of memory.\n"
+    assert capsys.readouterr().err == said
+
+
+MISTAKES: dict[str, tuple[Callable[..., None], list[str], str]] = {
+    "flag": (bench_step.main, ["--model", "deit_tiny"], "unrecognized arguments: --model deit_tiny; see --help."),
+    "model": (bench_step.main, ["--models", "vit"], "argument --models: invalid choice: 'vit'"),
+    "method": (bench_step.main, ["--methods", "qem"], "deit_tiny has no method qem; expected one of fp, int4, micro"),
+    "carrier": (bench_linear.main, ["--carrier", "fp4"], "argument --carrier: invalid choice: 'fp4'"),
+    "shape": (bench_quantize.main, ["--shapes", "64"], "argument --shapes: 64 is no shape, such as 25216x3072; see"),
+    "folder": (bench_quantize.main, ["--peers", "--output", "."], ". cannot be written (Is a directory); choose"),
+}
+
+
+@pytest.mark.parametrize(("main", "flags", "said"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_one_sentence(main: Callable[..., None], flags: list[str], said: str, no_gpu: None) -> None:
+    with pytest.raises(UserError) as caught:
+        main([*flags, "--quick"])
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_numbers_of_rounds(no_gpu: None) -> None:
+    for flags in (["--rounds", "1"], ["--warmup", "0"]):
+        with pytest.raises(UserError, match="--rounds must be at least 2 and --warmup at least 1"):
+            common.parse(common.parser_for("", rounds=5), flags)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What they share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def options_of(**values: Any) -> argparse.Namespace:
+    defaults = {"rounds": 4, "warmup": 2, "quick": False, "output": None, "commit": "abc"}
+    return argparse.Namespace(**{**defaults, **values})
+
+
+def test_variants_take_turns_and_each_round_begins_with_another() -> None:
+    called: list[str] = []
+    calls = {name: lambda name=name: called.append(name) for name in "abc"}
+    samples = common.take_turns(calls, torch.device("cpu"), options_of(), kernels=False)
+    assert "".join(called) == "abc" + "bca" + "cab" + "abc" + "bca" + "cab"
+    assert {name: len(times) for name, times in samples.items()} == dict.fromkeys("abc", 4)
+    assert all(time > 0 for times in samples.values() for time in times)
+
+
+def test_percentiles_ratios_and_rates(tmp_path: Path) -> None:
+    results = common.Results("made", options_of(output=tmp_path / "a.csv"), torch.device("cpu"))
+    samples = {"base": [float(n) for n in range(11)], "other": [20.0, 20.0, 26.0, 10.0, 30.0]}
+    baselines, peaks = {"base": "base", "other": "base"}, {"base": 1.23456789, "other": None}
+    results.add("case", "2x3", samples, baselines, rate=lambda name, s: len(name) / s, rate_unit="x/s", peaks=peaks)
+    results.write()
+    results.write()  # again, below the same header
+    rows = rows_of(tmp_path / "a.csv")
+    assert len(rows) == 4 and rows[:2] == rows[2:]
+    figures = [[row[name] for name in ("p20_ms", "p50_ms", "p80_ms", "ratio", "rate", "peak_gib")] for row in rows[:2]]
+    assert figures == [["2", "5", "8", "1", "800", "1.2346"], ["18", "20", "26.8", "4", "250", ""]]
+    before = (tmp_path / "a.csv").read_text()
+    (tmp_path / "b.csv").write_text("time,case\n")
+    other = common.Results("made", options_of(output=tmp_path / "b.csv"), torch.device("cpu"))
+    with pytest.raises(UserError, match=r"b\.csv has other columns than date, gpu, "):
+        other.write()
+    assert ((tmp_path / "b.csv").read_text(), (tmp_path / "a.csv").read_text()) == ("time,case\n", before)
+
+
+def test_results_go_where_they_belong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results.csv")
+    results = common.Results("made", options_of(), torch.device("cpu"))
+    results.add("case", "1", {"a": [1.0, 1.0]}, {"a": "a"})
+    results.write()
+    assert len(rows_of(tmp_path / "results.csv")) == 1
+    assert common.Results("made", options_of(commit=None), torch.device("cpu"))._where["commit"]
+
+
+@pytest.mark.parametrize("model", common.MODELS)
+def test_the_step_measured_is_that_of_the_recipe(model: str) -> None:
+    """At full size nothing but the data, mixup, probes and autocast is set, and the model is the configured one."""
+    config = common.method_config(model, "tetrajet")
+    run = common.make_run(config, torch.device("cpu"), batch=2, quick=False)
+    found = recipe_differences(load_config(config).model_dump(mode="json"), run.cfg.model_dump(mode="json"))
+    allowed = {"optim.global_batch", "data.set", "data.num_images", "aug.repeats", "aug.mixup", "aug.cutmix"}
+    assert {difference.split()[0] for difference in found} <= allowed
+    quantized = sum(isinstance(module, QuantLinear) for module in run.model.modules())
+    assert quantized == (96 if model == "swin_small" else 48) and run.wrapped.training and run.mixup is None
+    assert run.amp == torch.bfloat16 and type(run.optimizer) is torch.optim.AdamW
+    images, labels = common.make_batch(run)
+    assert images.shape == (2, 3, 224, 224) and labels.tolist() == [0, 1]
+
+
+def test_a_carrier_reaches_the_layers(no_gpu: None) -> None:
+    parser = common.parser_for("", rounds=5)
+    common.add_carrier(parser)
+    carriers = {}
+    for flags in ([], ["--carrier", "fp8"]):
+        options, device = common.parse(parser, ["--quick", *flags])
+        config = common.method_config("deit_tiny", "tetrajet")
+        run = common.make_run(config, device, batch=2, quick=True, overrides=options.carrier_override)
+        found = {module.recipe.carrier for module in run.model.modules() if isinstance(module, QuantLinear)}
+        carriers[options.carrier_suffix] = found
+    assert carriers == {"": {"bf16"}, " fp8": {"fp8"}}
+
+
+@pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.parametrize("rule", ["truncation_free", "floor"])
+def test_the_peer_computes_the_same(rule: str, axis: int) -> None:
+    x = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
+    spec = QuantizerSpec(scale_rule=rule, axis=axis)
+    peer = bench_quantize.torchao_quantizer(spec)
+    assert torch.equal(peer(x), fake_quantize(x, spec))
+    assert not torch.equal(peer(x), fake_quantize(x, QuantizerSpec(scale_rule=rule, axis=-1 - axis)))  # the control
+    assert bench_quantize.torchao_quantizer(QuantizerSpec(rounding="stochastic")) is None
+
+
+def test_tensors_are_found_in_containers() -> None:
+    a, b, c = torch.zeros(1), torch.zeros(2), torch.zeros(3)
+    assert [len(t) for t in common.tensors_in([{"x": a, "n": 3}, (b, [c]), None])] == [1, 2, 3]
+
+
+@pytest.mark.gpu
+def test_the_peak_is_that_of_the_call_and_what_it_keeps() -> None:
+    device, mib = torch.device("cuda"), 2**20
+    other = torch.empty(64 * mib, dtype=torch.int8, device=device)
+    kept = torch.empty(16 * mib, dtype=torch.int8, device=device)
+
+    def call() -> None:
+        torch.empty(32 * mib, dtype=torch.int8, device=device)
+
+    assert common.peak_gib(call, [kept, kept.view(-1, 2)], device) == pytest.approx(48 / 1024)
+    assert common.peak_gib(call, [kept, other], device) == pytest.approx(112 / 1024)
