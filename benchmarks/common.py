@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.metadata
 import itertools
 import statistics
 import sys
@@ -259,7 +258,7 @@ class Results:
             "date": datetime.now(timezone.utc).date().isoformat(),
             "gpu": torch.cuda.get_device_name(self.device) if cuda else "CPU",
             "torch": torch.__version__,
-            "triton": importlib.metadata.version("triton") if cuda else "",
+            "triton": _triton_version(),
             "commit": commit,
         }
         print(
@@ -318,6 +317,14 @@ class Results:
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}); choose another --output.") from None
         print(f"\n{len(self.rows)} rows added to {path}")
+
+
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:  # there is none for macOS, for example
+        return ""
+    return triton.__version__
 
 
 def _as_text(row: Mapping[str, Any]) -> dict[str, Any]:
