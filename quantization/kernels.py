@@ -1,8 +1,9 @@
 """The quantizers as Triton kernels: what `reference.py` computes, bit for bit.
 
 A tensor X, W or G feeds two products, one with blocks along its rows and one with blocks along its columns. `_prepare`
-reads a tile of it once, quantizes it for either product or for both, and writes each result as numbers or packed: codes
-of 4 bits, two to a byte, and a byte of scale a block. `_expand` turns packed tensors into what a product reads.
+reads a tile of it once, quantizes it for either product or for both, and writes each result as numbers, as fp8 numbers
+within a window, or packed: codes of 4 bits, two to a byte, and a byte of scale a block. `_survey` finds the largest
+magnitude that the window hangs from, `_expand` turns packed tensors into numbers.
 
 Why the bits are those of the reference:
 - every multiplication is by a power of two and every sum is exact, or is far from where a decision changes; so
@@ -19,6 +20,7 @@ Import this module only where Triton is there.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from typing import NamedTuple
@@ -30,7 +32,16 @@ from torch import Tensor
 
 from quantization.formats import ElementFormat
 from quantization.noise import Noise
-from quantization.operands import DENSE, NOTHING, PEAKED, codes_shape, lost_in_carrier, scales_shape, window
+from quantization.operands import (
+    CARRIED,
+    DENSE,
+    PACKED,
+    carried_shape,
+    codes_shape,
+    lost_in_carrier,
+    scales_shape,
+    window,
+)
 from quantization.spec import QuantizerSpec, Rounding, ScaleRule
 
 MAX_BLOCK_SIZE = 128
@@ -46,8 +57,9 @@ _NAN_SCALE = tl.constexpr(255)  # the E8M0 code of a block that is not finite
 _INTEGERS_ONLY = tl.constexpr(1.5 * 2.0**23)  # float32 numbers of this size have no fraction
 
 
-TILE = (32, 64, 1)  # rows, columns and warps of _prepare; measured, see docs/PERFORMANCE.md
-EXPAND_TILE = (32, 128, 2)  # of _expand; rows and columns change places where it transposes
+# Rows, columns and warps of a program: measured, see docs/PERFORMANCE.md.
+TILE, CARRIED_TILE = (32, 64, 2), (64, 64, 4)  # of _prepare, the second with fp8 outputs
+SURVEY_TILE, EXPAND_TILE = (128, 64, 4), (32, 128, 2)
 
 
 class Grid(NamedTuple):
@@ -258,7 +270,6 @@ def _store_packed(
     finite,
     codes_ptr,
     scales_ptr,
-    peak_ptr,
     first_row,
     first_column,
     rows,
@@ -269,7 +280,7 @@ def _store_packed(
     COLUMNS: tl.constexpr,
 ):
     """Write codes, (rows, half the columns) bytes, the left of two in the low half; and scales + 127, one row of bytes
-    for all blocks with the same number along AXIS. `peak_ptr`, if not None: the largest s + 127 of finite blocks."""
+    for all blocks with the same number along AXIS."""
     # A code's three bits come to bits 0 and 4, its sign first to SIGN and SIGN + 4, then to bits 3 and 7. The masks
     # keep a NaN, whose codes do not matter, out of its neighbour's.
     PLACE: tl.constexpr = 23 - GRID.mantissa_bits
@@ -297,9 +308,59 @@ def _store_packed(
         code = tl.reshape(code, (ROWS, COLUMNS // GRID.block))
         length = rows
     tl.store(scales_ptr + block.to(tl.int64) * length + place, code, mask=here)
-    if peak_ptr is not None:
-        peak = tl.where(finite, s + 127, 0)
-        tl.atomic_max(peak_ptr, tl.max(tl.max(tl.max(peak, axis=2), axis=1), axis=0), sem="relaxed")
+
+
+@triton.jit
+def _store_carried(
+    values,
+    out_ptr,
+    first_row,
+    first_column,
+    rows,
+    columns,
+    out_stride,
+    TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Write a tile of float32 as fp8: (rows, out_stride), or (columns, out_stride) if TRANSPOSED."""
+    narrow = values.to(out_ptr.dtype.element_ty)
+    if TRANSPOSED:
+        out_row = first_column + tl.arange(0, COLUMNS)[:, None]
+        out_column = first_row + tl.arange(0, ROWS)[None, :]
+        inside = (out_row < columns) & (out_column < out_stride)
+        tl.store(out_ptr + out_row.to(tl.int64) * out_stride + out_column, tl.trans(narrow), mask=inside)
+    else:
+        out_row = first_row + tl.arange(0, ROWS)[:, None]
+        out_column = first_column + tl.arange(0, COLUMNS)[None, :]
+        inside = (out_row < rows) & (out_column < out_stride)
+        tl.store(out_ptr + out_row.to(tl.int64) * out_stride + out_column, narrow, mask=inside)
+
+
+@triton.jit
+def _into_window(
+    rounded,
+    s,
+    finite,
+    shift,
+    lost_ptr,
+    GRID: tl.constexpr,
+    LOWEST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Q(x) 2^shift in float32, and count the elements that fp8 will change."""
+    s = tl.minimum(tl.maximum(s + shift, -127), 127)
+    if tl.min(tl.min(tl.min(s, axis=2), axis=1), axis=0) < LOWEST:
+        # In units of the smallest fp8 number, what the cast changes is no integer.
+        units = tl.abs(rounded) * tl.constexpr(2.0 ** (GRID.mantissa_bits - GRID.bottom))
+        n = units * _power_of_two(tl.maximum(tl.minimum(s - LOWEST, 0), -127))
+        changed = ((_nearest_integer(n) != n) & finite).to(tl.int64)
+        count = tl.sum(tl.sum(tl.sum(changed, axis=2), axis=1), axis=0)
+        if count > 0:
+            tl.atomic_add(lost_ptr, count, sem="relaxed")
+    scale = tl.where(finite, _power_of_two(s).to(tl.int32, bitcast=True), _NAN).to(tl.float32, bitcast=True)
+    return tl.reshape(rounded * scale, (ROWS, COLUMNS))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,13 +381,21 @@ def _prepare(
     column_values,
     column_codes,
     column_scales,
+    row_carried,
+    column_carried,
     sums_ptr,
-    peaks_ptr,
+    peak_ptr,  # with carried outputs: bits of the largest finite magnitude
+    factor_ptr,  # gets the power of two that carried outputs are to be multiplied by
+    lost_ptr,  # has the count of elements that the window has changed added
     rows,
     columns,
+    row_stride,  # of the carried outputs
+    column_stride,
     ROW: tl.constexpr,  # Grid of the quantizer with blocks along rows, or None
     COLUMN: tl.constexpr,  # of that with blocks along columns, or None
     CHAINED: tl.constexpr,  # the column quantizer reads the row quantizer's output
+    ROW_WINDOW: tl.constexpr,  # (TOP, LOWEST) of operands.window for row_carried
+    COLUMN_WINDOW: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
@@ -349,6 +418,13 @@ def _prepare(
     if shadow_ptr is not None:
         shadow = _to_float32(tl.load(shadow_ptr + offset, mask=inside, other=0.0))
 
+    if peak_ptr is not None:
+        FIRST: tl.constexpr = COLUMN if ROW is None else ROW
+        TOP: tl.constexpr = COLUMN_WINDOW[0] if row_carried is None else ROW_WINDOW[0]
+        peak = _scale_exponent(tl.load(peak_ptr), FIRST)
+        if tl.program_id(0) == 0:
+            tl.store(factor_ptr, _power_of_two(tl.minimum(tl.maximum(peak - TOP, -127), 127)))
+
     if ROW is not None:
         halves = None
         if ROW.rounding == "stochastic":
@@ -358,9 +434,16 @@ def _prepare(
         shadow = None
         if CODED:
             _store_packed(
-                rounded, s, finite, row_codes, row_scales, peaks_ptr, first_row, first_column, rows, columns,
+                rounded, s, finite, row_codes, row_scales, first_row, first_column, rows, columns,
                 ROW, 1, TILE_ROWS, TILE_COLUMNS,
             )  # fmt: skip
+        if row_carried is not None:
+            values = _into_window(
+                rounded, s, finite, ROW_WINDOW[0] - peak, lost_ptr, ROW, ROW_WINDOW[1], TILE_ROWS, TILE_COLUMNS
+            )
+            _store_carried(
+                values, row_carried, first_row, first_column, rows, columns, row_stride, False, TILE_ROWS, TILE_COLUMNS
+            )
         if row_values is not None or CHAINED:
             y = _values(rounded, s, finite, ROW, CODED, TILE_ROWS, TILE_COLUMNS)
             if row_values is not None:
@@ -375,10 +458,17 @@ def _prepare(
         CODED2: tl.constexpr = column_codes is not None
         rounded, s, finite = _quantize_tile(x, shadow, halves, COLUMN, 0, CODED2, TILE_ROWS, TILE_COLUMNS)
         if CODED2:
-            peak = None if peaks_ptr is None else peaks_ptr + 1
             _store_packed(
-                rounded, s, finite, column_codes, column_scales, peak, first_row, first_column, rows, columns,
+                rounded, s, finite, column_codes, column_scales, first_row, first_column, rows, columns,
                 COLUMN, 0, TILE_ROWS, TILE_COLUMNS,
+            )  # fmt: skip
+        elif column_carried is not None:
+            values = _into_window(
+                rounded, s, finite, COLUMN_WINDOW[0] - peak, lost_ptr, COLUMN, COLUMN_WINDOW[1], TILE_ROWS, TILE_COLUMNS
+            )
+            _store_carried(
+                values, column_carried, first_row, first_column, rows, columns, column_stride, True,
+                TILE_ROWS, TILE_COLUMNS,
             )  # fmt: skip
         else:
             z = _values(rounded, s, finite, COLUMN, CODED2, TILE_ROWS, TILE_COLUMNS)
@@ -386,83 +476,69 @@ def _prepare(
 
 
 @triton.jit(do_not_specialize=["rows"])
+def _survey(x_ptr, peak_ptr, sums_ptr, rows, columns, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr):
+    """The bits of the largest finite magnitude (peak_ptr starts at 0), and sums over TILE_ROWS rows (or None)."""
+    tiles_across = tl.cdiv(columns, TILE_COLUMNS)
+    tile_row = tl.program_id(0) // tiles_across
+    first_column = tl.program_id(0) % tiles_across * TILE_COLUMNS
+    row = tile_row * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
+    column = first_column + tl.arange(0, TILE_COLUMNS)[None, :]
+    inside = (row < rows) & (column < columns)
+    x = _to_float32(tl.load(x_ptr + row.to(tl.int64) * columns + column, mask=inside, other=0.0))
+    bits = x.to(tl.int32, bitcast=True) & _MAGNITUDE
+    largest = tl.max(tl.max(tl.where(bits < _INFINITY, bits, 0), axis=1), axis=0)
+    if largest > tl.load(peak_ptr):  # most tiles need not wait for the others at one address
+        tl.atomic_max(peak_ptr, largest, sem="relaxed")
+    if sums_ptr is not None:
+        place = first_column + tl.arange(0, TILE_COLUMNS)
+        tl.store(sums_ptr + tile_row.to(tl.int64) * columns + place, tl.sum(x, axis=0), mask=place < columns)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def _expand(
     codes_ptr,
     scales_ptr,
     out_ptr,
-    peak_ptr,  # with a window: the largest s + 127 of the tensor, or None
-    factor_ptr,  # gets the power of two that the output is to be multiplied by
-    lost_ptr,  # gets the count of elements that the window has changed added
     rows,
     columns,
-    out_stride,  # from one row of the output to the next
     GRID: tl.constexpr,
     AXIS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    TOP: tl.constexpr,  # the largest s that the output's dtype holds all codes of, and the smallest
-    LOWEST: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
-    """Codes and scales to numbers of out's dtype; (rows, columns), or (columns, rows) if TRANSPOSED. Columns of the
-    output beyond those get zeros, up to out_stride."""
-    if TRANSPOSED:
-        tiles_along = tl.cdiv(out_stride, TILE_ROWS)
-        first_row = tl.program_id(0) % tiles_along * TILE_ROWS
-        first_column = tl.program_id(0) // tiles_along * TILE_COLUMNS
-    else:
-        tiles_along = tl.cdiv(out_stride, TILE_COLUMNS)
-        first_row = tl.program_id(0) // tiles_along * TILE_ROWS
-        first_column = tl.program_id(0) % tiles_along * TILE_COLUMNS
+    """Codes and scales to numbers of out's dtype, (rows, columns)."""
+    tiles_across = tl.cdiv(columns, TILE_COLUMNS)
+    first_row = tl.program_id(0) // tiles_across * TILE_ROWS
+    first_column = tl.program_id(0) % tiles_across * TILE_COLUMNS
     row = first_row + tl.arange(0, TILE_ROWS)[:, None]
     pair = first_column // 2 + tl.arange(0, TILE_COLUMNS // 2)[None, :]
     half = (columns + 1) // 2
-    inside = (row < rows) & (pair < half)
-    two = tl.load(codes_ptr + row.to(tl.int64) * half + pair, mask=inside, other=0).to(tl.int32)
+    two = tl.load(codes_ptr + row.to(tl.int64) * half + pair, mask=(row < rows) & (pair < half), other=0).to(tl.int32)
     four = tl.reshape(tl.join(two & 15, two >> 4), (TILE_ROWS, TILE_COLUMNS))
     bits = ((four & 8) << 28) | ((four & 7) << (23 - GRID.mantissa_bits))
 
+    D0: tl.constexpr = TILE_ROWS // GRID.block if AXIS == 0 else TILE_ROWS
+    D1: tl.constexpr = GRID.block if AXIS == 0 else TILE_COLUMNS // GRID.block
+    D2: tl.constexpr = TILE_COLUMNS if AXIS == 0 else GRID.block
     if AXIS == 0:
-        block = first_row // GRID.block + tl.arange(0, TILE_ROWS // GRID.block)[:, None]
+        block = first_row // GRID.block + tl.arange(0, D0)[:, None]
         place = first_column + tl.arange(0, TILE_COLUMNS)[None, :]
         here = (block < tl.cdiv(rows, GRID.block)) & (place < columns)
         length = columns
     else:
-        block = first_column // GRID.block + tl.arange(0, TILE_COLUMNS // GRID.block)[None, :]
+        block = first_column // GRID.block + tl.arange(0, D1)[None, :]
         place = first_row + tl.arange(0, TILE_ROWS)[:, None]
         here = (block < tl.cdiv(columns, GRID.block)) & (place < rows)
         length = rows
     code = tl.load(scales_ptr + block.to(tl.int64) * length + place, mask=here, other=0).to(tl.int32)
-    s = code - 127
-    D0: tl.constexpr = TILE_ROWS // GRID.block if AXIS == 0 else TILE_ROWS
-    D1: tl.constexpr = GRID.block if AXIS == 0 else TILE_COLUMNS // GRID.block
-    D2: tl.constexpr = TILE_COLUMNS if AXIS == 0 else GRID.block
-    if peak_ptr is not None:
-        shift = TOP - (tl.load(peak_ptr) - 127)
-        if tl.program_id(0) == 0:
-            tl.store(factor_ptr, _power_of_two(tl.minimum(tl.maximum(-shift, -127), 127)))
-        s = tl.minimum(tl.maximum(s + shift, -127), 127)
-        if tl.min(tl.min(tl.where(here, s, 127), axis=1), axis=0) < LOWEST:
-            # Count what the cast below will change: a whole number of the smallest steps is what it keeps.
-            small = tl.reshape(tl.where(s < LOWEST, s - LOWEST, 0), (D0, D2 if AXIS == 0 else D1))
-            small = tl.reshape(small, (D0, 1, D2) if AXIS == 0 else (D0, D1, 1))
-            n = tl.abs(_decoded(tl.reshape(bits, (D0, D1, D2)), GRID))
-            n = n * tl.constexpr(2.0 ** (GRID.mantissa_bits - GRID.bottom)) * _power_of_two(tl.maximum(small, -127))
-            changed = (_nearest_integer(n) != n).to(tl.int64)
-            tl.atomic_add(lost_ptr, tl.sum(tl.sum(tl.sum(changed, axis=2), axis=1), axis=0), sem="relaxed")
-    scale = tl.where(code != _NAN_SCALE, _power_of_two(s).to(tl.int32, bitcast=True), _NAN)
-    scale = tl.reshape(scale.to(tl.float32, bitcast=True), (D0, 1, D2) if AXIS == 0 else (D0, D1, 1))
-    values = tl.reshape(_decoded(tl.reshape(bits, (D0, D1, D2)), GRID) * scale, (TILE_ROWS, TILE_COLUMNS))
-    values = _from_float32(values, out_ptr.dtype.element_ty)
-    if TRANSPOSED:
-        out_row = first_column + tl.arange(0, TILE_COLUMNS)[:, None]
-        out_column = first_row + tl.arange(0, TILE_ROWS)[None, :]
-        mask = (out_row < columns) & (out_column < out_stride)
-        tl.store(out_ptr + out_row.to(tl.int64) * out_stride + out_column, tl.trans(values), mask=mask)
-    else:
-        out_column = first_column + tl.arange(0, TILE_COLUMNS)[None, :]
-        mask = (row < rows) & (out_column < out_stride)
-        tl.store(out_ptr + row.to(tl.int64) * out_stride + out_column, values, mask=mask)
+    code = tl.reshape(code, (D0, 1, D2) if AXIS == 0 else (D0, D1, 1))
+    values = _values(
+        tl.reshape(bits, (D0, D1, D2)), code - 127, code != _NAN_SCALE, GRID, True, TILE_ROWS, TILE_COLUMNS
+    )
+    column = first_column + tl.arange(0, TILE_COLUMNS)[None, :]
+    offset = row.to(tl.int64) * columns + column
+    inside = (row < rows) & (column < columns)
+    tl.store(out_ptr + offset, _from_float32(values, out_ptr.dtype.element_ty), mask=inside)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,6 +561,7 @@ def _grid(fmt: ElementFormat, scale_rule: ScaleRule, rounding: Rounding, block_s
     )
 
 
+@functools.cache
 def _grid_of(spec: QuantizerSpec) -> Grid:
     return _grid(spec.format, spec.scale_rule, spec.rounding, spec.block_size)
 
@@ -503,6 +580,32 @@ def supports(x: Tensor, fmt: ElementFormat, axis: int, block_size: int) -> bool:
     )
 
 
+@functools.cache
+def _compiled(kernel: triton.JITFunction, key: tuple) -> list:
+    """A place to keep the compiled kernel of a key in: `kernel[grid](...)` looks at every argument of every call."""
+    return []
+
+
+def _run(
+    kernel: triton.JITFunction, tiles: int, device: torch.device, key: tuple, arguments: tuple, warps: int
+) -> None:
+    """Launch a kernel. Equal keys mean arguments that Triton would compile the same kernel for."""
+    if INTERPRETED:
+        kernel[(tiles,)](*arguments, num_warps=warps)
+        return
+    with contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
+        place = _compiled(kernel, (device.index, warps, *key))
+        if place:
+            place[0][tiles, 1, 1](*arguments, stream=torch.cuda.current_stream(device).cuda_stream)
+        else:
+            place.append(kernel[(tiles,)](*arguments, num_warps=warps))
+
+
+def _tensor_key(*tensors: Tensor | None) -> tuple:
+    """What a kernel's compilation depends on."""
+    return tuple(None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
+
+
 def quantize(
     x: Tensor,
     fmt: ElementFormat,
@@ -518,8 +621,8 @@ def quantize(
     row, column = (grid, None) if axis in (-1, x.dim() - 1) else (None, grid)
     state, stream = (None, 0) if noise is None else noise
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    outputs = (out, None, None, None, None, None) if row else (None, None, None, out, None, None)
-    _launch(x, shadow, state, stream, stream, outputs, None, None, row, column, False)
+    values = (out, None) if row else (None, out)
+    _launch(x, shadow, state, (stream, stream), values, row, column)
     return out
 
 
@@ -527,27 +630,35 @@ def _launch(
     x: Tensor,
     shadow: Tensor | None,
     state: Tensor | None,
-    row_stream: int,
-    column_stream: int,
-    outputs: tuple[Tensor | None, ...],
-    sums: Tensor | None,
-    peaks: Tensor | None,
+    streams: tuple[int, int],
+    values: tuple[Tensor | None, Tensor | None],
     row: Grid | None,
     column: Grid | None,
-    chained: bool,
+    *,
+    packed: tuple[Tensor | None, ...] = (None, None, None, None),
+    carried: tuple[Tensor | None, ...] = (None, None),
+    sums: Tensor | None = None,
+    window_tensors: tuple[Tensor | None, ...] = (None, None, None),
+    windows: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0)),
+    chained: bool = False,
 ) -> None:
     x = x.contiguous()
     shadow = None if shadow is None else shadow.contiguous()
     columns = x.shape[-1]
     rows = x.numel() // columns
     block = max(32, row.block if row else 0, column.block if column else 0)
-    tile_rows, tile_columns, warps = TILE if block == 32 else (block, block, 1)
-    grid = (triton.cdiv(rows, tile_rows) * triton.cdiv(columns, tile_columns),)
-    with torch.cuda.device_of(x):
-        _prepare[grid](
-            x, shadow, state, row_stream, column_stream, *outputs, sums, peaks, rows, columns,
-            row, column, chained, tile_rows, tile_columns, num_warps=warps,
-        )  # fmt: skip
+    tile_rows, tile_columns, warps = (
+        (block, block, 1) if block > 32 else TILE if window_tensors[0] is None else CARRIED_TILE
+    )
+    strides = [1 if t is None else t.shape[1] for t in carried]
+    tensors = (x, shadow, state, *streams, values[0], *packed[:2], values[1], *packed[2:], *carried, sums)
+    arguments = (
+        *tensors, *window_tensors, rows, columns, *strides, row, column, chained, *windows, tile_rows, tile_columns
+    )  # fmt: skip
+    key = (_tensor_key(x, shadow, *values, *carried), packed[0] is None, packed[2] is None, sums is None, columns)
+    key += (strides[0], strides[1] % 16 == 0, row, column, chained, windows, tile_rows, tile_columns)
+    tiles = triton.cdiv(rows, tile_rows) * triton.cdiv(columns, tile_columns)
+    _run(_prepare, tiles, x.device, key, arguments, warps)
 
 
 def prepare(
@@ -556,6 +667,7 @@ def prepare(
     column: QuantizerSpec | None,
     forms: tuple[str, str],
     dtype: torch.dtype,
+    fp8: torch.dtype,
     *,
     chained: bool = False,
     sums: bool = False,
@@ -565,52 +677,54 @@ def prepare(
 ) -> list[Tensor]:
     """`operands.prepare` for a matrix on a GPU: both quantizers in one pass."""
     (rows, columns), device = x.shape, x.device
-    outputs: list[Tensor | None] = []
-    for spec, form in ((row, forms[0]), (column, forms[1])):
-        values = codes = scales = None
+    x = x.contiguous()
+    values, carried, packed = [None, None], [None, None], [None, None, None, None]
+    for index, (spec, form) in enumerate(zip((row, column), forms, strict=True)):
         if form == DENSE:
-            values = torch.empty(rows, columns, dtype=dtype, device=device)
-        elif form != NOTHING:
-            codes = torch.empty(codes_shape(rows, columns), dtype=torch.uint8, device=device)
-            scales = torch.empty(scales_shape(rows, columns, spec), dtype=torch.uint8, device=device)
-        outputs += [values, codes, scales]
-    peaks = torch.zeros(2, dtype=torch.int32, device=device) if PEAKED in forms else None
-    partial = torch.empty(triton.cdiv(rows, TILE[0]), columns, device=device) if sums else None
-    grids = [None if spec is None else _grid_of(spec) for spec in (row, column)]
-    _launch(x, shadow, state, *streams, tuple(outputs), partial, peaks, *grids, chained)
-    return [t for t in (*outputs, peaks, None if partial is None else partial.sum(0)) if t is not None]
+            values[index] = torch.empty((rows, columns), dtype=dtype, device=device)
+        elif form == CARRIED:
+            carried[index] = torch.empty(carried_shape(rows, columns, spec), dtype=fp8, device=device)
+        elif form == PACKED:
+            packed[2 * index] = torch.empty(codes_shape(rows, columns), dtype=torch.uint8, device=device)
+            packed[2 * index + 1] = torch.empty(scales_shape(rows, columns, spec), dtype=torch.uint8, device=device)
+
+    partial, window_tensors, windows = None, (None, None, None), ((0, 0), (0, 0))
+    survey = CARRIED in forms
+    if sums:
+        partial = torch.empty((triton.cdiv(rows, SURVEY_TILE[0] if survey else TILE[0]), columns), device=device)
+    if survey:
+        peak = torch.zeros((), dtype=torch.int32, device=device)
+        tile_rows, tile_columns, warps = SURVEY_TILE
+        tiles = triton.cdiv(rows, tile_rows) * triton.cdiv(columns, tile_columns)
+        arguments = (x, peak, partial, rows, columns, tile_rows, tile_columns)
+        _run(_survey, tiles, device, (_tensor_key(x), sums, columns, tile_rows, tile_columns), arguments, warps)
+        window_tensors = peak, torch.empty((), device=device), lost_in_carrier(device)
+        windows = (window((row or column).format, fp8),) * 2
+    _launch(
+        x,
+        shadow,
+        state,
+        streams,
+        tuple(values),
+        None if row is None else _grid_of(row),
+        None if column is None else _grid_of(column),
+        packed=tuple(packed),
+        carried=tuple(carried),
+        sums=None if survey else partial,
+        window_tensors=window_tensors,
+        windows=windows,
+        chained=chained,
+    )
+    results = [values[0], *packed[:2], carried[0], values[1], *packed[2:], carried[1], window_tensors[1]]
+    return [t for t in (*results, partial.sum(0) if sums else None) if t is not None]
 
 
-def expand(
-    codes: Tensor,
-    scales: Tensor,
-    peak: Tensor | None,
-    spec: QuantizerSpec,
-    columns: int,
-    dtype: torch.dtype,
-    *,
-    transposed: bool = False,
-    pad: int = 1,
-) -> list[Tensor]:
+def expand(codes: Tensor, scales: Tensor, spec: QuantizerSpec, columns: int, dtype: torch.dtype) -> Tensor:
     """`operands.expand` on a GPU."""
     rows, device = codes.shape[0], codes.device
-    out_rows, length = (columns, rows) if transposed else (rows, columns)
-    stride = triton.cdiv(length, pad) * pad
-    out = torch.empty(out_rows, stride, dtype=dtype, device=device)
-    factor = lost = None
-    top = lowest = 0
-    if peak is not None:
-        factor, lost = torch.empty((), device=device), lost_in_carrier(device)
-        top, lowest = window(spec.format, dtype)
+    out = torch.empty((rows, columns), dtype=dtype, device=device)
     tile_rows, tile_columns, warps = EXPAND_TILE
-    if transposed:
-        tile_rows, tile_columns = tile_columns, tile_rows
-        tiles = triton.cdiv(stride, tile_rows) * triton.cdiv(columns, tile_columns)
-    else:
-        tiles = triton.cdiv(rows, tile_rows) * triton.cdiv(stride, tile_columns)
-    with torch.cuda.device_of(codes):
-        _expand[(tiles,)](
-            codes, scales, out, peak, factor, lost, rows, columns, stride, _grid_of(spec), 0 if spec.axis == 0 else 1,
-            transposed, top, lowest, tile_rows, tile_columns, num_warps=warps,
-        )  # fmt: skip
-    return [out] if factor is None else [out, factor]
+    arguments = (codes, scales, out, rows, columns, _grid_of(spec), 0 if spec.axis == 0 else 1, tile_rows, tile_columns)
+    key = (_tensor_key(codes, scales, out), columns, spec, tile_rows, tile_columns)
+    _run(_expand, triton.cdiv(rows, tile_rows) * triton.cdiv(columns, tile_columns), device, key, arguments, warps)
+    return out

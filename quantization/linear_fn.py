@@ -35,6 +35,7 @@ def _quantized(
     recipe: LinearRecipe,
     forms: dict[str, str],
     dtype: torch.dtype,
+    fp8: torch.dtype,
     noise: Noise,
     *,
     chained: bool = False,
@@ -49,6 +50,7 @@ def _quantized(
         column,
         (forms[names[0]], forms[names[1]]),
         dtype,
+        fp8,
         chained=chained,
         sums=sums,
         noise=noise,
@@ -80,15 +82,18 @@ class QuantLinearFunction(torch.autograd.Function):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         noise, chained = Noise(noise_state, stream), recipe.backward_operands == "requantized"
-        X_ND, forms = x.reshape(-1, x.shape[-1]), forms_of(recipe, x, weight)
+        X_ND = x.reshape(-1, x.shape[-1])
+        forms = forms_of(recipe, tuple(weight.shape), x.is_cuda, empty=x.numel() == 0)
         for_input, for_weight = (differentiable and needed for needed in ctx.needs_input_grad[:2])
 
-        x1, x6, _ = _quantized(X_ND, ("q1", "q6"), (True, for_weight), recipe, forms, dtype, noise, chained=chained)
+        x1, x6, _ = _quantized(
+            X_ND, ("q1", "q6"), (True, for_weight), recipe, forms, dtype, E4M3, noise, chained=chained
+        )
         w2, w4, _ = _quantized(
-            weight, ("q2", "q4"), (True, for_input), recipe, forms, dtype, noise, chained=chained, shadow=shadow
+            weight, ("q2", "q4"), (True, for_input), recipe, forms, dtype, E4M3, noise, chained=chained, shadow=shadow
         )
         bias_N = None if bias is None else bias.to(dtype)
-        output = multiply(x1, w2, (COLUMNS, COLUMNS), dtype, dtype, bias=bias_N, fp8=(E4M3, E4M3))
+        output = multiply(x1, w2, (COLUMNS, COLUMNS), dtype, dtype, bias_N)
 
         kept = [operand for operand in (x6, w4) if operand is not None]
         ctx.save_for_backward(noise_state, *(tensor for operand in kept for tensor in operand.tensors))
@@ -111,14 +116,14 @@ class QuantLinearFunction(torch.autograd.Function):
         G_NC = grad_output.reshape(-1, grad_output.shape[-1])
 
         g3, g5, grad_bias = _quantized(
-            G_NC, ("q3", "q5"), (for_input, for_weight), ctx.recipe, ctx.forms, dtype, noise, sums=for_bias
+            G_NC, ("q3", "q5"), (for_input, for_weight), ctx.recipe, ctx.forms, dtype, E5M2, noise, sums=for_bias
         )
         grad_input = grad_weight = None
         if for_input:
-            grad_input = multiply(g3, kept[-1], (COLUMNS, ROWS), dtype, ctx.x_dtype, fp8=(E5M2, E4M3))
+            grad_input = multiply(g3, kept[-1], (COLUMNS, ROWS), dtype, ctx.x_dtype)
             grad_input = grad_input.reshape(ctx.x_shape)
         if for_weight:
-            grad_weight = multiply(g5, kept[0], (ROWS, ROWS), dtype, ctx.weight_dtype, fp8=(E5M2, E4M3))
+            grad_weight = multiply(g5, kept[0], (ROWS, ROWS), dtype, ctx.weight_dtype)
         if for_bias:
             grad_bias = grad_bias.to(ctx.bias_dtype)
         return grad_input, grad_weight, grad_bias, None, None, None, None, None
