@@ -16,6 +16,7 @@ from helpers import column, differences, exit_code, in_two_processes, killed, ou
 from stabilizer_helpers import FLAGS, SMALL, captured
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import engine
 import main
@@ -188,6 +189,36 @@ def test_a_forward_pass_of_it_puts_everything_back(tmp_path: Path, monkeypatch: 
     assert torch.equal(draws[2], torch.get_rng_state())
     assert noise[0] == clock.rank and all(map(torch.equal, noise[1:], (clock.state, clock.next_position)))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class Reads(TorchFunctionMode):
+    """Counts the values that are read off tensors: on a GPU each of them would wait for the device."""
+
+    NAMES = ("cpu", "numpy", "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__array__")
+    count = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(function, "__name__", "") in self.NAMES
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["none", "qema", "int4", "full_precision"])
+def test_it_waits_for_no_value_but_at_the_end_of_a_recording(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = captured(monkeypatch, tmp_path, *SMALL, *METHODS[method], *PROBES, "--epochs", "1")
+    run.model.train()(torch.randn(2, 3, 8, 8))  # INT4 finds its steps in the first batch
+    probe = run.probe
+    probe.before_step(1)  # opens the recording and chooses the weights to follow
+    with Reads() as reads:
+        for step in (1, 2):
+            probe.before_step(step)
+            assert probe.after_step(step) is None
+    assert reads.count == 0
+    probe.before_step(3)
+    with Reads() as reads:  # the control
+        assert probe.after_step(3) is not None
+    assert reads.count > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -448,3 +479,20 @@ def test_on_a_gpu_it_changes_nothing_either(method: str, tmp_path: Path) -> None
     flags = [*SMALL, *METHODS[method], "--device", "cuda"]
     off, on = train(tmp_path / "off", *flags), train(tmp_path / "on", *flags, *PROBES)
     assert differences(without_probe(off), without_probe(on)) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["none", "qema", "int4", "full_precision"])
+def test_on_a_gpu_a_step_does_not_synchronise(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = [*SMALL, *METHODS[method], *PROBES, "--epochs", "1", "--device", "cuda"]
+    run = captured(monkeypatch, tmp_path, *flags)
+    run.model.train()(torch.randn(2, 3, 8, 8, device="cuda"))  # INT4 finds its steps in the first batch
+    probe = run.probe
+    probe.before_step(1)
+    assert probe.after_step(1) is None  # the first one brings tables to the device
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        probe.before_step(2)
+        assert probe.after_step(2) is None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
