@@ -600,7 +600,8 @@ def test_data_that_ends_early_in_a_rehearsal_is_a_failure(
         return data
 
     monkeypatch.setattr(main, "build_data", short)
-    flags = ["--quant.scheme", "mx", "--stabilizer.kind", "qramping", "--stabilizer.detect_steps"]
+    flags = ["--quant.scheme", "mx", "--model.kwargs", "{embed_dim: 16, depth: 1, num_heads: 2}"]
+    flags += ["--stabilizer.kind", "qramping", "--stabilizer.detect_steps"]
     assert exit_code(tiny(tmp_path / "run", *flags, "19")) == 1  # has 6 epochs to draw from
     assert capsys.readouterr().err == "error: The training data ended after 18 of 19 rehearsed steps in epoch 0.\n"
     assert exit_code(tiny(tmp_path / "other", *flags, "15")) == 1  # 5 epochs are enough, and the training is not
