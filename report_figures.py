@@ -29,7 +29,8 @@ THRESHOLD = {"color": "#999999", "linestyle": ":", "linewidth": 0.8}
 PRINT = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "legend.frameon": False}
 NAMES = {"full_precision": "full precision", "tetrajet": "TetraJet", "microscaling": "Microscaling", "int4": "INT4"}
 NAMES |= {"mx": "MXFP4", "qema": "Q-EMA", "qramping": "Q-Ramping", "dampen": "Dampen", "freeze": "Freeze"}
-FOLLOWED, NEAR = 3, 0.5  # of Figure 3: weights in a panel, and how far one may go, in units of S
+FOLLOWED, NEAR = 3, 0.2  # of Figure 3: weights in a panel, and how far from the threshold, in units of S
+CONFIDENCE_SHOWN, FLAT = 10, 0.1  # of Figure 5: bins, and by how much its axis exceeds an even distribution at least
 DPI = 150
 
 
@@ -155,19 +156,20 @@ def flips(quantized: np.ndarray) -> np.ndarray:
 def around_one_threshold(arrays: dict[str, np.ndarray]) -> tuple[float, list[int]]:
     """(threshold, up to FOLLOWED weights around it): the threshold whose weights' quantized values change most often.
 
-    A weight is around the threshold that its latent value is nearest to at the median. Those that wander by more than
-    NEAR, or whose scale jumps, come last.
+    A weight is around the threshold that its latent value is nearest to at the median. Those that lie, or wander,
+    further than NEAR come last: under Q-EMA it is the shadow that flips, and the scale of a block may jump.
     """
     grid, latent = thresholds(arrays["grid"]), arrays["trajectory_latent"]
-    nearest = np.abs(np.median(latent, axis=0)[:, None] - grid).argmin(1)
-    wanders = np.ptp(latent, axis=0) > NEAR
-    changes = flips(arrays["trajectory_quantized"]) * ~wanders
+    distances = np.abs(np.median(latent, axis=0)[:, None] - grid)
+    nearest = distances.argmin(1)
+    far = (np.ptp(latent, axis=0) > 2 * NEAR) | (distances.min(1) > NEAR)
+    changes = flips(arrays["trajectory_quantized"]) * ~far
 
     def rank(k: int) -> tuple[bool, int]:
-        return wanders[k], -changes[k]
+        return far[k], -changes[k]
 
     groups = {n: sorted(np.flatnonzero(nearest == n), key=rank)[:FOLLOWED] for n in set(nearest)}
-    best = max(groups, key=lambda n: (changes[groups[n]].sum(), len(groups[n])))
+    best = max(groups, key=lambda n: (changes[groups[n]].sum(), (~far[groups[n]]).sum(), len(groups[n])))
     return float(grid[best]), [int(k) for k in groups[best]]
 
 
@@ -197,22 +199,13 @@ def figure3(figure: Any, runs: Sequence[ProbedRun]) -> Rows | None:
         bottom.axhline(threshold, color="#000000", linestyle="--", linewidth=1)
         spread = max(np.abs(latent - threshold).max() * 1.25, 1e-3)
         bottom.set_ylim(threshold - spread, threshold + spread)
-        bottom.annotate(
-            f"threshold {threshold:g}",
-            (0.98, 0.5),
-            (-2, 3),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            ha="right",
-            fontsize=8,
-        )
         grid = arrays["grid"]
         levels = grid[(grid >= quantized.min() - 0.5) & (grid <= quantized.max() + 0.5)]
         top.set_yticks(levels)
         top.set_ylim(levels[0] - 0.25, levels[-1] + 0.25)
         changes = ", ".join(str(n) for n in flips(quantized))
         top.set(title=f"{label}\n{changes} changes in {len(steps) - 1} steps")
-        bottom.set(xlabel="optimizer step")
+        bottom.set(xlabel="optimizer step", title=f"dashed: threshold {threshold:g}")
         for panel in (top, bottom):
             panel.grid(alpha=0.3)
         bottom.xaxis.get_major_locator().set_params(integer=True, nbins=4)
@@ -282,21 +275,28 @@ def figure5(figure: Any, runs: Sequence[ProbedRun]) -> Rows | None:
     figure.set_size_inches(5.0, 3.4)
     axes = figure.subplots()
     rows: Rows = [["run", "method", "epoch", "from", "to", "share"]]
+    inner = [1 - FLAT, 1 + FLAT]
     for run, label, style in zip(runs, labels(runs), styles(runs), strict=True):
         if not run.quantized:
             continue
         arrays = run.quantized[-1]
         edges, values = density(arrays, "confidence")
         mean = np.average(arrays["confidence"], weights=arrays["numel"])
-        style = {name: style[name] for name in ("color", "linestyle")}
-        axes.stairs(values, edges, baseline=None, linewidth=1.5, label=f"{label}: mean {mean:.3f}", **style)
+        # Coarse bins: of fine ones a small model shows the noise alone.
+        coarse = values.reshape(CONFIDENCE_SHOWN, -1).mean(1)
+        inner += list(coarse[:-1])  # without the last one, which holds all that saturates under the scale rule `floor`
+        beyond = f", {coarse[-1]:.2f} at 1" if coarse[-1] > max(inner) else ""
+        style = {**style, "marker": "."}
+        middles = (np.arange(CONFIDENCE_SHOWN) + 0.5) / CONFIDENCE_SHOWN
+        axes.plot(middles, coarse, linewidth=1.5, label=f"{label}: mean {mean:.3f}{beyond}", **style)
         rows += [
             [run.directory, run.method, int(arrays["epoch"]), float(a), float(b), float(share)]
             for a, b, share in zip(edges, edges[1:], values * np.diff(edges), strict=False)
         ]
+    low, high = min(inner), max(inner)
+    low, high = max(0.0, low - 0.5 * (high - low)), high + 0.1 * (high - low)
     axes.set(xlabel="quantization confidence (0: at a threshold)", ylabel="density of weights", xlim=(0, 1))
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(0.0, low - 0.4 * (high - low)), high)  # room for the legend below the lines
+    axes.set_ylim(low, high)  # with room for the legend below the lines
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     axes.set_title("quantization confidence of the final model")

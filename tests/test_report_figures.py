@@ -134,7 +134,7 @@ def test_figure_3_shows_the_trajectories_and_their_threshold(
         assert [list(x.get_ydata()) for x in lines] == [arrays["trajectory_latent"][:, k].tolist() for k in chosen]
         quantized = [list(x.get_ydata()) for x in axes[0, column].lines]
         assert quantized == [arrays["trajectory_quantized"][:, k].tolist() for k in chosen]
-        assert f"threshold {threshold:g}" in [text.get_text() for text in axes[1, column].texts]
+        assert axes[1, column].get_title() == f"dashed: threshold {threshold:g}"
 
 
 def test_figure_4_draws_every_threshold(runs: dict[str, Path], tmp_path: Path, saved: dict[str, Figure]) -> None:
