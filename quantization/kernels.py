@@ -20,10 +20,9 @@ Import this module only where Triton is there.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,6 +34,8 @@ from quantization.noise import Noise
 from quantization.operands import (
     CARRIED,
     DENSE,
+    E4M3,
+    NOTHING,
     PACKED,
     carried_shape,
     codes_shape,
@@ -58,8 +59,8 @@ _INTEGERS_ONLY = tl.constexpr(1.5 * 2.0**23)  # float32 numbers of this size hav
 
 
 # Rows, columns and warps of a program: measured, see docs/PERFORMANCE.md.
-TILE, CARRIED_TILE = (32, 64, 2), (64, 64, 4)  # of _prepare, the second with fp8 outputs
-SURVEY_TILE, EXPAND_TILE = (128, 64, 4), (32, 128, 2)
+TILE, CARRIED_TILE = (32, 64, 2), (32, 64, 1)  # of _prepare, the second with fp8 outputs
+SURVEY_TILE, EXPAND_TILE, TOTAL_TILE = (128, 64, 4), (32, 128, 2), (128, 32, 4)
 
 
 class Grid(NamedTuple):
@@ -227,7 +228,7 @@ def _quantize_tile(
     """Quantize a tile (ROWS, COLUMNS) of float32 in blocks along AXIS.
 
     Returns Q(x) / S, or if CODED its bits as `_coded` has them, the exponents of the scales (a dimension of 1 where the
-    block was) and whether each block is finite, all with blocks in a dimension of their own.
+    block was) and the bits of each block's largest magnitude, all with blocks in a dimension of their own.
     """
     D0: tl.constexpr = ROWS // GRID.block if AXIS == 0 else ROWS
     D1: tl.constexpr = GRID.block if AXIS == 0 else COLUMNS // GRID.block
@@ -251,13 +252,15 @@ def _quantize_tile(
         rounded = _round_nearest(x * to_latent, shadow, GRID)
         if CODED:
             rounded = _coded(rounded, GRID)
-    return rounded, s, largest < _INFINITY
+    return rounded, s, largest
 
 
 @triton.jit
-def _values(rounded, s, finite, GRID: tl.constexpr, CODED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _values(rounded, s, largest, GRID: tl.constexpr, CODED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Dequantize: (ROWS, COLUMNS) float32, NaN in blocks that are not finite."""
-    scale = tl.where(finite, _power_of_two(s).to(tl.int32, bitcast=True), _NAN).to(tl.float32, bitcast=True)
+    scale = tl.where(largest < _INFINITY, _power_of_two(s).to(tl.int32, bitcast=True), _NAN).to(
+        tl.float32, bitcast=True
+    )
     if CODED:
         rounded = _decoded(rounded, GRID)
     return tl.reshape(rounded * scale, (ROWS, COLUMNS))
@@ -267,7 +270,7 @@ def _values(rounded, s, finite, GRID: tl.constexpr, CODED: tl.constexpr, ROWS: t
 def _store_packed(
     bits,
     s,
-    finite,
+    largest,
     codes_ptr,
     scales_ptr,
     first_row,
@@ -294,7 +297,7 @@ def _store_packed(
     inside = (row < rows) & (pair < half)
     tl.store(codes_ptr + row.to(tl.int64) * half + pair, two.to(tl.uint8), mask=inside)
 
-    code = tl.where(finite, s + 127, _NAN_SCALE).to(tl.uint8)
+    code = tl.where(largest < _INFINITY, s + 127, _NAN_SCALE).to(tl.uint8)
     if AXIS == 0:
         block = first_row // GRID.block + tl.arange(0, ROWS // GRID.block)[:, None]
         place = first_column + tl.arange(0, COLUMNS)[None, :]
@@ -341,7 +344,7 @@ def _store_carried(
 def _into_window(
     rounded,
     s,
-    finite,
+    largest,
     shift,
     lost_ptr,
     GRID: tl.constexpr,
@@ -349,18 +352,14 @@ def _into_window(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Q(x) 2^shift in float32, and count the elements that fp8 will change."""
+    """Q(x) 2^shift in float32; counts the blocks below the window, which fp8 may change."""
+    # Blocks of zeros, which have the smallest scale, do not count, nor the few others that have it.
+    below = tl.reshape(((s > -127) & (s + shift < LOWEST)).to(tl.int32), (s.numel,), can_reorder=True)
     s = tl.minimum(tl.maximum(s + shift, -127), 127)
-    if tl.min(tl.min(tl.min(s, axis=2), axis=1), axis=0) < LOWEST:
-        # In units of the smallest fp8 number, what the cast changes is no integer.
-        units = tl.abs(rounded) * tl.constexpr(2.0 ** (GRID.mantissa_bits - GRID.bottom))
-        n = units * _power_of_two(tl.maximum(tl.minimum(s - LOWEST, 0), -127))
-        changed = ((_nearest_integer(n) != n) & finite).to(tl.int64)
-        count = tl.sum(tl.sum(tl.sum(changed, axis=2), axis=1), axis=0)
-        if count > 0:
-            tl.atomic_add(lost_ptr, count, sem="relaxed")
-    scale = tl.where(finite, _power_of_two(s).to(tl.int32, bitcast=True), _NAN).to(tl.float32, bitcast=True)
-    return tl.reshape(rounded * scale, (ROWS, COLUMNS))
+    count = tl.sum(below)
+    if count > 0:
+        tl.atomic_add(lost_ptr, count.to(tl.int64), sem="relaxed")
+    return _values(rounded, s, largest, GRID, False, ROWS, COLUMNS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,7 +385,7 @@ def _prepare(
     sums_ptr,
     peak_ptr,  # with carried outputs: bits of the largest finite magnitude
     factor_ptr,  # gets the power of two that carried outputs are to be multiplied by
-    lost_ptr,  # has the count of elements that the window has changed added
+    lost_ptr,  # has the count of blocks below the window added
     rows,
     columns,
     row_stride,  # of the carried outputs
@@ -430,22 +429,22 @@ def _prepare(
         if ROW.rounding == "stochastic":
             halves = _random_halves(state_ptr, row_stream, first_row, first_column, TILE_ROWS, TILE_COLUMNS)
         CODED: tl.constexpr = row_codes is not None
-        rounded, s, finite = _quantize_tile(x, shadow, halves, ROW, 1, CODED, TILE_ROWS, TILE_COLUMNS)
+        rounded, s, largest = _quantize_tile(x, shadow, halves, ROW, 1, CODED, TILE_ROWS, TILE_COLUMNS)
         shadow = None
         if CODED:
             _store_packed(
-                rounded, s, finite, row_codes, row_scales, first_row, first_column, rows, columns,
+                rounded, s, largest, row_codes, row_scales, first_row, first_column, rows, columns,
                 ROW, 1, TILE_ROWS, TILE_COLUMNS,
             )  # fmt: skip
         if row_carried is not None:
             values = _into_window(
-                rounded, s, finite, ROW_WINDOW[0] - peak, lost_ptr, ROW, ROW_WINDOW[1], TILE_ROWS, TILE_COLUMNS
+                rounded, s, largest, ROW_WINDOW[0] - peak, lost_ptr, ROW, ROW_WINDOW[1], TILE_ROWS, TILE_COLUMNS
             )
             _store_carried(
                 values, row_carried, first_row, first_column, rows, columns, row_stride, False, TILE_ROWS, TILE_COLUMNS
             )
         if row_values is not None or CHAINED:
-            y = _values(rounded, s, finite, ROW, CODED, TILE_ROWS, TILE_COLUMNS)
+            y = _values(rounded, s, largest, ROW, CODED, TILE_ROWS, TILE_COLUMNS)
             if row_values is not None:
                 tl.store(row_values + offset, _from_float32(y, row_values.dtype.element_ty), mask=inside)
             if CHAINED:
@@ -456,22 +455,30 @@ def _prepare(
         if COLUMN.rounding == "stochastic":
             halves = _random_halves(state_ptr, column_stream, first_row, first_column, TILE_ROWS, TILE_COLUMNS)
         CODED2: tl.constexpr = column_codes is not None
-        rounded, s, finite = _quantize_tile(x, shadow, halves, COLUMN, 0, CODED2, TILE_ROWS, TILE_COLUMNS)
+        rounded, s, largest = _quantize_tile(x, shadow, halves, COLUMN, 0, CODED2, TILE_ROWS, TILE_COLUMNS)
         if CODED2:
             _store_packed(
-                rounded, s, finite, column_codes, column_scales, first_row, first_column, rows, columns,
+                rounded, s, largest, column_codes, column_scales, first_row, first_column, rows, columns,
                 COLUMN, 0, TILE_ROWS, TILE_COLUMNS,
             )  # fmt: skip
         elif column_carried is not None:
             values = _into_window(
-                rounded, s, finite, COLUMN_WINDOW[0] - peak, lost_ptr, COLUMN, COLUMN_WINDOW[1], TILE_ROWS, TILE_COLUMNS
+                rounded,
+                s,
+                largest,
+                COLUMN_WINDOW[0] - peak,
+                lost_ptr,
+                COLUMN,
+                COLUMN_WINDOW[1],
+                TILE_ROWS,
+                TILE_COLUMNS,
             )
             _store_carried(
                 values, column_carried, first_row, first_column, rows, columns, column_stride, True,
                 TILE_ROWS, TILE_COLUMNS,
             )  # fmt: skip
         else:
-            z = _values(rounded, s, finite, COLUMN, CODED2, TILE_ROWS, TILE_COLUMNS)
+            z = _values(rounded, s, largest, COLUMN, CODED2, TILE_ROWS, TILE_COLUMNS)
             tl.store(column_values + offset, _from_float32(z, column_values.dtype.element_ty), mask=inside)
 
 
@@ -486,12 +493,26 @@ def _survey(x_ptr, peak_ptr, sums_ptr, rows, columns, TILE_ROWS: tl.constexpr, T
     inside = (row < rows) & (column < columns)
     x = _to_float32(tl.load(x_ptr + row.to(tl.int64) * columns + column, mask=inside, other=0.0))
     bits = x.to(tl.int32, bitcast=True) & _MAGNITUDE
-    largest = tl.max(tl.max(tl.where(bits < _INFINITY, bits, 0), axis=1), axis=0)
+    finite = tl.reshape(tl.where(bits < _INFINITY, bits, 0), (TILE_ROWS * TILE_COLUMNS,), can_reorder=True)
+    largest = tl.max(finite)
     if largest > tl.load(peak_ptr):  # most tiles need not wait for the others at one address
         tl.atomic_max(peak_ptr, largest, sem="relaxed")
     if sums_ptr is not None:
         place = first_column + tl.arange(0, TILE_COLUMNS)
         tl.store(sums_ptr + tile_row.to(tl.int64) * columns + place, tl.sum(x, axis=0), mask=place < columns)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _total(x_ptr, out_ptr, rows, columns, STEPS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr):
+    """Sum of a float32 matrix over its rows, in an order that does not vary."""
+    column = tl.program_id(0) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)[None, :]
+    total = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
+    for step in range(STEPS):  # not the rows: the interpreter takes no tensor there
+        row = step * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
+        inside = (row < rows) & (column < columns)
+        total += tl.load(x_ptr + row * columns + column, mask=inside, other=0.0)
+    place = tl.program_id(0) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    tl.store(out_ptr + place, tl.sum(total, axis=0), mask=place < columns)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -533,7 +554,13 @@ def _expand(
     code = tl.load(scales_ptr + block.to(tl.int64) * length + place, mask=here, other=0).to(tl.int32)
     code = tl.reshape(code, (D0, 1, D2) if AXIS == 0 else (D0, D1, 1))
     values = _values(
-        tl.reshape(bits, (D0, D1, D2)), code - 127, code != _NAN_SCALE, GRID, True, TILE_ROWS, TILE_COLUMNS
+        tl.reshape(bits, (D0, D1, D2)),
+        code - 127,
+        tl.where(code != _NAN_SCALE, 0, _INFINITY),
+        GRID,
+        True,
+        TILE_ROWS,
+        TILE_COLUMNS,
     )
     column = first_column + tl.arange(0, TILE_COLUMNS)[None, :]
     offset = row.to(tl.int64) * columns + column
@@ -580,85 +607,84 @@ def supports(x: Tensor, fmt: ElementFormat, axis: int, block_size: int) -> bool:
     )
 
 
-@functools.cache
-def _compiled(kernel: triton.JITFunction, key: tuple) -> list:
-    """A place to keep the compiled kernel of a key in: `kernel[grid](...)` looks at every argument of every call."""
-    return []
+_compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
 
 
-def _run(
-    kernel: triton.JITFunction, tiles: int, device: torch.device, key: tuple, arguments: tuple, warps: int
-) -> None:
-    """Launch a kernel. Equal keys mean arguments that Triton would compile the same kernel for."""
+def _run(kernel: triton.JITFunction, tiles: int, device: torch.device, key: tuple, warps: int, *arguments: Any) -> None:
+    """Launch a kernel. Equal keys mean arguments that Triton compiles one kernel for.
+
+    Triton's own launch looks at every argument of every call, which takes the host longer than a small layer takes the
+    device.
+    """
     if INTERPRETED:
         kernel[(tiles,)](*arguments, num_warps=warps)
         return
-    with contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
-        place = _compiled(kernel, (device.index, warps, *key))
-        if place:
-            place[0][tiles, 1, 1](*arguments, stream=torch.cuda.current_stream(device).cuda_stream)
-        else:
-            place.append(kernel[(tiles,)](*arguments, num_warps=warps))
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _run(kernel, tiles, device, key, warps, *arguments)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[(tiles,)](*arguments, num_warps=warps)
+        return
+    stream = triton.runtime.driver.active.get_current_stream(device.index)
+    compiled.run(tiles, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
 
-def _tensor_key(*tensors: Tensor | None) -> tuple:
-    """What a kernel's compilation depends on."""
-    return tuple(None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
+class Plan(NamedTuple):
+    """What `prepare` decides once for equal arguments."""
+
+    outputs: tuple[tuple[int, tuple[int, int], torch.dtype], ...]  # place among the arguments, shape, dtype
+    tail: tuple  # the last arguments of `_prepare`
+    tiles: int
+    warps: int
+    sums: tuple[int, int] | None  # shape of partial sums
+    survey: tuple[int, int, int] | None  # tile of the survey
+    specs: tuple[QuantizerSpec | None, QuantizerSpec | None]  # keeps the ids in the plan's key from being used again
 
 
-def quantize(
-    x: Tensor,
-    fmt: ElementFormat,
-    scale_rule: ScaleRule,
-    rounding: Rounding,
-    axis: int,
-    block_size: int,
-    noise: Noise | None = None,
-    shadow: Tensor | None = None,
-) -> Tensor:
-    """`reference.quantize` on a GPU, for what `supports` admits: same arguments, same bits (of a NaN: a NaN)."""
-    grid = _grid(fmt, scale_rule, rounding, block_size)
-    row, column = (grid, None) if axis in (-1, x.dim() - 1) else (None, grid)
-    state, stream = (None, 0) if noise is None else noise
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    values = (out, None) if row else (None, out)
-    _launch(x, shadow, state, (stream, stream), values, row, column)
-    return out
+_plans: dict[tuple, Plan] = {}
 
 
-def _launch(
-    x: Tensor,
-    shadow: Tensor | None,
-    state: Tensor | None,
-    streams: tuple[int, int],
-    values: tuple[Tensor | None, Tensor | None],
-    row: Grid | None,
-    column: Grid | None,
-    *,
-    packed: tuple[Tensor | None, ...] = (None, None, None, None),
-    carried: tuple[Tensor | None, ...] = (None, None),
-    sums: Tensor | None = None,
-    window_tensors: tuple[Tensor | None, ...] = (None, None, None),
-    windows: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0)),
-    chained: bool = False,
-) -> None:
-    x = x.contiguous()
-    shadow = None if shadow is None else shadow.contiguous()
-    columns = x.shape[-1]
-    rows = x.numel() // columns
-    block = max(32, row.block if row else 0, column.block if column else 0)
-    tile_rows, tile_columns, warps = (
-        (block, block, 1) if block > 32 else TILE if window_tensors[0] is None else CARRIED_TILE
+def _tiled(rows: int, columns: int, tile: tuple[int, int, int]) -> int:
+    return triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1])
+
+
+def _plan(
+    rows: int,
+    columns: int,
+    row: QuantizerSpec | None,
+    column: QuantizerSpec | None,
+    forms: tuple[str, str],
+    dtype: torch.dtype,
+    fp8: torch.dtype,
+    chained: bool,
+    sums: bool,
+) -> Plan:
+    block = max(32, *(spec.block_size for spec in (row, column) if spec is not None))
+    survey = SURVEY_TILE if CARRIED in forms else None
+    tile = (block, max(64, block), 1) if block > 32 else CARRIED_TILE if survey else TILE
+    outputs, strides = [], [1, 1]
+    for index, (spec, form) in enumerate(zip((row, column), forms, strict=True)):
+        if form == DENSE:
+            outputs.append((3 * index, (rows, columns), dtype))
+        elif form == PACKED:
+            outputs.append((3 * index + 1, codes_shape(rows, columns), torch.uint8))
+            outputs.append((3 * index + 2, scales_shape(rows, columns, spec), torch.uint8))
+        elif form == CARRIED:
+            shape = carried_shape(rows, columns, spec)
+            outputs.append((6 + index, shape, fp8))
+            strides[index] = shape[1]
+    windows = ((0, 0), (0, 0)) if survey is None else (window((row or column).format, fp8),) * 2
+    grids = [None if spec is None else _grid_of(spec) for spec in (row, column)]
+    return Plan(
+        outputs=tuple(outputs),
+        tail=(rows, columns, *strides, *grids, chained, *windows, *tile[:2]),
+        tiles=_tiled(rows, columns, tile),
+        warps=tile[2],
+        sums=(triton.cdiv(rows, (survey or tile)[0]), columns) if sums else None,
+        survey=survey,
+        specs=(row, column),
     )
-    strides = [1 if t is None else t.shape[1] for t in carried]
-    tensors = (x, shadow, state, *streams, values[0], *packed[:2], values[1], *packed[2:], *carried, sums)
-    arguments = (
-        *tensors, *window_tensors, rows, columns, *strides, row, column, chained, *windows, tile_rows, tile_columns
-    )  # fmt: skip
-    key = (_tensor_key(x, shadow, *values, *carried), packed[0] is None, packed[2] is None, sums is None, columns)
-    key += (strides[0], strides[1] % 16 == 0, row, column, chained, windows, tile_rows, tile_columns)
-    tiles = triton.cdiv(rows, tile_rows) * triton.cdiv(columns, tile_columns)
-    _run(_prepare, tiles, x.device, key, arguments, warps)
 
 
 def prepare(
@@ -676,55 +702,99 @@ def prepare(
     shadow: Tensor | None = None,
 ) -> list[Tensor]:
     """`operands.prepare` for a matrix on a GPU: both quantizers in one pass."""
-    (rows, columns), device = x.shape, x.device
-    x = x.contiguous()
-    values, carried, packed = [None, None], [None, None], [None, None, None, None]
-    for index, (spec, form) in enumerate(zip((row, column), forms, strict=True)):
-        if form == DENSE:
-            values[index] = torch.empty((rows, columns), dtype=dtype, device=device)
-        elif form == CARRIED:
-            carried[index] = torch.empty(carried_shape(rows, columns, spec), dtype=fp8, device=device)
-        elif form == PACKED:
-            packed[2 * index] = torch.empty(codes_shape(rows, columns), dtype=torch.uint8, device=device)
-            packed[2 * index + 1] = torch.empty(scales_shape(rows, columns, spec), dtype=torch.uint8, device=device)
+    x, device = x.contiguous(), x.device
+    shadow = None if shadow is None else shadow.contiguous()
+    rows, columns = x.shape
+    key = (id(row), id(column), forms, rows, columns, dtype, fp8, chained, sums)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans[key] = _plan(rows, columns, row, column, forms, dtype, fp8, chained, sums)
 
-    partial, window_tensors, windows = None, (None, None, None), ((0, 0), (0, 0))
-    survey = CARRIED in forms
-    if sums:
-        partial = torch.empty((triton.cdiv(rows, SURVEY_TILE[0] if survey else TILE[0]), columns), device=device)
-    if survey:
-        peak = torch.zeros((), dtype=torch.int32, device=device)
-        tile_rows, tile_columns, warps = SURVEY_TILE
-        tiles = triton.cdiv(rows, tile_rows) * triton.cdiv(columns, tile_columns)
-        arguments = (x, peak, partial, rows, columns, tile_rows, tile_columns)
-        _run(_survey, tiles, device, (_tensor_key(x), sums, columns, tile_rows, tile_columns), arguments, warps)
-        window_tensors = peak, torch.empty((), device=device), lost_in_carrier(device)
-        windows = (window((row or column).format, fp8),) * 2
-    _launch(
+    outputs: list[Tensor | None] = [None] * 8
+    for place, shape, out_dtype in plan.outputs:
+        outputs[place] = torch.empty(shape, dtype=out_dtype, device=device)
+    aligned = (device.index, x.dtype, x.data_ptr() % 16 == 0)
+    partial = peak = factor = lost = None
+    if plan.sums is not None:
+        partial = torch.empty(plan.sums, device=device)
+    if plan.survey is not None:
+        peak, factor, lost = torch.zeros((), dtype=torch.int32, device=device), torch.empty((), device=device), None
+        lost = lost_in_carrier(device)
+        tiles, tile = _tiled(rows, columns, plan.survey), plan.survey
+        _run(
+            _survey,
+            tiles,
+            device,
+            ("survey", columns, sums, tile, aligned),
+            tile[2],
+            x,
+            peak,
+            partial,
+            rows,
+            columns,
+            *tile[:2],
+        )
+    of_shadow = None if shadow is None else (shadow.dtype, shadow.data_ptr() % 16 == 0)
+    _run(
+        _prepare,
+        plan.tiles,
+        device,
+        ("prepare", key, aligned, of_shadow),
+        plan.warps,
         x,
         shadow,
         state,
-        streams,
-        tuple(values),
-        None if row is None else _grid_of(row),
-        None if column is None else _grid_of(column),
-        packed=tuple(packed),
-        carried=tuple(carried),
-        sums=None if survey else partial,
-        window_tensors=window_tensors,
-        windows=windows,
-        chained=chained,
+        *streams,
+        *outputs,
+        None if plan.survey else partial,
+        peak,
+        factor,
+        lost,
+        *plan.tail,
     )
-    results = [values[0], *packed[:2], carried[0], values[1], *packed[2:], carried[1], window_tensors[1]]
-    return [t for t in (*results, partial.sum(0) if sums else None) if t is not None]
+    row_carried, column_carried = outputs[6:]
+    results = [*outputs[:3], row_carried, *outputs[3:6], column_carried, factor]
+    if sums:
+        results.append(torch.empty(columns, device=device))
+        tiles = triton.cdiv(columns, TOTAL_TILE[1])
+        count = partial.shape[0]
+        steps = triton.cdiv(count, TOTAL_TILE[0])
+        arguments = (partial, results[-1], count, columns, steps, *TOTAL_TILE[:2])
+        _run(_total, tiles, device, ("total", device.index, columns, steps), TOTAL_TILE[2], *arguments)
+    return [t for t in results if t is not None]
 
 
 def expand(codes: Tensor, scales: Tensor, spec: QuantizerSpec, columns: int, dtype: torch.dtype) -> Tensor:
     """`operands.expand` on a GPU."""
     rows, device = codes.shape[0], codes.device
     out = torch.empty((rows, columns), dtype=dtype, device=device)
-    tile_rows, tile_columns, warps = EXPAND_TILE
-    arguments = (codes, scales, out, rows, columns, _grid_of(spec), 0 if spec.axis == 0 else 1, tile_rows, tile_columns)
-    key = (_tensor_key(codes, scales, out), columns, spec, tile_rows, tile_columns)
-    _run(_expand, triton.cdiv(rows, tile_rows) * triton.cdiv(columns, tile_columns), device, key, arguments, warps)
+    axis, tile = 0 if spec.axis == 0 else 1, EXPAND_TILE
+    aligned = codes.data_ptr() % 16 == 0, scales.data_ptr() % 16 == 0
+    key = ("expand", device.index, spec, columns, dtype, aligned)
+    arguments = (codes, scales, out, rows, columns, _grid_of(spec), axis, *tile[:2])
+    _run(_expand, _tiled(rows, columns, tile), device, key, tile[2], *arguments)
     return out
+
+
+def quantize(
+    x: Tensor,
+    fmt: ElementFormat,
+    scale_rule: ScaleRule,
+    rounding: Rounding,
+    axis: int,
+    block_size: int,
+    noise: Noise | None = None,
+    shadow: Tensor | None = None,
+) -> Tensor:
+    """`reference.quantize` on a GPU, for what `supports` admits: same arguments, same bits (of a NaN: a NaN)."""
+    spec = _spec_of(fmt.name, scale_rule, rounding, 0 if axis not in (-1, x.dim() - 1) else -1, block_size)
+    matrix = x.reshape(-1, x.shape[-1])
+    shadow = None if shadow is None else shadow.reshape(matrix.shape)
+    state, stream = (None, 0) if noise is None else noise
+    row, column = (spec, None) if spec.axis == -1 else (None, spec)
+    forms = (DENSE if row else NOTHING, DENSE if column else NOTHING)
+    (out,) = prepare(matrix, row, column, forms, x.dtype, E4M3, state=state, streams=(stream, stream), shadow=shadow)
+    return out.reshape(x.shape)
+
+
+_spec_of = functools.cache(QuantizerSpec)

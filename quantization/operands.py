@@ -10,9 +10,9 @@ The carrier of a recipe is the dtype of operands inside a product: `bf16` stands
 (X and W) and E5M2 (G). With P the exponent of the scale that the largest finite magnitude of the matrix calls for, and
 TOP the largest s at which the dtype holds every code times 2^s, numbers are carried times 2^(TOP - P) and the product
 is multiplied by what undoes it. Every code is exact down to the scale exponent P - TOP + LOWEST: with e2m1 over 15
-octaves in E4M3, over 29 in E5M2. A number below that window is rounded to the fp8 grid (nearest, ties to even), and
-`lost_in_carrier` counts it. So the carriers compute the same sums, and differ in the order of accumulation and in
-those counted numbers alone.
+octaves in E4M3, over 29 in E5M2. In a block below that window numbers are rounded to the fp8 grid (nearest, ties to
+even), and `lost_in_carrier` counts the block. So the carriers compute the same sums, and differ in the order of
+accumulation and in those counted blocks alone.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def window(fmt: ElementFormat, fp8: torch.dtype) -> tuple[int, int]:
 
 @functools.cache
 def lost_in_carrier(device: torch.device) -> Tensor:
-    """How many numbers the fp8 carrier has rounded in this process so far: int64, on the device."""
+    """How many blocks of this process were below the window of the fp8 carrier so far: int64, on the device."""
     return torch.zeros((), dtype=torch.int64, device=device)
 
 
@@ -198,22 +198,25 @@ def _prepare(
         if form == PACKED:
             results += [codes, scales]
         if form == CARRIED:
-            exact = reference.unpack(codes, scales, spec, x.shape[1])
-            result, factor = _carry(exact, x, row or column, fp8)
+            result, factor = _carry(reference.unpack(codes, scales, spec, x.shape[1]), scales, x, row or column, fp8)
             result = result if spec.axis == -1 else result.t()
             results.append(F.pad(result.float(), (0, -result.shape[1] % FP8_MULTIPLE)).to(fp8))
         source = values if chained else x
     return [*results, *factor, *([x.sum(0, dtype=torch.float32)] if sums else [])]
 
 
-def _carry(exact: Tensor, x: Tensor, spec: QuantizerSpec, fp8: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """Bring quantized values (float64) of x into the window of an fp8 dtype; the factor that undoes it."""
+def _carry(
+    exact: Tensor, scales: Tensor, x: Tensor, spec: QuantizerSpec, fp8: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    """Bring quantized values of x (float64) and their E8M0 codes into fp8's window; the factor that undoes it."""
+    top, lowest = window(spec.format, fp8)
     largest = torch.where(torch.isfinite(x), x, 0.0).abs().amax().float()
-    shift = window(spec.format, fp8)[0] - reference.scale_exponent(largest, spec.format, spec.scale_rule)
+    shift = top - reference.scale_exponent(largest, spec.format, spec.scale_rule)
+    # Blocks of zeros, which have the smallest scale, do not count, nor the few others that have it.
+    below = (scales > 0) & (scales.int() - reference.SCALE_BIAS + shift < lowest)
+    lost_in_carrier(x.device).add_(below.sum())
     scaled = exact * reference.power_of_two(shift.clamp(-127, 127))
-    carried = scaled.float().to(fp8)
-    lost_in_carrier(x.device).add_(((scaled != carried.double()) & ~scaled.isnan()).sum())
-    return carried, [reference.power_of_two((-shift).clamp(-127, 127))]
+    return scaled.float().to(fp8), [reference.power_of_two((-shift).clamp(-127, 127))]
 
 
 def expand(codes: Tensor, scales: Tensor, spec: QuantizerSpec, columns: int, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ are stored, blocks of 32 always run along the dimension that the product sums ov
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -67,6 +68,13 @@ class QuantizerSpec:
         if not isinstance(self.block_size, int) or self.block_size < 1:
             raise ValueError(f"block_size must be a positive integer; got {self.block_size!r}")
 
+    def __hash__(self) -> int:
+        return self._hash  # asked for several times in every layer
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
+
     @property
     def format(self) -> ElementFormat:
         return FORMATS[self.element]
@@ -103,6 +111,13 @@ class LinearRecipe:
                 raise ValueError(f"{name} must be a QuantizerSpec or None; got {getattr(self, name)!r}")
         _expect("backward_operands", self.backward_operands, BACKWARD_OPERANDS)
         _expect("carrier", self.carrier, CARRIERS)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
 
     @property
     def active(self) -> tuple[str, ...]:
