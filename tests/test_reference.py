@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from quantization import QuantizerSpec, fake_quantize
 from quantization.formats import FORMATS, ElementFormat
 from quantization.noise import Noise, uniform
-from quantization.reference import neighbours, power_of_two, rounds_up, scale_exponent
+from quantization.reference import in_fixed_point, neighbours, power_of_two, rounds_up, scale_exponent
 
 ELEMENTS = ("e2m1", "e3m0")
 SCALE_RULES = ("truncation_free", "floor")
@@ -29,6 +29,7 @@ GRIDS = {
     "e2m1": [Fraction(m, 2) for m in (0, 1, 2, 3, 4, 6, 8, 12)],
     "e3m0": [Fraction(m, 4) for m in (0, 1, 2, 4, 8, 16, 32, 64)],
 }
+SMALLEST_NORMAL = {"e2m1": Fraction(1), "e3m0": Fraction(1, 4)}
 
 
 @functools.cache
@@ -41,17 +42,26 @@ def oracle_scale(largest, element, scale_rule):
     return next((s for s in reversed(exponents) if Fraction(2) ** (s + emax) <= largest), -127)
 
 
-def oracle_round(x, scale, grid, rounding, u=None, shadow=None):
+def oracle_fixed_point(latent, normal):
+    """A magnitude below the format's smallest normal number N, to the nearest multiple of 2^-23 N, ties to even."""
+    step = normal / 2**23
+    return step * round(latent / step) if latent < normal else latent
+
+
+def oracle_round(x, scale, element, rounding, u=None, shadow=None):
     """One element, SPEC section 3 word by word; x, u and shadow are Python floats, the result is a float."""
+    grid = GRIDS[element]
     sign = -1 if math.copysign(1, x) < 0 else 1
     latent = min(abs(Fraction(x)) / scale, grid[-1])  # saturation
+    if rounding == "stochastic":
+        latent = oracle_fixed_point(latent, SMALLEST_NORMAL[element])
     a = max(g for g in grid if g <= latent)
     b = min((g for g in grid if g > latent), default=a)
     decides = latent if shadow is None else sign * Fraction(shadow) / scale
     if a == b:
         picked = a
     elif rounding == "stochastic":
-        picked = b if Fraction(u) < (latent - a) / (b - a) else a
+        picked = b if (latent - a) / (b - a) + Fraction(u) > 1 else a
     elif abs(decides - a) != abs(decides - b):
         picked = a if abs(decides - a) < abs(decides - b) else b
     elif rounding == "nearest_even":
@@ -71,7 +81,7 @@ def oracle(block, element, scale_rule, rounding, u=None, shadow=None):
     s = oracle_scale(max(abs(Fraction(x)) for x in block), element, scale_rule)
     scale, nothing = Fraction(2) ** s, [None] * len(block)
     rows = zip(block, u or nothing, shadow or nothing, strict=True)
-    return [oracle_round(x, scale, GRIDS[element], rounding, ui, wi) for x, ui, wi in rows]
+    return [oracle_round(x, scale, element, rounding, ui, wi) for x, ui, wi in rows]
 
 
 def oracle_rows(x, element, scale_rule, rounding, u=None, shadow=None):
@@ -315,11 +325,35 @@ def test_neighbours_enclose_every_magnitude(element):
         assert b == min((g for g in grid if g > m), default=grid[-1])
 
 
-def test_a_draw_below_the_distance_to_the_lower_neighbour_rounds_up():
+def test_a_place_between_the_neighbours_and_a_draw_that_exceed_one_round_up():
     latent = torch.tensor([2.25, 2.25, 2.25, -2.25, 4.0, 6.0, 0.0])
-    u = torch.tensor([0.24, 0.25, 0.26, 0.24, 1e-6, 1e-6, 1e-6])
+    u = torch.tensor([0.76, 0.75, 0.74, 0.76, 1 - 2.0**-17, 1 - 2.0**-17, 1 - 2.0**-17])
     up = rounds_up(latent, neighbours(latent.abs(), FORMATS["e2m1"]), "stochastic", u=u)
     assert up.tolist() == [True, False, False, True, False, False, False]
+
+
+def test_stochastic_rounding_sees_numbers_below_the_smallest_normal_one_in_fixed_point():
+    """Of magnitudes just above the place from which a draw of e2m1 rounds up, only those from half a step of 2^-23 on do."""
+    steps = torch.tensor([0.0, 0.4, 0.5, 0.6, 1.0], dtype=torch.float64)
+    u = torch.full((5,), 1 - 2.0**-17)  # a place above 2^-17 rounds up
+    near_zero = (2.0**-18 + steps * 2.0**-23).float()  # a place of 2^-17 and a little, between 0 and 1/2
+    fixed = in_fixed_point(near_zero, FORMATS["e2m1"])
+    assert fixed.tolist() == [2.0**-18] * 3 + [2.0**-18 + 2.0**-23] * 2
+    pair = neighbours(fixed, FORMATS["e2m1"])
+    assert rounds_up(fixed, pair, "stochastic", u=u).tolist() == [False, False, False, True, True]
+    assert rounds_up(near_zero, pair, "stochastic", u=u).tolist() == [False, True, True, True, True]  # the control
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_fixed_point_keeps_signs_every_normal_number_and_every_bfloat16_down_to_2_to_minus_15(element):
+    normal = float(SMALLEST_NORMAL[element])
+    x = all_bfloat16_magnitudes()
+    x = torch.cat([x, -x, torch.tensor([0.0, -0.0])])
+    fixed = in_fixed_point(x, FORMATS[element])
+    kept = (x.abs() >= normal * 2.0**-15) | (x == 0)
+    assert_same_bits(fixed[kept], x[kept])
+    assert torch.equal(torch.signbit(fixed), torch.signbit(x))
+    assert ((fixed - x).abs()[~kept] <= normal * 2.0**-24).all() and (fixed != x)[~kept].any()
 
 
 # Against torchao ------------------------------------------------------------------------------------------------------

@@ -101,6 +101,8 @@ def test_a_wrong_value_of_a_recipe_is_named():
         LinearRecipe(q3="e2m1")
     with pytest.raises(ValueError, match="backward_operands must be one of requantized, original; got 'double'"):
         LinearRecipe(backward_operands="double")
+    with pytest.raises(ValueError, match="carrier must be one of bf16, fp8; got 'fp4'"):
+        LinearRecipe(carrier="fp4")
     with pytest.raises(ValueError, match=r"every entry of active must be one of q1, .*; got 'q7'"):
         build_recipe(("q1", "q7"))
 
@@ -111,6 +113,7 @@ def test_the_text_of_a_recipe_names_every_quantizer_once():
     assert "e3m0/truncation_free/stochastic" in text and text.endswith("requantized")
     assert str(PRESETS["full_precision"]) == "full_precision"
     assert "q2" not in str(build_recipe(("q1",)))
+    assert str(build_recipe(carrier="fp8")) == f"{build_recipe()}, fp8"
 
 
 def test_the_table_of_a_recipe_tells_different_recipes_apart():
@@ -118,7 +121,8 @@ def test_the_table_of_a_recipe_tells_different_recipes_apart():
     assert table["q1"] == "e2m1/truncation_free/nearest_even axis -1 block 32"
     assert table["q4"] == "e2m1/truncation_free/stochastic axis 0 block 32"
     assert table["q2"] == "None" and table["backward_operands"] == "requantized"
-    assert set(table) == {*QUANTIZERS, "backward_operands"}
+    assert table["carrier"] == "bf16" and build_recipe(carrier="fp8").table()["carrier"] == "fp8"
+    assert set(table) == {*QUANTIZERS, "backward_operands", "carrier"}
 
 
 GRID = [
@@ -171,6 +175,13 @@ def test_scheme_mx_without_further_keys_is_tetrajet_and_scheme_none_is_full_prec
     assert resolve(load_config(overrides=["quant.scheme=mx"]).quant) == PRESETS["tetrajet"]
     assert resolve(load_config(overrides=["quant.scheme=none"]).quant) == PRESETS["full_precision"]
     assert resolve(load_config().quant) == PRESETS["full_precision"]
+
+
+def test_a_configuration_resolves_its_carrier():
+    for carrier in ("bf16", "fp8"):
+        cfg = load_config(overrides=["quant.scheme=mx", f"quant.carrier={carrier}"])
+        assert resolve(cfg.quant) == build_recipe(carrier=carrier)
+    assert build_recipe(carrier="fp8") != PRESETS["tetrajet"] == build_recipe(carrier="bf16")
 
 
 def test_int4_resolves_to_its_switches():
