@@ -213,6 +213,8 @@ def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, devi
     loss = build_loss(cfg, model, num_classes=data.num_classes, mixed_targets=mixup is not None, device=device)
     ema = ModelEmaV3(model, decay=cfg.model_ema.decay) if cfg.model_ema.enabled else None
     optimizer = build_optimizer(cfg, model, stabilizer, device)
+    if cfg.run.compile:
+        model.compile()
     return Run(
         cfg=cfg,
         model=model,

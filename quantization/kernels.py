@@ -58,9 +58,9 @@ _NAN_SCALE = tl.constexpr(255)  # the E8M0 code of a block that is not finite
 _INTEGERS_ONLY = tl.constexpr(1.5 * 2.0**23)  # float32 numbers of this size have no fraction
 
 
-# Rows, columns and warps of a program: measured, see docs/PERFORMANCE.md.
-TILE, CARRIED_TILE = (32, 64, 2), (32, 64, 1)  # of _prepare, the second with fp8 outputs
-SURVEY_TILE, EXPAND_TILE, TOTAL_TILE = (128, 64, 4), (32, 128, 2), (128, 32, 4)
+# Rows, columns, warps and registers of a program: measured, see docs/PERFORMANCE.md.
+TILE, CARRIED_TILE = (32, 64, 2, None), (32, 64, 1, None)  # of _prepare, the second with fp8 outputs
+SURVEY_TILE, EXPAND_TILE, TOTAL_TILE = (128, 64, 4, None), (32, 128, 2, None), (128, 32, 4, None)
 
 
 class Grid(NamedTuple):
@@ -610,21 +610,23 @@ def supports(x: Tensor, fmt: ElementFormat, axis: int, block_size: int) -> bool:
 _compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
 
 
-def _run(kernel: triton.JITFunction, tiles: int, device: torch.device, key: tuple, warps: int, *arguments: Any) -> None:
+def _run(
+    kernel: triton.JITFunction, tiles: int, device: torch.device, key: tuple, tile: tuple, *arguments: Any
+) -> None:
     """Launch a kernel. Equal keys mean arguments that Triton compiles one kernel for.
 
     Triton's own launch looks at every argument of every call, which takes the host longer than a small layer takes the
     device.
     """
     if INTERPRETED:
-        kernel[(tiles,)](*arguments, num_warps=warps)
+        kernel[(tiles,)](*arguments, num_warps=tile[2])
         return
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return _run(kernel, tiles, device, key, warps, *arguments)
+            return _run(kernel, tiles, device, key, tile, *arguments)
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[(tiles,)](*arguments, num_warps=warps)
+        _compiled[key] = kernel[(tiles,)](*arguments, num_warps=tile[2], maxnreg=tile[3])
         return
     stream = triton.runtime.driver.active.get_current_stream(device.index)
     compiled.run(tiles, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
@@ -636,16 +638,16 @@ class Plan(NamedTuple):
     outputs: tuple[tuple[int, tuple[int, int], torch.dtype], ...]  # place among the arguments, shape, dtype
     tail: tuple  # the last arguments of `_prepare`
     tiles: int
-    warps: int
+    tile: tuple[int, int, int, int | None]
     sums: tuple[int, int] | None  # shape of partial sums
-    survey: tuple[int, int, int] | None  # tile of the survey
+    survey: tuple[int, int, int, int | None] | None  # tile of the survey
     specs: tuple[QuantizerSpec | None, QuantizerSpec | None]  # keeps the ids in the plan's key from being used again
 
 
 _plans: dict[tuple, Plan] = {}
 
 
-def _tiled(rows: int, columns: int, tile: tuple[int, int, int]) -> int:
+def _tiled(rows: int, columns: int, tile: tuple) -> int:
     return triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1])
 
 
@@ -662,7 +664,7 @@ def _plan(
 ) -> Plan:
     block = max(32, *(spec.block_size for spec in (row, column) if spec is not None))
     survey = SURVEY_TILE if CARRIED in forms else None
-    tile = (block, max(64, block), 1) if block > 32 else CARRIED_TILE if survey else TILE
+    tile = (block, max(64, block), 1, None) if block > 32 else CARRIED_TILE if survey else TILE
     outputs, strides = [], [1, 1]
     for index, (spec, form) in enumerate(zip((row, column), forms, strict=True)):
         if form == DENSE:
@@ -680,7 +682,7 @@ def _plan(
         outputs=tuple(outputs),
         tail=(rows, columns, *strides, *grids, chained, *windows, *tile[:2]),
         tiles=_tiled(rows, columns, tile),
-        warps=tile[2],
+        tile=tile,
         sums=(triton.cdiv(rows, (survey or tile)[0]), columns) if sums else None,
         survey=survey,
         specs=(row, column),
@@ -726,7 +728,7 @@ def prepare(
             tiles,
             device,
             ("survey", columns, sums, tile, aligned),
-            tile[2],
+            tile,
             x,
             peak,
             partial,
@@ -740,7 +742,7 @@ def prepare(
         plan.tiles,
         device,
         ("prepare", key, aligned, of_shadow),
-        plan.warps,
+        plan.tile,
         x,
         shadow,
         state,
@@ -760,7 +762,7 @@ def prepare(
         count = partial.shape[0]
         steps = triton.cdiv(count, TOTAL_TILE[0])
         arguments = (partial, results[-1], count, columns, steps, *TOTAL_TILE[:2])
-        _run(_total, tiles, device, ("total", device.index, columns, steps), TOTAL_TILE[2], *arguments)
+        _run(_total, tiles, device, ("total", device.index, columns, steps), TOTAL_TILE, *arguments)
     return [t for t in results if t is not None]
 
 
@@ -772,7 +774,7 @@ def expand(codes: Tensor, scales: Tensor, spec: QuantizerSpec, columns: int, dty
     aligned = codes.data_ptr() % 16 == 0, scales.data_ptr() % 16 == 0
     key = ("expand", device.index, spec, columns, dtype, aligned)
     arguments = (codes, scales, out, rows, columns, _grid_of(spec), axis, *tile[:2])
-    _run(_expand, _tiled(rows, columns, tile), device, key, tile[2], *arguments)
+    _run(_expand, _tiled(rows, columns, tile), device, key, tile, *arguments)
     return out
 
 
