@@ -189,28 +189,30 @@ def figure3(figure: Any, runs: Sequence[ProbedRun]) -> Rows | None:
         for n, k in enumerate(chosen):
             style = {"color": COLOURS[1 + n], "linewidth": 1.2}
             top.step(steps, quantized[:, n], where="post", **style, linestyle=STYLES[n])
-            bottom.plot(steps, latent[:, n], **style, linestyle=STYLES[n])
+            bottom.plot(steps, latent[:, n] - threshold, **style, linestyle=STYLES[n])
             where = [str(arrays["layers"][arrays["trajectory_layer"][k]])]
             where += [int(arrays[f"trajectory_{name}"][k]) for name in ("row", "column")]
             rows += [
                 [run.directory, run.method, *where, threshold, int(step), float(w), float(q)]
                 for step, w, q in zip(steps, latent[:, n], quantized[:, n], strict=True)
             ]
-        bottom.axhline(threshold, color="#000000", linestyle="--", linewidth=1)
-        spread = max(np.abs(latent - threshold).max() * 1.25, 1e-3)
-        bottom.set_ylim(threshold - spread, threshold + spread)
+        bottom.axhline(0, color="#000000", linestyle="--", linewidth=1)
+        spread = max(np.abs(latent - threshold).max() * 1.25, 1e-6)
+        bottom.set_ylim(-spread, spread)
+        bottom.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+        bottom.set_title(f"threshold {threshold:g} (dashed)", loc="right")
         grid = arrays["grid"]
         levels = grid[(grid >= quantized.min() - 0.5) & (grid <= quantized.max() + 0.5)]
         top.set_yticks(levels)
         top.set_ylim(levels[0] - 0.25, levels[-1] + 0.25)
         changes = ", ".join(str(n) for n in flips(quantized))
         top.set(title=f"{label}\n{changes} changes in {len(steps) - 1} steps")
-        bottom.set(xlabel="optimizer step", title=f"dashed: threshold {threshold:g}")
+        bottom.set(xlabel="optimizer step")
         for panel in (top, bottom):
             panel.grid(alpha=0.3)
         bottom.xaxis.get_major_locator().set_params(integer=True, nbins=4)
     axes[0, 0].set(ylabel="quantized value $Q(w) / S$")
-    axes[1, 0].set(ylabel="latent weight $w / S$")
+    axes[1, 0].set(ylabel="latent $w / S$ - threshold")
     return rows
 
 

@@ -130,11 +130,12 @@ def test_figure_3_shows_the_trajectories_and_their_threshold(
         arrays = read_recordings(runs[name]).last
         threshold, chosen = around_one_threshold(arrays)
         *lines, line = axes[1, column].lines
-        assert list(line.get_ydata()) == [threshold, threshold]
-        assert [list(x.get_ydata()) for x in lines] == [arrays["trajectory_latent"][:, k].tolist() for k in chosen]
+        assert list(line.get_ydata()) == [0, 0]
+        distances = arrays["trajectory_latent"][:, chosen] - threshold
+        assert [list(x.get_ydata()) for x in lines] == distances.T.tolist()
         quantized = [list(x.get_ydata()) for x in axes[0, column].lines]
         assert quantized == [arrays["trajectory_quantized"][:, k].tolist() for k in chosen]
-        assert axes[1, column].get_title() == f"dashed: threshold {threshold:g}"
+        assert axes[1, column].get_title(loc="right") == f"threshold {threshold:g} (dashed)"
 
 
 def test_figure_4_draws_every_threshold(runs: dict[str, Path], tmp_path: Path, saved: dict[str, Figure]) -> None:
