@@ -41,6 +41,18 @@ def test_derived_numbers_of_the_largest_magnitude(name, largest, emax, significa
     assert (fmt.max, fmt.emax, fmt.max_significand) == (largest, emax, significand)
 
 
+@pytest.mark.parametrize(("name", "bits", "normal"), [("e2m1", 1, 1.0), ("e3m0", 0, 0.25)])
+def test_mantissa_bits_and_the_smallest_normal_magnitude(name, bits, normal):
+    assert (FORMATS[name].mantissa_bits, FORMATS[name].smallest_normal) == (bits, normal)
+
+
+def test_a_grid_that_is_no_small_float_has_no_mantissa_bits():
+    for magnitudes in ((0.0, 1.0, 3.0, 4.0), (0.0, 0.75, 1.5, 2.25)):
+        odd = ElementFormat("odd", magnitudes)
+        assert odd.mantissa_bits is None and odd.smallest_normal == 0
+    assert ElementFormat("even", (0.0, 1.0, 2.0, 3.0)).mantissa_bits == 2  # all subnormal
+
+
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 def test_magnitudes_rise_from_zero_and_every_record_bears_its_key(fmt):
     assert fmt.magnitudes[0] == 0

@@ -333,7 +333,7 @@ def test_a_place_between_the_neighbours_and_a_draw_that_exceed_one_round_up():
 
 
 def test_stochastic_rounding_sees_numbers_below_the_smallest_normal_one_in_fixed_point():
-    """Of magnitudes just above the place from which a draw of e2m1 rounds up, only those from half a step of 2^-23 on do."""
+    """Just above the threshold of a draw, numbers round up from more than half a step of 2^-23 on."""
     steps = torch.tensor([0.0, 0.4, 0.5, 0.6, 1.0], dtype=torch.float64)
     u = torch.full((5,), 1 - 2.0**-17)  # a place above 2^-17 rounds up
     near_zero = (2.0**-18 + steps * 2.0**-23).float()  # a place of 2^-17 and a little, between 0 and 1/2
