@@ -146,11 +146,12 @@ else:
         monkeypatch.setitem(
             FORMATS, "e2m2", ElementFormat("e2m2", (*(i / 4 for i in range(8)), 2, 2.5, 3, 3.5, 4, 5, 6, 7))
         )
-        monkeypatch.setitem(FORMATS, "int3", ElementFormat("int3", tuple(map(float, range(8)))))
+        monkeypatch.setitem(FORMATS, "int3", ElementFormat("int3", tuple(i / 2 for i in range(8))))
+        monkeypatch.setitem(FORMATS, "large", ElementFormat("large", tuple(map(float, range(8)))))
         monkeypatch.setitem(FORMATS, "odd", ElementFormat("odd", (0.0, 1.0, 3.0, 4.0)))
-        for rounding in ROUNDINGS:
-            assert differing(awkward((33, 40), torch.float32), QuantizerSpec("e2m2", rounding=rounding)) == 0
-        for element in ("int3", "odd"):  # its smallest normal number is 8; it is no small float
+        for element, rounding in itertools.product(("e2m2", "int3"), ROUNDINGS):
+            assert differing(awkward((33, 40), torch.float32), QuantizerSpec(element, rounding=rounding)) == 0
+        for element in ("large", "odd"):  # its smallest normal number is 4; it is no small float
             with pytest.raises(ValueError, match="Triton kernel"):
                 fake_quantize(torch.ones(2, 32), QuantizerSpec(element), backend="triton")
 

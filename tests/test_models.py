@@ -236,6 +236,7 @@ def test_the_table_of_the_quantizers() -> None:
             "q4": "e2m1/truncation_free/stochastic axis 0 block 32",
             **dict.fromkeys(("q2", "q3", "q5", "q6"), "None"),
             "backward_operands": "requantized",
+            "carrier": "bf16",
         }
         for entry in table.values()
     )
