@@ -20,6 +20,7 @@ Import this module only where Triton is there.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from typing import Any, NamedTuple
@@ -58,9 +59,18 @@ _NAN_SCALE = tl.constexpr(255)  # the E8M0 code of a block that is not finite
 _INTEGERS_ONLY = tl.constexpr(1.5 * 2.0**23)  # float32 numbers of this size have no fraction
 
 
-# Rows, columns, warps and registers of a program: measured, see docs/PERFORMANCE.md.
-TILE, CARRIED_TILE = (32, 64, 2, None), (32, 64, 1, None)  # of _prepare, the second with fp8 outputs
-SURVEY_TILE, EXPAND_TILE, TOTAL_TILE = (128, 64, 4, None), (32, 128, 2, None), (128, 32, 4, None)
+class Tile(NamedTuple):
+    """What a program works on, and with."""
+
+    rows: int
+    columns: int
+    warps: int
+    registers: int | None = None  # of a thread, at most
+
+
+# Measured, see docs/PERFORMANCE.md.
+TILE, CARRIED_TILE = Tile(32, 64, 2, 96), Tile(32, 64, 1)  # of _prepare, the second with fp8 outputs
+SURVEY_TILE, TOTAL_TILE, EXPAND_TILE = Tile(128, 64, 4), Tile(512, 8, 4), Tile(32, 128, 2)
 
 
 class Grid(NamedTuple):
@@ -604,51 +614,60 @@ def supports(x: Tensor, fmt: ElementFormat, axis: int, block_size: int) -> bool:
         and fmt.emax >= 1  # else the largest scale is too small for float32
         and fmt.magnitudes[1] >= 2.0**-6  # else the smallest results are none of bfloat16's
         and fmt.mantissa_bits is not None
+        and fmt.smallest_normal <= 2.0  # else what undoes `_coded` is no float32 number
     )
 
 
-_compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
-
-
-def _run(
-    kernel: triton.JITFunction, tiles: int, device: torch.device, key: tuple, tile: tuple, *arguments: Any
-) -> None:
-    """Launch a kernel. Equal keys mean arguments that Triton compiles one kernel for.
+class _Launcher:
+    """A kernel for arguments that Triton compiles alike, in a number of programs of one tile each.
 
     Triton's own launch looks at every argument of every call, which takes the host longer than a small layer takes the
     device.
     """
-    if INTERPRETED:
-        kernel[(tiles,)](*arguments, num_warps=tile[2])
-        return
-    if device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _run(kernel, tiles, device, key, tile, *arguments)
-    compiled = _compiled.get(key)
-    if compiled is None:
-        _compiled[key] = kernel[(tiles,)](*arguments, num_warps=tile[2], maxnreg=tile[3])
-        return
-    stream = triton.runtime.driver.active.get_current_stream(device.index)
-    compiled.run(tiles, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+    def __init__(self, kernel: triton.JITFunction, rows: int, columns: int, tile: Tile) -> None:
+        self.kernel, self.tile, self.compiled = kernel, tile, None
+        self.programs = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+
+    def __call__(self, stream: int, *arguments: Any) -> None:
+        tile, compiled = self.tile, self.compiled
+        if compiled is not None:
+            compiled.run(
+                self.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
+            )  # fmt: skip
+        elif INTERPRETED:
+            self.kernel[(self.programs,)](*arguments, num_warps=tile.warps)
+        else:
+            self.compiled = self.kernel[(self.programs,)](*arguments, num_warps=tile.warps, maxnreg=tile.registers)
 
 
-class Plan(NamedTuple):
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make a device the current one, which it mostly is."""
+    if INTERPRETED or device.index == torch.cuda.current_device():
+        return _NOTHING_TO_DO
+    return torch.cuda.device(device)
+
+
+_NOTHING_TO_DO = contextlib.nullcontext()
+
+
+def _stream(device: torch.device) -> int:
+    return 0 if INTERPRETED else triton.runtime.driver.active.get_current_stream(device.index)
+
+
+class _Plan(NamedTuple):
     """What `prepare` decides once for equal arguments."""
 
     outputs: tuple[tuple[int, tuple[int, int], torch.dtype], ...]  # place among the arguments, shape, dtype
     tail: tuple  # the last arguments of `_prepare`
-    tiles: int
-    tile: tuple[int, int, int, int | None]
-    sums: tuple[int, int] | None  # shape of partial sums
-    survey: tuple[int, int, int, int | None] | None  # tile of the survey
+    launch: _Launcher
+    survey: _Launcher | None
+    total: _Launcher | None
+    partial: tuple[int, int]  # shape of the sums of each tile
     specs: tuple[QuantizerSpec | None, QuantizerSpec | None]  # keeps the ids in the plan's key from being used again
 
 
-_plans: dict[tuple, Plan] = {}
-
-
-def _tiled(rows: int, columns: int, tile: tuple) -> int:
-    return triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1])
+_plans: dict[tuple, _Plan] = {}
 
 
 def _plan(
@@ -661,10 +680,10 @@ def _plan(
     fp8: torch.dtype,
     chained: bool,
     sums: bool,
-) -> Plan:
+) -> _Plan:
     block = max(32, *(spec.block_size for spec in (row, column) if spec is not None))
-    survey = SURVEY_TILE if CARRIED in forms else None
-    tile = (block, max(64, block), 1, None) if block > 32 else CARRIED_TILE if survey else TILE
+    carried = CARRIED in forms
+    tile = Tile(block, max(64, block), 1) if block > 32 else CARRIED_TILE if carried else TILE
     outputs, strides = [], [1, 1]
     for index, (spec, form) in enumerate(zip((row, column), forms, strict=True)):
         if form == DENSE:
@@ -676,17 +695,22 @@ def _plan(
             shape = carried_shape(rows, columns, spec)
             outputs.append((6 + index, shape, fp8))
             strides[index] = shape[1]
-    windows = ((0, 0), (0, 0)) if survey is None else (window((row or column).format, fp8),) * 2
+    windows = (window((row or column).format, fp8),) * 2 if carried else ((0, 0), (0, 0))
     grids = [None if spec is None else _grid_of(spec) for spec in (row, column)]
-    return Plan(
+    partial_rows = triton.cdiv(rows, (SURVEY_TILE if carried else tile).rows)
+    return _Plan(
         outputs=tuple(outputs),
-        tail=(rows, columns, *strides, *grids, chained, *windows, *tile[:2]),
-        tiles=_tiled(rows, columns, tile),
-        tile=tile,
-        sums=(triton.cdiv(rows, (survey or tile)[0]), columns) if sums else None,
-        survey=survey,
+        tail=(rows, columns, *strides, *grids, chained, *windows, tile.rows, tile.columns),
+        launch=_Launcher(_prepare, rows, columns, tile),
+        survey=_Launcher(_survey, rows, columns, SURVEY_TILE) if carried else None,
+        total=_Launcher(_total, 1, columns, TOTAL_TILE) if sums else None,
+        partial=(partial_rows, columns),
         specs=(row, column),
     )
+
+
+def _aligned(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % 16 == 0
 
 
 def prepare(
@@ -705,9 +729,12 @@ def prepare(
 ) -> list[Tensor]:
     """`operands.prepare` for a matrix on a GPU: both quantizers in one pass."""
     x, device = x.contiguous(), x.device
-    shadow = None if shadow is None else shadow.contiguous()
     rows, columns = x.shape
-    key = (id(row), id(column), forms, rows, columns, dtype, fp8, chained, sums)
+    of_shadow = None
+    if shadow is not None:
+        shadow = shadow.contiguous()
+        of_shadow = shadow.dtype, _aligned(shadow)
+    key = id(row), id(column), forms, dtype, fp8, chained, sums, rows, columns, x.dtype, _aligned(x), of_shadow, device
     plan = _plans.get(key)
     if plan is None:
         plan = _plans[key] = _plan(rows, columns, row, column, forms, dtype, fp8, chained, sums)
@@ -715,66 +742,39 @@ def prepare(
     outputs: list[Tensor | None] = [None] * 8
     for place, shape, out_dtype in plan.outputs:
         outputs[place] = torch.empty(shape, dtype=out_dtype, device=device)
-    aligned = (device.index, x.dtype, x.data_ptr() % 16 == 0)
-    partial = peak = factor = lost = None
-    if plan.sums is not None:
-        partial = torch.empty(plan.sums, device=device)
-    if plan.survey is not None:
-        peak, factor, lost = torch.zeros((), dtype=torch.int32, device=device), torch.empty((), device=device), None
-        lost = lost_in_carrier(device)
-        tiles, tile = _tiled(rows, columns, plan.survey), plan.survey
-        _run(
-            _survey,
-            tiles,
-            device,
-            ("survey", columns, sums, tile, aligned),
-            tile,
-            x,
-            peak,
-            partial,
-            rows,
-            columns,
-            *tile[:2],
-        )
-    of_shadow = None if shadow is None else (shadow.dtype, shadow.data_ptr() % 16 == 0)
-    _run(
-        _prepare,
-        plan.tiles,
-        device,
-        ("prepare", key, aligned, of_shadow),
-        plan.tile,
-        x,
-        shadow,
-        state,
-        *streams,
-        *outputs,
-        None if plan.survey else partial,
-        peak,
-        factor,
-        lost,
-        *plan.tail,
-    )
-    row_carried, column_carried = outputs[6:]
-    results = [*outputs[:3], row_carried, *outputs[3:6], column_carried, factor]
+    partial = total = peak = factor = lost = None
     if sums:
-        results.append(torch.empty(columns, device=device))
-        tiles = triton.cdiv(columns, TOTAL_TILE[1])
-        count = partial.shape[0]
-        steps = triton.cdiv(count, TOTAL_TILE[0])
-        arguments = (partial, results[-1], count, columns, steps, *TOTAL_TILE[:2])
-        _run(_total, tiles, device, ("total", device.index, columns, steps), TOTAL_TILE, *arguments)
+        partial = torch.empty(plan.partial, device=device)
+        total = torch.empty(columns, device=device)
+    with _on(device):
+        stream = _stream(device)
+        in_prepare = partial
+        if plan.survey is not None:
+            peak, factor = torch.zeros((), dtype=torch.int32, device=device), torch.empty((), device=device)
+            lost, in_prepare = lost_in_carrier(device), None
+            plan.survey(stream, x, peak, partial, rows, columns, SURVEY_TILE.rows, SURVEY_TILE.columns)
+        plan.launch(stream, x, shadow, state, *streams, *outputs, in_prepare, peak, factor, lost, *plan.tail)
+        if sums:
+            steps = triton.cdiv(plan.partial[0], TOTAL_TILE.rows)
+            plan.total(stream, partial, total, *plan.partial, steps, TOTAL_TILE.rows, TOTAL_TILE.columns)
+    results = (*outputs[:3], outputs[6], *outputs[3:6], outputs[7], factor, total)
     return [t for t in results if t is not None]
+
+
+_expansions: dict[tuple, tuple[_Launcher, QuantizerSpec]] = {}
 
 
 def expand(codes: Tensor, scales: Tensor, spec: QuantizerSpec, columns: int, dtype: torch.dtype) -> Tensor:
     """`operands.expand` on a GPU."""
     rows, device = codes.shape[0], codes.device
     out = torch.empty((rows, columns), dtype=dtype, device=device)
-    axis, tile = 0 if spec.axis == 0 else 1, EXPAND_TILE
-    aligned = codes.data_ptr() % 16 == 0, scales.data_ptr() % 16 == 0
-    key = ("expand", device.index, spec, columns, dtype, aligned)
-    arguments = (codes, scales, out, rows, columns, _grid_of(spec), axis, *tile[:2])
-    _run(_expand, _tiled(rows, columns, tile), device, key, tile, *arguments)
+    key = id(spec), rows, columns, dtype, _aligned(codes), _aligned(scales), device
+    if key not in _expansions:
+        _expansions[key] = _Launcher(_expand, rows, columns, EXPAND_TILE), spec
+    launch, tile = _expansions[key][0], EXPAND_TILE
+    axis = 0 if spec.axis == 0 else 1
+    with _on(device):
+        launch(_stream(device), codes, scales, out, rows, columns, _grid_of(spec), axis, tile.rows, tile.columns)
     return out
 
 
