@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from quantization.noise import Noise
-from quantization.operands import E4M3, E5M2, Operand, forms_of, multiply, prepare
+from quantization.operands import E4M3, E5M2, Operand, forms_for, multiply, prepare
 from quantization.spec import QUANTIZERS, LinearRecipe
 
 ROWS, COLUMNS = 0, -1  # the dimension of a stored matrix that a product sums over
@@ -83,7 +83,7 @@ class QuantLinearFunction(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         noise, chained = Noise(noise_state, stream), recipe.backward_operands == "requantized"
         X_ND = x.reshape(-1, x.shape[-1])
-        forms = forms_of(recipe, tuple(weight.shape), x.is_cuda, empty=x.numel() == 0)
+        forms = forms_for(recipe, weight, x)
         for_input, for_weight = (differentiable and needed for needed in ctx.needs_input_grad[:2])
 
         x1, x6, _ = _quantized(

@@ -73,7 +73,6 @@ def _packable(spec: QuantizerSpec | None) -> bool:
     return spec is not None and spec.block_size == 32 and len(spec.format.magnitudes) == 8
 
 
-@functools.lru_cache(maxsize=1024)
 def forms_of(recipe: LinearRecipe, weight_shape: tuple[int, int], on_gpu: bool, empty: bool) -> dict[str, str]:
     """The form of every quantizer's result in a linear layer, by the quantizer's name.
 
@@ -91,6 +90,15 @@ def forms_of(recipe: LinearRecipe, weight_shape: tuple[int, int], on_gpu: bool, 
             if all(_packable(getattr(recipe, name)) for name in (*pair, *needs)):
                 forms.update(dict.fromkeys(pair, CARRIED))
     return forms
+
+
+_remembered_forms = functools.lru_cache(maxsize=1024)(forms_of)
+
+
+def forms_for(recipe: LinearRecipe, weight: Tensor, x: Tensor) -> dict[str, str]:
+    """`forms_of` for the tensors of a layer."""
+    get = forms_of if torch.compiler.is_compiling() else _remembered_forms  # torch.compile traces through a cache
+    return get(recipe, tuple(weight.shape), x.is_cuda, x.numel() == 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,7 +355,8 @@ def multiply(
         (a_MK, a_factor), (b_NK, b_factor) = a.tensors, b.tensors
         if a_MK.is_cuda:
             return torch._scaled_mm(a_MK, b_NK.t(), a_factor, b_factor, bias=bias, out_dtype=out_dtype)
-        product = (a_MK.float() @ b_NK.float().t()) * (a_factor * b_factor)
+        with torch.autocast(a_MK.device.type, enabled=False):
+            product = (a_MK.float() @ b_NK.float().t()) * (a_factor * b_factor)
         return (product if bias is None else product + bias.float()).to(out_dtype)
     a_MK, b_NK = (m.values(dtype) if o == -1 else m.values(dtype).t() for m, o in zip((a, b), over, strict=True))
     if bias is not None:
