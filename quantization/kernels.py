@@ -632,8 +632,10 @@ class _Launcher:
     def __call__(self, stream: int, *arguments: Any) -> None:
         tile, compiled = self.tile, self.compiled
         if compiled is not None:
+            # Addresses, since the launcher asks the driver about every tensor.
+            numbers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
             compiled.run(
-                self.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
+                self.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *numbers
             )  # fmt: skip
         elif INTERPRETED:
             self.kernel[(self.programs,)](*arguments, num_warps=tile.warps)

@@ -208,7 +208,7 @@ def _prepare(
         if form == CARRIED:
             result, factor = _carry(reference.unpack(codes, scales, spec, x.shape[1]), scales, x, row or column, fp8)
             result = result if spec.axis == -1 else result.t()
-            results.append(F.pad(result.float(), (0, -result.shape[1] % FP8_MULTIPLE)).to(fp8))
+            results.append(F.pad(result.float(), (0, -result.shape[1] % FP8_MULTIPLE)).to(fp8).contiguous())
         source = values if chained else x
     return [*results, *factor, *([x.sum(0, dtype=torch.float32)] if sums else [])]
 
