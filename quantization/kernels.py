@@ -20,6 +20,7 @@ Import this module only where Triton is there.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import math
@@ -657,6 +658,23 @@ def _stream(device: torch.device) -> int:
     return 0 if INTERPRETED else triton.runtime.driver.active.get_current_stream(device.index)
 
 
+class _Zeros:
+    """Addresses of zeros for the surveys of one stream, 16 bytes each: made many at a time, each used once."""
+
+    def __init__(self) -> None:
+        self.memory, self.addresses = None, []
+
+    def take(self, device: torch.device) -> int:
+        if not self.addresses:
+            self.memory = torch.zeros(4 * 256, dtype=torch.int32, device=device)
+            first = self.memory.data_ptr()
+            self.addresses.extend(range(first, first + 16 * 256, 16))
+        return self.addresses.pop()
+
+
+_zeros: dict[tuple[torch.device, int], _Zeros] = collections.defaultdict(_Zeros)
+
+
 class _Plan(NamedTuple):
     """What `prepare` decides once for equal arguments."""
 
@@ -752,8 +770,11 @@ def prepare(
         stream = _stream(device)
         in_prepare = partial
         if plan.survey is not None:
-            peak, factor = torch.zeros((), dtype=torch.int32, device=device), torch.empty((), device=device)
-            lost, in_prepare = lost_in_carrier(device), None
+            factor, lost, in_prepare = torch.empty((), device=device), lost_in_carrier(device), None
+            if plan.launch.compiled is None or torch.cuda.is_current_stream_capturing():
+                peak = torch.zeros((), dtype=torch.int32, device=device)
+            else:
+                peak = _zeros[device, stream].take(device)
             plan.survey(stream, x, peak, partial, rows, columns, SURVEY_TILE.rows, SURVEY_TILE.columns)
         plan.launch(stream, x, shadow, state, *streams, *outputs, in_prepare, peak, factor, lost, *plan.tail)
         if sums:
