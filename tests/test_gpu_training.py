@@ -1,0 +1,78 @@
+"""Two hundred training steps on a CUDA device: kernels and reference, layer by layer and as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from quantization import build_recipe, convert_linears, operands
+
+pytestmark = pytest.mark.gpu
+
+STEPS, BATCH, CLASSES = 200, 64, 10
+SUMS = 11  # the place of `sums` among the arguments of operands._prepare
+
+
+def train(carrier: str) -> list[float]:
+    """The losses of a small DeiT under TetraJet and bfloat16 autocast, on the same images whatever trains it."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "deit_tiny_patch16_224", img_size=32, patch_size=4, depth=2, num_classes=CLASSES, drop_path_rate=0.1
+    ).cuda()
+    convert_linears(model, build_recipe(carrier=carrier))
+    model.noise.reseed(3, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.05)
+    g = torch.Generator().manual_seed(1)
+    images = torch.randn(4 * BATCH, 3, 32, 32, generator=g).cuda()
+    labels = torch.randint(CLASSES, (4 * BATCH,), generator=g).cuda()
+    losses = []
+    for step in range(STEPS):
+        batch = slice(step % 4 * BATCH, (step % 4 + 1) * BATCH)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = F.cross_entropy(model(images[batch]), labels[batch])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses).tolist()
+
+
+def checked(prepare: Callable, counts: dict[str, int]) -> Callable:
+    """`operands._prepare` that does its work by the reference too and counts the tensors that differ in a bit."""
+
+    def both(*arguments: object) -> list[torch.Tensor]:
+        results = prepare(*arguments)
+        kernels_for, operands._kernels_for = operands._kernels_for, lambda *_: None
+        expected = prepare(*arguments)
+        operands._kernels_for = kernels_for
+        sums = arguments[SUMS]
+        for index, (result, wanted) in enumerate(zip(results, expected, strict=True)):
+            if sums and index == len(results) - 1:  # of the bias gradient: float32, in another order
+                torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+                continue
+            counts["tensors"] += 1
+            counts["differing"] += not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (result, wanted)))
+        return results
+
+    return both
+
+
+@pytest.mark.parametrize("carrier", ["bf16", "fp8"])
+def test_kernels_and_reference_make_the_same_operands_at_every_step(monkeypatch, carrier):
+    counts = {"tensors": 0, "differing": 0}
+    monkeypatch.setattr(operands, "_prepare", checked(operands._prepare, counts))
+    losses = train(carrier)
+    assert counts["tensors"] >= STEPS * 8 * 6 and counts["differing"] == 0
+    assert losses[-1] < 0.5 * losses[0]
+
+    monkeypatch.undo()
+    monkeypatch.setattr(operands, "_kernels_for", lambda *_: None)
+    by_reference = train(carrier)
+    # Only bias gradients are summed in another order, from the first step on; 200 steps of rounding make that grow.
+    assert max(abs(a - b) for a, b in zip(losses[:10], by_reference[:10], strict=True)) < 1e-2
+    means = [sum(curve[-20:]) / 20 for curve in (losses, by_reference)]
+    assert abs(means[0] - means[1]) < 0.1 * losses[0]
