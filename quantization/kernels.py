@@ -431,9 +431,9 @@ def _prepare(
     if peak_ptr is not None:
         FIRST: tl.constexpr = COLUMN if ROW is None else ROW
         TOP: tl.constexpr = COLUMN_WINDOW[0] if row_carried is None else ROW_WINDOW[0]
-        peak = _scale_exponent(tl.load(peak_ptr), FIRST)
+        peak = tl.maximum(_scale_exponent(tl.load(peak_ptr), FIRST), TOP - 127)  # else the factor is too small
         if tl.program_id(0) == 0:
-            tl.store(factor_ptr, _power_of_two(tl.minimum(tl.maximum(peak - TOP, -127), 127)))
+            tl.store(factor_ptr, _power_of_two(peak - TOP))
 
     if ROW is not None:
         halves = None

@@ -191,7 +191,8 @@ def _prepare(
             streams=(row_stream, column_stream),
             shadow=shadow,
         )
-    results, source, factor = [], x, []
+    x_float32 = x.float()  # what leaves float16's range in between is no matter of the results
+    results, source, factor = [], x_float32, []
     for spec, form, stream in ((row, row_form, row_stream), (column, column_form, column_stream)):
         if spec is None:
             continue
@@ -209,7 +210,7 @@ def _prepare(
             result, factor = _carry(reference.unpack(codes, scales, spec, x.shape[1]), scales, x, row or column, fp8)
             result = result if spec.axis == -1 else result.t()
             results.append(F.pad(result.float(), (0, -result.shape[1] % FP8_MULTIPLE)).to(fp8).contiguous())
-        source = values if chained else x
+        source = values if chained else x_float32
     return [*results, *factor, *([x.sum(0, dtype=torch.float32)] if sums else [])]
 
 
@@ -219,12 +220,12 @@ def _carry(
     """Bring quantized values of x (float64) and their E8M0 codes into fp8's window; the factor that undoes it."""
     top, lowest = window(spec.format, fp8)
     largest = torch.where(torch.isfinite(x), x, 0.0).abs().amax().float()
-    shift = top - reference.scale_exponent(largest, spec.format, spec.scale_rule)
+    shift = (top - reference.scale_exponent(largest, spec.format, spec.scale_rule)).clamp(max=127)
     # Blocks of zeros, which have the smallest scale, do not count, nor the few others that have it.
     below = (scales > 0) & (scales.int() - reference.SCALE_BIAS + shift < lowest)
     lost_in_carrier(x.device).add_(below.sum())
-    scaled = exact * reference.power_of_two(shift.clamp(-127, 127))
-    return scaled.float().to(fp8), [reference.power_of_two((-shift).clamp(-127, 127))]
+    scaled = exact * reference.power_of_two(shift)
+    return scaled.float().to(fp8), [reference.power_of_two(-shift)]
 
 
 def expand(codes: Tensor, scales: Tensor, spec: QuantizerSpec, columns: int, dtype: torch.dtype) -> Tensor:

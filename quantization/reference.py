@@ -191,12 +191,14 @@ def _scales_of_elements(scales: Tensor, spec: QuantizerSpec, shape: tuple[int, i
 
 
 def pack(values: Tensor, scales: Tensor, spec: QuantizerSpec) -> Tensor:
-    """The codes of a quantized matrix (rows, columns) whose scales are `scales`: uint8, (rows, half the columns).
+    """The codes of a quantized float32 or bfloat16 matrix (rows, columns) whose scales are `scales`.
 
-    A code is the sign and the index of the magnitude in the format, 4 bits; of two columns the left is the low half.
+    Returns uint8, (rows, half the columns). A code is the sign and the index of the magnitude in the format, 4 bits;
+    of two columns the left is the low half.
     """
-    latent = values.float() / _scales_of_elements(scales, spec, values.shape)
-    latent = torch.nan_to_num(latent, nan=0.0).clamp(-spec.format.max, spec.format.max)  # Inf: beyond the dtype's range
+    beyond = 2.0**128  # the only magnitude that a finite float32 number is rounded to and that float32 does not hold
+    values = torch.nan_to_num(values.double(), nan=0.0, posinf=beyond, neginf=-beyond)
+    latent = torch.nan_to_num(values / _scales_of_elements(scales, spec, values.shape), nan=0.0).float()
     codes = neighbours(latent.abs(), spec.format).lower_code | (torch.signbit(latent).int() << 3)
     codes = F.pad(codes, (0, codes.shape[1] % 2)).to(torch.uint8)
     return codes[:, ::2] | (codes[:, 1::2] << 4)

@@ -13,14 +13,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from quantization import QuantizerSpec, fake_quantize, reference
+from quantization import PRESETS, LinearRecipe, QuantizerSpec, fake_quantize, operands, reference
 from quantization.formats import FORMATS, ElementFormat
 from quantization.noise import Noise, uniform
-from quantization.spec import ROUNDINGS, SCALE_RULES
+from quantization.operands import CARRIED, DENSE, E4M3, E5M2, NOTHING, PACKED, Operand, expand, prepare, window
+from quantization.spec import QUANTIZERS, ROUNDINGS, SCALE_RULES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,6 +64,78 @@ def differing(x: torch.Tensor, spec: QuantizerSpec, shadow: torch.Tensor | None 
     seed = NOISE if spec.stochastic else None
     kernel, expected = (fake_quantize(x, spec, seed=seed, shadow=shadow, backend=b) for b in ("triton", "reference"))
     return unequal(kernel, expected)
+
+
+class Prepared(NamedTuple):
+    """What `operands.prepare` returned, and the blocks below the window that it counted."""
+
+    operands: tuple[Operand | None, Operand | None]
+    sums: torch.Tensor
+    lost: int
+
+
+def prepared(x: torch.Tensor, backend: str, *args, **kwargs) -> Prepared:
+    lost = operands.lost_in_carrier(x.device)
+    lost.zero_()
+    operands.BACKEND = backend
+    *results, sums = prepare(x, *args, sums=True, noise=NOISE, streams=(3, 4), **kwargs)
+    operands.BACKEND = "auto"
+    return Prepared(tuple(results), sums, int(lost))
+
+
+def differing_operands(
+    x: torch.Tensor,
+    row: QuantizerSpec | None,
+    column: QuantizerSpec | None,
+    forms: tuple[str, str],
+    dtype: torch.dtype,
+    fp8: torch.dtype = E4M3,
+    **kwargs,
+) -> int:
+    """How many numbers, scales, factors and counts of the kernels' operands are not the reference's.
+
+    Codes are compared as the numbers they expand to, by kernel and reference: those of a block that is not finite do
+    not matter. The sums may differ in the order of summation.
+    """
+    kernel, expected = (prepared(x, b, row, column, forms, dtype, fp8, **kwargs) for b in ("triton", "reference"))
+    count = abs(kernel.lost - expected.lost)
+    for ours, theirs, spec in zip(kernel.operands, expected.operands, (row, column), strict=True):
+        assert (ours is None) == (theirs is None) == (spec is None)
+        if ours is None:
+            continue
+        if len(ours.tensors) == 2 and not ours.carried:
+            assert ours.tensors[0].dtype == torch.uint8 and ours.tensors[0].shape == theirs.tensors[0].shape
+            count += unequal(ours.tensors[1], theirs.tensors[1])
+            if not (theirs.tensors[1] == reference.NAN_SCALE).any():
+                count += unequal(ours.tensors[0], theirs.tensors[0])
+            results = []
+            for operands.BACKEND, operand in (("triton", ours), ("reference", theirs)):
+                results.append(expand(*operand.tensors, spec, x.shape[1], dtype))
+            operands.BACKEND = "auto"
+            count += unequal(*results)
+        else:
+            count += sum(unequal(a, b) for a, b in zip(ours.tensors, theirs.tensors, strict=True))
+    exact, finite = x.double().sum(0), x.isfinite().all(0)
+    error = (kernel.sums.double() - exact)[finite].abs()
+    assert kernel.sums.shape == exact.shape and kernel.sums.dtype == torch.float32
+    assert (error <= 1e-6 * x.double().abs().sum(0)[finite]).all()
+    return count
+
+
+@functools.cache
+def within_window(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Normal draws none of which is small, a few zeros: no block of them is below fp8's window.
+
+    Triton's interpreter casts to fp8 by truncation below the window, and wrongly where there is a NaN.
+    """
+    g = torch.Generator().manual_seed(4)
+    x = torch.randn(shape, generator=g)
+    x = (x + 0.1 * x.sign()) * torch.exp2(torch.randint(3, (shape[0], 1), generator=g).float())
+    x.view(-1)[3::17] = -0.0
+    return x.to(dtype)
+
+
+SHAPES = ((34, 70), (49, 33), (1, 33), (33, 1), (66, 31), (32, 64))
 
 
 if not INTERPRETED:
@@ -168,6 +242,145 @@ else:
         with pytest.raises(ValueError, match="use backend='auto' or 'reference'"):
             fake_quantize(torch.ones(shape), spec, backend="triton")
         assert torch.equal(fake_quantize(torch.ones(shape), spec), torch.ones(shape))
+
+    # Operands: both quantizers of a matrix in one pass
+
+    PAIRS = list(itertools.product(FORMATS, SCALE_RULES, ROUNDINGS, ROUNDINGS))
+    FORMS = ((DENSE, DENSE), (PACKED, PACKED), (DENSE, PACKED), (PACKED, DENSE))
+
+    @pytest.mark.parametrize("pair", PAIRS, ids="/".join)
+    def test_both_quantizers_in_one_pass(pair):
+        """Every pair of quantizers, chained and not; forms, dtypes and shapes take turns."""
+        element, rule, forward, backward = pair
+        row, column = QuantizerSpec(element, rule, forward), QuantizerSpec(element, rule, backward, axis=0)
+        turn = PAIRS.index(pair)
+        for chained in (False, True):
+            turn += 1
+            x = awkward(SHAPES[turn % 6], DTYPES[turn % 3 - 1])
+            dtype = DTYPES[:2][turn // 2 % 2]
+            assert differing_operands(x, row, column, FORMS[turn // 3 % 4], dtype, chained=chained) == 0
+
+    @pytest.mark.parametrize("shape", [*SHAPES, (33, 130)], ids=str)
+    def test_odd_shapes_in_every_form(shape):
+        row, column = QuantizerSpec(rounding="stochastic"), QuantizerSpec(axis=0)
+        for forms in FORMS:
+            assert differing_operands(awkward(shape, torch.float32), row, column, forms, torch.float32) == 0
+
+    @pytest.mark.parametrize("form", [DENSE, PACKED, CARRIED])
+    def test_one_quantizer_alone(form):
+        x = within_window((70, 46), torch.float32)
+        for rounding in ("nearest_even", "stochastic"):
+            row, column = QuantizerSpec(rounding=rounding), QuantizerSpec(rounding=rounding, axis=0)
+            assert differing_operands(x, row, None, (form, NOTHING), torch.bfloat16) == 0
+            assert differing_operands(x, None, column, (NOTHING, form), torch.bfloat16) == 0
+
+    def test_the_shadow_is_the_row_quantizer_s_and_its_result_the_column_quantizer_s():
+        w = awkward((34, 70), torch.float32)
+        shadow = w * (1 + torch.randn(w.shape, generator=torch.Generator().manual_seed(1)) / 4)
+        row, column = QuantizerSpec(), QuantizerSpec(rounding="stochastic", axis=0)
+        for chained, forms in itertools.product((False, True), FORMS[:2]):
+            assert differing_operands(w, row, column, forms, torch.float32, chained=chained, shadow=shadow) == 0
+
+    def test_every_code_under_every_scale_expands_to_its_number():
+        """And those next to the ends of a matrix of odd sides, along both axes; codes of no matrix we made."""
+        g = torch.Generator().manual_seed(0)
+        for element, axis, (rows, columns) in itertools.product(FORMATS, (-1, 0), ((256, 33), (33, 257), (1, 1))):
+            spec = QuantizerSpec(element, axis=axis)
+            codes = torch.randint(256, operands.codes_shape(rows, columns), generator=g, dtype=torch.uint8)
+            scales = torch.arange(512).to(torch.uint8).flip(0)
+            blocks, across = operands.scales_shape(rows, columns, spec)
+            scales = torch.stack([scales.roll(i) for i in range(blocks)])[:, :across].contiguous()
+            for dtype in (torch.float32, torch.bfloat16):
+                results = []
+                for operands.BACKEND in ("triton", "reference"):
+                    results.append(expand(codes, scales, spec, columns, dtype))
+                operands.BACKEND = "auto"
+                assert unequal(*results) == 0
+
+    @pytest.mark.parametrize("fp8", [E4M3, E5M2], ids=str)
+    @pytest.mark.parametrize("element", FORMATS)
+    def test_carried_operands_within_the_window(element, fp8):
+        roundings = (("nearest_even", "stochastic"), ("stochastic", "stochastic"), ("nearest_away", "nearest_up"))
+        for turn, (forward, backward) in enumerate(roundings):
+            rule = SCALE_RULES[turn % 2]
+            row, column = QuantizerSpec(element, rule, forward), QuantizerSpec(element, rule, backward, axis=0)
+            for chained in (False, True):
+                x = within_window(SHAPES[turn], DTYPES[turn])
+                assert (
+                    prepared(x, "reference", row, column, (CARRIED, CARRIED), x.dtype, fp8, chained=chained).lost == 0
+                )
+                assert differing_operands(x, row, column, (CARRIED, CARRIED), x.dtype, fp8, chained=chained) == 0
+                assert differing_operands(x, row, column, (CARRIED, PACKED), x.dtype, fp8, chained=chained) == 0
+
+    def test_the_factor_at_the_ends_of_the_range_and_without_a_finite_number():
+        spec = QuantizerSpec()
+        sizes = (2.0**-149, 2.0**-126, 2.0**-118, 2.0**-112, 1.0, 2.0**125)
+        matrices = [within_window((3, 64), torch.float32).clamp(-1.9, 1.9) * size for size in sizes]
+        for x, fp8 in itertools.product([*matrices, torch.zeros(3, 64)], (E4M3, E5M2)):
+            assert differing_operands(x, spec, None, (CARRIED, NOTHING), torch.float32, fp8) == 0
+            (operand, _), _, _ = prepared(x, "triton", spec, None, (CARRIED, NOTHING), torch.float32, fp8)
+            values, factor = operand.tensors
+            assert unequal(values.float() * factor, fake_quantize(x, spec)) == 0 and factor.isfinite() and factor > 0
+        x = torch.full((3, 64), torch.inf)
+        factors = [
+            prepared(x, b, spec, None, (CARRIED, NOTHING), x.dtype).operands[0].tensors[1]
+            for b in ("triton", "reference")
+        ]
+        assert torch.equal(*factors)
+
+    @pytest.mark.parametrize("fp8", [E4M3, E5M2], ids=str)
+    @pytest.mark.parametrize("element", FORMATS)
+    def test_blocks_below_the_window_are_counted(element, fp8):
+        top, lowest = window(FORMATS[element], fp8)
+        octaves = top - lowest + 1
+        x = torch.exp2(-torch.arange(octaves + 9).float()).unsqueeze(1).repeat(1, 70)
+        x[4] = 0.0
+        row, column = QuantizerSpec(element), QuantizerSpec(element, axis=0)
+        for matrix, specs, forms in (
+            (x, (row, None), (CARRIED, NOTHING)),
+            (x.t().contiguous(), (None, column), (NOTHING, CARRIED)),
+        ):
+            for backend in ("triton", "reference"):
+                assert prepared(matrix, backend, *specs, forms, torch.float32, fp8).lost == 9 * 3
+                inside = matrix[:octaves] if specs[0] else matrix[:, :octaves]
+                assert prepared(inside, backend, *specs, forms, torch.float32, fp8).lost == 0
+        x[octaves] = torch.nan  # a block that is not finite is not one below
+        for backend in ("triton", "reference"):
+            assert prepared(x, backend, row, None, (CARRIED, NOTHING), torch.float32, fp8).lost == 8 * 3
+
+    @pytest.mark.parametrize("active", [QUANTIZERS, ("q2", "q4", "q5"), ("q1", "q3", "q6")], ids="+".join)
+    def test_a_layer_is_the_same_with_kernels_and_reference(monkeypatch, active):
+        from test_linear_fn import by_function, tensors
+
+        for preset, carrier in itertools.product(("tetrajet", "microscaling"), ("bf16", "fp8")):
+            specs = {name: getattr(PRESETS[preset], name) for name in active}
+            recipe = LinearRecipe(**specs, backward_operands=PRESETS[preset].backward_operands, carrier=carrier)
+            results = []
+            for backend in ("triton", "reference"):
+                monkeypatch.setattr(operands, "BACKEND", backend)
+                results.append(by_function(*tensors((49,), 48, 32), recipe))
+            for name, value in results[0].items():
+                assert torch.equal(value, results[1][name]), (preset, carrier, name)
+
+    @pytest.mark.parametrize("rounding", ["nearest_even", "stochastic"])
+    @pytest.mark.parametrize("form", [DENSE, PACKED, CARRIED])
+    def test_control_one_place_in_the_reference_is_seen_in_operands(monkeypatch, form, rounding):
+        rounds_up = reference.rounds_up
+        spec = QuantizerSpec(rounding=rounding)
+        if rounding == "stochastic":
+            own = Noise(NOISE.state, NOISE.stream + 3)
+            x = (1 - uniform((33, 64), own)) / 2  # so that the place between 0 and 1/2 and the draw add up to 1
+        else:
+            x = torch.randint(-64, 65, (33, 64), generator=torch.Generator().manual_seed(1)) / 8
+            x = x.clamp(-6, 6)
+        x[:, ::32] = 6.0
+        assert differing_operands(x, spec, None, (form, NOTHING), torch.float32) == 0
+
+        def with_moved_thresholds(latent, *args, **kwargs):
+            return rounds_up((latent.view(torch.int32) + 1).view(torch.float32), *args, **kwargs)
+
+        monkeypatch.setattr(reference, "rounds_up", with_moved_thresholds)
+        assert differing_operands(x, spec, None, (form, NOTHING), torch.float32) > 0
 
     @pytest.mark.parametrize("rounding", ROUNDINGS)
     def test_control_one_place_in_the_reference_is_seen(monkeypatch, rounding):
