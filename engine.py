@@ -35,6 +35,7 @@ from config import Config, UserError, dump_config, recipe_differences
 from datasets import Data
 from losses import Loss
 from quantization.noise import NoiseClock
+from quantization.operands import lost_in_carrier
 from quantization.probe import Probe
 from quantization.stabilizers import Stabilizer
 from runlog import Meter, RunLog
@@ -333,6 +334,9 @@ def train_one_epoch(run: Run, max_steps: int | None = None) -> None:
                 run.log.log((run.epoch, run.step), shown, tag="train", at=run.global_step)
                 if stabilizer_figures := run.stabilizer.figures():
                     run.log.log((run.epoch, run.step), stabilizer_figures, tag="stabilizer", at=run.global_step)
+                if cfg.quant.scheme == "mx" and cfg.quant.carrier == "fp8":
+                    lost = {"blocks_below_window": lost_in_carrier(run.device)}  # of this process so far
+                    run.log.log((run.epoch, run.step), lost, tag="carrier", at=run.global_step)
                 logged_at, logged_step = now, run.step
             if cfg.run.save_every is not None and run.global_step % cfg.run.save_every == 0:
                 run.save(LAST)

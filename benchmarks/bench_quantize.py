@@ -3,8 +3,9 @@
     python benchmarks/bench_quantize.py [--shapes 25216x3072] [--dtypes bfloat16] [--roundings stochastic] [--axes 0]
 
 Blocks run along axis -1, along axis 0, or `both`: two results of one tensor, as a linear layer needs them of X and G.
-Peers that do the same work: torchao's to_mx and to_dtype (nearest rounding; axis 0 by way of two transpositions) and
-our own reference (nearest rounding), both under torch.compile. GB/s count what must be moved: the tensor once in, every result once out.
+Peers that do the same work with nearest rounding: torchao's to_mx and to_dtype (axis 0 by way of two transpositions)
+and our own reference, both under torch.compile. GB/s count what must be moved: the tensor once in, every result once
+out.
 """
 
 from __future__ import annotations

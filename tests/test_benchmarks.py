@@ -39,8 +39,7 @@ CASES = {  # the variants of every case, the baseline of each
     "quantize": [
         ["copy", "ours"]
         + ["ours, columns packed"] * (axis == "both")
-        + ["torchao compiled"] * (rounding == "nearest_even")
-        + ["reference compiled"]
+        + ["torchao compiled", "reference compiled"] * (rounding == "nearest_even")
         for rounding in ("nearest_even", "stochastic")
         for axis in AXES
     ],

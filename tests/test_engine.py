@@ -53,6 +53,7 @@ from engine import Run, TrainingError, evaluate
 from losses import Loss, build_loss
 from models import create_model
 from quantization.stabilizers import Plan, Stabilizer
+from runlog import read_metrics
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -810,3 +811,14 @@ def test_distillation_says_what_it_lacks(overrides: list[str], words: str, teach
     cfg = load_config(overrides=[*given, *overrides])
     with pytest.raises(UserError, match=words):
         build_loss(cfg, create_model(cfg, 4), num_classes=4, mixed_targets=False, device=torch.device("cpu"))
+
+
+def test_a_run_carried_by_fp8_logs_the_blocks_below_the_window(tmp_path: Path) -> None:
+    def logged(folder: Path) -> list[dict[str, Any]]:
+        return [line["data"] for line in read_metrics(folder) if "carrier.blocks_below_window" in line["data"]]
+
+    carried = train(tmp_path / "fp8", "--quant.scheme", "mx", "--quant.carrier", "fp8")
+    assert [data["carrier.blocks_below_window"] >= 0 for data in logged(carried)] == [
+        True
+    ] * 8  # of 2 epochs of 4 steps
+    assert not logged(train(tmp_path / "bf16", "--quant.scheme", "mx"))
