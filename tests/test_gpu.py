@@ -45,11 +45,14 @@ def awkward(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 # One quantizer --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s}/{s.axis}")
+# Every spec in bfloat16, a half in float32 (the other half is below), a quarter in float16: loads and stores differ.
+TAKEN = [(s, torch.bfloat16) for s in SPECS]
+TAKEN += [(s, torch.float32) for s in SPECS if s.scale_rule == "truncation_free"]
+TAKEN += [(s, torch.float16) for s in SPECS if s.scale_rule == "truncation_free" and s.element == "e2m1"]
+
+
+@pytest.mark.parametrize(("spec", "dtype"), TAKEN, ids=str)
 def test_the_kernel_s_bits_are_the_reference_s_on_this_device_and_on_the_cpu(spec, dtype):
-    if dtype == torch.float16 and spec.scale_rule == "floor":
-        return  # dtypes differ in loads and stores alone
     for shape in ((2521, 768), (197, 192), (33, 64), (1, 32)):
         assert differing(awkward(shape, dtype).cuda(), spec) == 0
     x = awkward((197, 192), dtype)

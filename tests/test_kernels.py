@@ -37,7 +37,7 @@ def unequal(a: torch.Tensor, b: torch.Tensor) -> int:
     assert a.dtype == b.dtype and a.shape == b.shape and a.is_contiguous()
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
     same_bits = a.view(integer) == b.view(integer)
-    both_nan = a.isnan() & b.isnan() if a.is_floating_point() else False
+    both_nan = a.float().isnan() & b.float().isnan()
     return int((~(same_bits | both_nan)).sum())
 
 
