@@ -365,9 +365,9 @@ def _into_window(
 ):
     """Q(x) 2^shift in float32; counts the blocks below the window, which fp8 may change."""
     # Blocks of zeros, which have the smallest scale, do not count, nor the few others that have it.
-    below = tl.reshape(((s > -127) & (s + shift < LOWEST)).to(tl.int32), (s.numel,), can_reorder=True)
+    below = (s > -127) & (s + shift < LOWEST) & (largest < _INFINITY)
     s = tl.minimum(tl.maximum(s + shift, -127), 127)
-    count = tl.sum(below)
+    count = tl.sum(tl.reshape(below.to(tl.int32), (s.numel,), can_reorder=True))
     if count > 0:
         tl.atomic_add(lost_ptr, count.to(tl.int64), sem="relaxed")
     return _values(rounded, s, largest, GRID, False, ROWS, COLUMNS)
