@@ -356,6 +356,10 @@ else:
         x[octaves] = torch.nan  # a block that is not finite is not one below
         for backend in ("triton", "reference"):
             assert prepared(x, backend, row, None, (CARRIED, NOTHING), torch.float32, fp8).lost == 8 * 3
+            shadow = x.clone()
+            shadow[:, 0] = torch.inf  # nor is one whose shadow is not: the first of the three in every row
+            results = prepared(x, backend, row, None, (CARRIED, NOTHING), torch.float32, fp8, shadow=shadow)
+            assert results.lost == 8 * 2
 
     @pytest.mark.parametrize("active", [QUANTIZERS, ("q2", "q4", "q5"), ("q1", "q3", "q6")], ids="+".join)
     def test_a_layer_is_the_same_with_kernels_and_reference(monkeypatch, active):
