@@ -20,14 +20,14 @@ def implementation_for(x: Tensor, spec: QuantizerSpec, backend: str) -> ModuleTy
     if backend == "reference" or (backend == "auto" and not x.is_cuda):
         return reference
     try:
-        from quantization import kernels
+        from quantization import launch
     except ImportError as error:  # there is no Triton for macOS, for example
         if backend == "auto":
             return reference
         raise ValueError("backend='triton' needs the package triton, which cannot be imported here") from error
-    if kernels.supports(x, spec.format, spec.axis, spec.block_size):
-        if x.is_cuda or kernels.INTERPRETED:
-            return kernels
+    if launch.supports(x, spec.format, spec.axis, spec.block_size):
+        if x.is_cuda or launch.INTERPRETED:
+            return launch
         raise ValueError("backend='triton' takes CUDA tensors; CPU tensors only under TRITON_INTERPRET=1")
     if backend == "auto":
         return reference

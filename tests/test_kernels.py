@@ -163,8 +163,8 @@ if not INTERPRETED:
             fake_quantize(torch.ones(2, 32), QuantizerSpec(), backend="triton")
 
     def test_without_triton_a_demand_for_it_is_refused(monkeypatch):
-        monkeypatch.setitem(sys.modules, "quantization.kernels", None)  # what an import then raises is ImportError
-        monkeypatch.delattr("quantization.kernels", raising=False)
+        monkeypatch.setitem(sys.modules, "quantization.launch", None)  # what an import then raises is ImportError
+        monkeypatch.delattr("quantization.launch", raising=False)
         with pytest.raises(ValueError, match="needs the package triton"):
             fake_quantize(torch.ones(2, 32), QuantizerSpec(), backend="triton")
         assert torch.equal(fake_quantize(torch.ones(2, 32), QuantizerSpec()), torch.ones(2, 32))

@@ -1,0 +1,292 @@
+"""From tensors to the kernels of `kernels.py`: outputs, tiles, launches. Import only where Triton is there.
+
+What a call needs beside its tensors is decided once for equal arguments, since the host, and not the device, sets the
+pace of small models.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from quantization.formats import ElementFormat
+from quantization.kernels import Grid, expand_kernel, prepare_kernel, survey_kernel, total_kernel
+from quantization.noise import Noise
+from quantization.operands import (
+    CARRIED,
+    DENSE,
+    E4M3,
+    NOTHING,
+    PACKED,
+    carried_shape,
+    codes_shape,
+    lost_in_carrier,
+    scales_shape,
+    window,
+)
+from quantization.spec import QuantizerSpec, Rounding, ScaleRule
+
+MAX_BLOCK_SIZE = 128
+INTERPRETED = triton.knobs.runtime.interpret  # kernels run in Python on the CPU: TRITON_INTERPRET=1
+
+
+class Tile(NamedTuple):
+    """What a program works on, and with."""
+
+    rows: int
+    columns: int
+    warps: int
+    registers: int | None = None  # of a thread, at most
+
+
+# Measured, see docs/PERFORMANCE.md.
+TILE, CARRIED_TILE = Tile(32, 64, 2, 96), Tile(32, 64, 1)  # of prepare_kernel, the second with fp8 outputs
+SURVEY_TILE, TOTAL_TILE, EXPAND_TILE = Tile(128, 64, 4), Tile(512, 8, 4), Tile(32, 128, 2)
+
+
+@functools.cache
+def _grid(fmt: ElementFormat, scale_rule: ScaleRule, rounding: Rounding, block_size: int) -> Grid:
+    bits = fmt.mantissa_bits
+    return Grid(
+        emax=fmt.emax,
+        step_up_above=round((fmt.max_significand - 1) * 2**23) if scale_rule == "truncation_free" else 2**23,
+        rounding=rounding,
+        mantissa_bits=bits,
+        bottom=math.frexp(fmt.magnitudes[1])[1] - 1 + bits,
+        max=float(fmt.max),
+        saturates=scale_rule == "floor",
+        block=block_size,
+    )
+
+
+@functools.cache
+def _grid_of(spec: QuantizerSpec) -> Grid:
+    return _grid(spec.format, spec.scale_rule, spec.rounding, spec.block_size)
+
+
+def supports(x: Tensor, fmt: ElementFormat, axis: int, block_size: int) -> bool:
+    """Whether `quantize` takes these arguments: blocks of 1, 2, 4, ..., 128 along rows or along a matrix's columns."""
+    along_rows = axis in (-1, x.dim() - 1)
+    power_of_two = block_size & (block_size - 1) == 0
+    return (
+        (along_rows or x.dim() == 2)
+        and power_of_two
+        and block_size <= MAX_BLOCK_SIZE
+        and fmt.emax >= 1  # else the largest scale is too small for float32
+        and fmt.magnitudes[1] >= 2.0**-6  # else the smallest results are none of bfloat16's
+        and fmt.mantissa_bits is not None
+        and fmt.smallest_normal <= 2.0  # else what undoes `_coded` is no float32 number
+    )
+
+
+class _Launcher:
+    """A kernel for arguments that Triton compiles alike, in a number of programs of one tile each.
+
+    Triton's own launch looks at every argument of every call, which takes the host longer than a small layer takes the
+    device.
+    """
+
+    def __init__(self, kernel: triton.JITFunction, rows: int, columns: int, tile: Tile) -> None:
+        self.kernel, self.tile, self.compiled = kernel, tile, None
+        self.programs = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+
+    def __call__(self, stream: int, *arguments: Any) -> None:
+        tile, compiled = self.tile, self.compiled
+        if compiled is not None:
+            # Addresses, since the launcher asks the driver about every tensor.
+            numbers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+            compiled.run(
+                self.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *numbers
+            )  # fmt: skip
+        elif INTERPRETED:
+            self.kernel[(self.programs,)](*arguments, num_warps=tile.warps)
+        else:
+            self.compiled = self.kernel[(self.programs,)](*arguments, num_warps=tile.warps, maxnreg=tile.registers)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make a device the current one, which it mostly is."""
+    if INTERPRETED or device.index == torch.cuda.current_device():
+        return _NOTHING_TO_DO
+    return torch.cuda.device(device)
+
+
+_NOTHING_TO_DO = contextlib.nullcontext()
+
+
+def _stream(device: torch.device) -> int:
+    return 0 if INTERPRETED else triton.runtime.driver.active.get_current_stream(device.index)
+
+
+class _Zeros:
+    """Addresses of zeros for the surveys of one stream, 16 bytes each: made many at a time, each used once."""
+
+    def __init__(self) -> None:
+        self.memory, self.addresses = None, []
+
+    def take(self, device: torch.device) -> int:
+        if not self.addresses:
+            self.memory = torch.zeros(4 * 256, dtype=torch.int32, device=device)
+            first = self.memory.data_ptr()
+            self.addresses.extend(range(first, first + 16 * 256, 16))
+        return self.addresses.pop()
+
+
+_zeros: dict[tuple[torch.device, int], _Zeros] = collections.defaultdict(_Zeros)
+
+
+class _Plan(NamedTuple):
+    """What `prepare` decides once for equal arguments."""
+
+    outputs: tuple[tuple[int, tuple[int, int], torch.dtype], ...]  # place among the arguments, shape, dtype
+    tail: tuple  # the last arguments of `prepare_kernel`
+    launch: _Launcher
+    survey: _Launcher | None
+    total: _Launcher | None
+    partial: tuple[int, int]  # shape of the sums of each tile
+    specs: tuple[QuantizerSpec | None, QuantizerSpec | None]  # keeps the ids in the plan's key from being used again
+
+
+_plans: dict[tuple, _Plan] = {}
+
+
+def _plan(
+    rows: int,
+    columns: int,
+    row: QuantizerSpec | None,
+    column: QuantizerSpec | None,
+    forms: tuple[str, str],
+    dtype: torch.dtype,
+    fp8: torch.dtype,
+    chained: bool,
+    sums: bool,
+) -> _Plan:
+    block = max(32, *(spec.block_size for spec in (row, column) if spec is not None))
+    carried = CARRIED in forms
+    tile = Tile(block, max(64, block), 1) if block > 32 else CARRIED_TILE if carried else TILE
+    outputs, strides = [], [1, 1]
+    for index, (spec, form) in enumerate(zip((row, column), forms, strict=True)):
+        if form == DENSE:
+            outputs.append((3 * index, (rows, columns), dtype))
+        elif form == PACKED:
+            outputs.append((3 * index + 1, codes_shape(rows, columns), torch.uint8))
+            outputs.append((3 * index + 2, scales_shape(rows, columns, spec), torch.uint8))
+        elif form == CARRIED:
+            shape = carried_shape(rows, columns, spec)
+            outputs.append((6 + index, shape, fp8))
+            strides[index] = shape[1]
+    windows = (window((row or column).format, fp8),) * 2 if carried else ((0, 0), (0, 0))
+    grids = [None if spec is None else _grid_of(spec) for spec in (row, column)]
+    partial_rows = triton.cdiv(rows, (SURVEY_TILE if carried else tile).rows)
+    return _Plan(
+        outputs=tuple(outputs),
+        tail=(rows, columns, *strides, *grids, chained, *windows, tile.rows, tile.columns),
+        launch=_Launcher(prepare_kernel, rows, columns, tile),
+        survey=_Launcher(survey_kernel, rows, columns, SURVEY_TILE) if carried else None,
+        total=_Launcher(total_kernel, 1, columns, TOTAL_TILE) if sums else None,
+        partial=(partial_rows, columns),
+        specs=(row, column),
+    )
+
+
+def _aligned(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % 16 == 0
+
+
+def prepare(
+    x: Tensor,
+    row: QuantizerSpec | None,
+    column: QuantizerSpec | None,
+    forms: tuple[str, str],
+    dtype: torch.dtype,
+    fp8: torch.dtype,
+    *,
+    chained: bool = False,
+    sums: bool = False,
+    state: Tensor | None = None,
+    streams: tuple[int, int] = (0, 0),
+    shadow: Tensor | None = None,
+) -> list[Tensor]:
+    """`operands.prepare` for a matrix on a GPU: both quantizers in one pass."""
+    x, device = x.contiguous(), x.device
+    rows, columns = x.shape
+    of_shadow = None
+    if shadow is not None:
+        shadow = shadow.contiguous()
+        of_shadow = shadow.dtype, _aligned(shadow)
+    key = id(row), id(column), forms, dtype, fp8, chained, sums, rows, columns, x.dtype, _aligned(x), of_shadow, device
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans[key] = _plan(rows, columns, row, column, forms, dtype, fp8, chained, sums)
+
+    outputs: list[Tensor | None] = [None] * 8
+    for place, shape, out_dtype in plan.outputs:
+        outputs[place] = torch.empty(shape, dtype=out_dtype, device=device)
+    partial = total = peak = factor = lost = None
+    if sums:
+        partial = torch.empty(plan.partial, device=device)
+        total = torch.empty(columns, device=device)
+    with _on(device):
+        stream = _stream(device)
+        in_prepare = partial
+        if plan.survey is not None:
+            factor, lost, in_prepare = torch.empty((), device=device), lost_in_carrier(device), None
+            if plan.launch.compiled is None or torch.cuda.is_current_stream_capturing():
+                peak = torch.zeros((), dtype=torch.int32, device=device)
+            else:
+                peak = _zeros[device, stream].take(device)
+            plan.survey(stream, x, peak, partial, rows, columns, SURVEY_TILE.rows, SURVEY_TILE.columns)
+        plan.launch(stream, x, shadow, state, *streams, *outputs, in_prepare, peak, factor, lost, *plan.tail)
+        if sums:
+            steps = triton.cdiv(plan.partial[0], TOTAL_TILE.rows)
+            plan.total(stream, partial, total, *plan.partial, steps, TOTAL_TILE.rows, TOTAL_TILE.columns)
+    results = (*outputs[:3], outputs[6], *outputs[3:6], outputs[7], factor, total)
+    return [t for t in results if t is not None]
+
+
+_expansions: dict[tuple, tuple[_Launcher, QuantizerSpec]] = {}
+
+
+def expand(codes: Tensor, scales: Tensor, spec: QuantizerSpec, columns: int, dtype: torch.dtype) -> Tensor:
+    """`operands.expand` on a GPU."""
+    rows, device = codes.shape[0], codes.device
+    out = torch.empty((rows, columns), dtype=dtype, device=device)
+    key = id(spec), rows, columns, dtype, _aligned(codes), _aligned(scales), device
+    if key not in _expansions:
+        _expansions[key] = _Launcher(expand_kernel, rows, columns, EXPAND_TILE), spec
+    launch, tile = _expansions[key][0], EXPAND_TILE
+    axis = 0 if spec.axis == 0 else 1
+    with _on(device):
+        launch(_stream(device), codes, scales, out, rows, columns, _grid_of(spec), axis, tile.rows, tile.columns)
+    return out
+
+
+def quantize(
+    x: Tensor,
+    fmt: ElementFormat,
+    scale_rule: ScaleRule,
+    rounding: Rounding,
+    axis: int,
+    block_size: int,
+    noise: Noise | None = None,
+    shadow: Tensor | None = None,
+) -> Tensor:
+    """`reference.quantize` on a GPU, for what `supports` admits: same arguments, same bits (of a NaN: a NaN)."""
+    spec = _spec_of(fmt.name, scale_rule, rounding, 0 if axis not in (-1, x.dim() - 1) else -1, block_size)
+    matrix = x.reshape(-1, x.shape[-1])
+    shadow = None if shadow is None else shadow.reshape(matrix.shape)
+    state, stream = (None, 0) if noise is None else noise
+    row, column = (spec, None) if spec.axis == -1 else (None, spec)
+    forms = (DENSE if row else NOTHING, DENSE if column else NOTHING)
+    (out,) = prepare(matrix, row, column, forms, x.dtype, E4M3, state=state, streams=(stream, stream), shadow=shadow)
+    return out.reshape(x.shape)
+
+
+_spec_of = functools.cache(QuantizerSpec)
