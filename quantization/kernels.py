@@ -1,10 +1,10 @@
 """The quantizers as Triton kernels: what `reference.py` computes, bit for bit.
 
 A tensor X, W or G feeds two products, one with blocks along its rows and one with blocks along its columns.
-`prepare_kernel` reads a tile of it once, quantizes it for either product or for both, and writes each result as numbers,
-as fp8 numbers within a window, or packed: codes of 4 bits, two to a byte, and a byte of scale a block. `survey_kernel`
-finds the largest magnitude that the window hangs from, `expand_kernel` turns packed tensors into numbers, `total_kernel`
-adds up the column sums of all tiles.
+`prepare_kernel` reads a tile of it once, quantizes it for either product or for both, and writes each result as
+numbers, as fp8 numbers within a window, or packed: codes of 4 bits, two to a byte, and a byte of scale a block.
+`survey_kernel` finds the largest magnitude that the window hangs from, `expand_kernel` turns packed tensors into
+numbers, `total_kernel` adds up the column sums of all tiles.
 
 Why the bits are those of the reference:
 - every multiplication is by a power of two and every sum is exact, or is far from where a decision changes; so
