@@ -460,7 +460,8 @@ KEY_FLAGS = """
 --distillation.alpha --distillation.tau --data.set --data.path --data.batch_size --data.num_workers --data.pin_mem
 --data.eval_crop_ratio --data.mean --data.std --data.on_corrupt --data.num_images --run.output_dir --run.seed
 --run.device --run.amp --run.compile --run.eval --run.resume --run.finetune --run.save_every --run.log_every
---quant.carrier --probes --probes.enabled --probes.steps --probes.every --probes.block --probes.images --probes.trajectories
+--quant.carrier --probes --probes.enabled --probes.steps --probes.every --probes.block --probes.images
+--probes.trajectories
 """
 SWITCHES = """
 --unscale-lr --optim.unscale_lr --schedule.warmup_prefix --ThreeAugment --aug.three_augment --bce-loss --loss.bce
