@@ -188,8 +188,18 @@ def build_probe(cfg: Config, model: nn.Module, plan: Plan, data: Data, amp: torc
         raise UserError(f"{error}; see probes in the configuration.") from None
 
 
+def check_carrier(cfg: Config, device: torch.device) -> None:
+    """Raises UserError where products are to be in FP8 on a GPU that has none."""
+    if cfg.quant.scheme != "mx" or cfg.quant.carrier != "fp8" or device.type != "cuda":
+        return
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"quant.carrier is fp8 and {name} has no FP8 products; use --quant.carrier bf16.")
+
+
 def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, device: torch.device) -> Run:
     """Data, model, stabilizer, optimizer and the rest, at the start of training; nothing is written yet."""
+    check_carrier(cfg, device)
     amp = torch.bfloat16 if cfg.run.amp == "bfloat16" or (cfg.run.amp == "auto" and device.type == "cuda") else None
     batch_size, accumulation = plan_batches(cfg, world_size)
     data = build_data(cfg, rank=rank, world_size=world_size, batch_size=batch_size)

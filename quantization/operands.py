@@ -355,7 +355,9 @@ def multiply(
     if a.carried:
         (a_MK, a_factor), (b_NK, b_factor) = a.tensors, b.tensors
         if a_MK.is_cuda:
-            return torch._scaled_mm(a_MK, b_NK.t(), a_factor, b_factor, bias=bias, out_dtype=out_dtype)
+            within = None if out_dtype == torch.float32 else bias  # cuBLAS adds none to a float32 product
+            product = torch._scaled_mm(a_MK, b_NK.t(), a_factor, b_factor, bias=within, out_dtype=out_dtype)
+            return product if bias is None or within is not None else product + bias
         with torch.autocast(a_MK.device.type, enabled=False):
             product = (a_MK.float() @ b_NK.float().t()) * (a_factor * b_factor)
         return (product if bias is None else product + bias.float()).to(out_dtype)

@@ -765,3 +765,16 @@ def test_the_given_images_are_fine_without_the_mistake(given: Path, tmp_path: Pa
 def test_corrupt_images_can_be_skipped_and_are_counted(given: Path, tmp_path: Path) -> None:
     train(tmp_path / "run", *IMAGES, str(given / "corrupt"), "--epochs", "1", "--on-corrupt", "skip")
     assert column(tmp_path / "run", "train.corrupt_images", 1) == [1]
+
+
+def test_fp8_products_need_a_gpu_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    fp8, bf16 = (load_config(None, ["quant.scheme=mx", f"quant.carrier={carrier}"]) for carrier in ("fp8", "bf16"))
+    with pytest.raises(UserError, match="NVIDIA A100 has no FP8 products"):
+        main.check_carrier(fp8, cuda)
+    main.check_carrier(bf16, cuda)
+    main.check_carrier(fp8, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    main.check_carrier(fp8, cuda)
