@@ -109,7 +109,12 @@ def command(benchmark: Callable[[Sequence[str] | None], None]) -> NoReturn:
 
 
 def take_turns(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, options: argparse.Namespace, *, kernels: bool
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    options: argparse.Namespace,
+    *,
+    kernels: bool,
+    uncounted: int = 0,
 ) -> dict[str, list[float]]:
     """Milliseconds of every call, by its name, one sample a round.
 
@@ -119,6 +124,7 @@ def take_turns(
     kernels: before each call a buffer larger than the cache is written, so that no call finds its input there, and
         nothing waits until the round is over: the first launches of a call are hidden by that writing. Otherwise each
         call begins on an idle device and ends when the device has finished, launches included.
+    uncounted: calls before the one that counts in every turn, so that it follows its own kind, as in training.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
@@ -128,11 +134,15 @@ def take_turns(
         first = round_ % len(names)
         marks = {}
         for name in names[first:] + names[:first]:
+            for _ in range(uncounted):
+                calls[name]()
             if not cuda:
                 began = time.perf_counter()
                 calls[name]()
                 marks[name] = 1e3 * (time.perf_counter() - began)
                 continue
+            if not kernels:
+                torch.cuda.synchronize(device)
             cache.zero_()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

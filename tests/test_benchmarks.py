@@ -162,6 +162,14 @@ def test_variants_take_turns_and_each_round_begins_with_another() -> None:
     assert all(time > 0 for times in samples.values() for time in times)
 
 
+def test_a_turn_may_begin_with_calls_that_do_not_count() -> None:
+    called: list[str] = []
+    calls = {name: lambda name=name: called.append(name) for name in "ab"}
+    samples = common.take_turns(calls, torch.device("cpu"), options_of(), kernels=False, uncounted=2)
+    assert "".join(called) == ("aaabbb" + "bbbaaa") * 3
+    assert {name: len(times) for name, times in samples.items()} == dict.fromkeys("ab", 4)
+
+
 def test_percentiles_ratios_and_rates(tmp_path: Path) -> None:
     results = common.Results("made", options_of(output=tmp_path / "a.csv"), torch.device("cpu"))
     samples = {"base": [float(n) for n in range(11)], "other": [20.0, 20.0, 26.0, 10.0, 30.0]}
