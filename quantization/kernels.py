@@ -96,7 +96,7 @@ def _philox(key, c0, c1, c2, c3):
 
 @triton.jit
 def _random_halves(state, stream, first_row, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The 16-bit draws `noise.random_bits` makes for a tile, shifted left by 7: (ROWS, COLUMNS) int32."""
+    """The 16 bits that `noise.uniform` draws for each element of a tile, shifted left by 7: (ROWS, COLUMNS) int32."""
     high = tl.load(state + 1) + stream
     row = first_row + tl.arange(0, ROWS)
     call = first_column // 8 + tl.arange(0, COLUMNS // 8)

@@ -126,17 +126,20 @@ def _stream(device: torch.device) -> int:
 
 
 class _Zeros:
-    """Addresses of zeros for the surveys of one stream, 16 bytes each: made many at a time, each used once."""
+    """Zeros for the surveys of one stream, 16 bytes each: made many at a time, each used once."""
 
     def __init__(self) -> None:
-        self.memory, self.addresses = None, []
+        self.free: list[tuple[Tensor, int]] = []
 
-    def take(self, device: torch.device) -> int:
-        if not self.addresses:
-            self.memory = torch.zeros(4 * 256, dtype=torch.int32, device=device)
-            first = self.memory.data_ptr()
-            self.addresses.extend(range(first, first + 16 * 256, 16))
-        return self.addresses.pop()
+    def take(self, device: torch.device) -> tuple[Tensor, int]:
+        """The memory, which must be kept until the kernels are launched, and an address in it."""
+        try:
+            return self.free.pop()
+        except IndexError:
+            memory = torch.zeros(4 * 256, dtype=torch.int32, device=device)
+            first = memory.data_ptr()
+            self.free.extend((memory, address) for address in range(first + 16, first + 16 * 256, 16))
+            return memory, first
 
 
 _zeros: dict[tuple[torch.device, int], _Zeros] = collections.defaultdict(_Zeros)
@@ -241,7 +244,7 @@ def prepare(
             if plan.launch.compiled is None or torch.cuda.is_current_stream_capturing():
                 peak = torch.zeros((), dtype=torch.int32, device=device)
             else:
-                peak = _zeros[device, stream].take(device)
+                _memory, peak = _zeros[device, stream].take(device)
             plan.survey(stream, x, peak, partial, rows, columns, SURVEY_TILE.rows, SURVEY_TILE.columns)
         plan.launch(stream, x, shadow, state, *streams, *outputs, in_prepare, peak, factor, lost, *plan.tail)
         if sums:

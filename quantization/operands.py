@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import Library, impl, register_fake
 
 from quantization import reference
 from quantization.formats import ElementFormat
@@ -273,7 +274,7 @@ def scales_shape(rows: int, columns: int, spec: QuantizerSpec) -> tuple[int, int
 
 
 def carried_shape(rows: int, columns: int, spec: QuantizerSpec) -> tuple[int, int]:
-    """Of a carried matrix: the summed dimension is last and padded with zeros."""
+    """Of a carried matrix: the summed dimension is last and padded (with zeros, or NaN beside a block that is NaN)."""
     across, along = (columns, rows) if spec.axis == 0 else (rows, columns)
     return across, -(-along // FP8_MULTIPLE) * FP8_MULTIPLE
 
@@ -295,25 +296,25 @@ def _spec(key: str) -> QuantizerSpec | None:
     return QuantizerSpec(element, scale_rule, rounding, int(axis), int(block_size))
 
 
-_library = torch.library.Library("mxfp4", "DEF")
-_library.define(
+_ops = Library("mxfp4", "DEF")
+_ops.define(
     "prepare(Tensor x, Tensor? shadow, Tensor? state, SymInt row_stream, SymInt column_stream, str row, str column, "
     "str row_form, str column_form, ScalarType dtype, ScalarType fp8, bool chained, bool sums) -> Tensor[]"
 )
-_library.define("expand(Tensor codes, Tensor scales, str spec, SymInt columns, ScalarType dtype) -> Tensor")
+_ops.define("expand(Tensor codes, Tensor scales, str spec, SymInt columns, ScalarType dtype) -> Tensor")
 
 
-@torch.library.impl(_library, "prepare", "CompositeExplicitAutograd")
+@impl(_ops, "prepare", "CompositeExplicitAutograd")
 def _(x, shadow, state, row_stream, column_stream, row, column, *rest):
     return _prepare(x, shadow, state, row_stream, column_stream, _spec(row), _spec(column), *rest)
 
 
-@torch.library.impl(_library, "expand", "CompositeExplicitAutograd")
+@impl(_ops, "expand", "CompositeExplicitAutograd")
 def _(codes, scales, spec, columns, dtype):
     return _expand(codes, scales, _spec(spec), columns, dtype)
 
 
-@torch.library.register_fake("mxfp4::prepare", lib=_library)
+@register_fake("mxfp4::prepare", lib=_ops)
 def _(x, shadow, state, row_stream, column_stream, row, column, row_form, column_form, dtype, fp8, chained, sums):
     rows, columns = x.shape
     results = []
@@ -330,7 +331,7 @@ def _(x, shadow, state, row_stream, column_stream, row, column, row_form, column
     return results + ([x.new_empty(columns, dtype=torch.float32)] if sums else [])
 
 
-@torch.library.register_fake("mxfp4::expand", lib=_library)
+@register_fake("mxfp4::expand", lib=_ops)
 def _(codes, scales, spec, columns, dtype):
     return codes.new_empty(codes.shape[0], columns, dtype=dtype)
 
