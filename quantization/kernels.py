@@ -366,8 +366,7 @@ def prepare_kernel(
     ROW: tl.constexpr,  # Grid of the quantizer with blocks along rows, or None
     COLUMN: tl.constexpr,  # of that with blocks along columns, or None
     CHAINED: tl.constexpr,  # the column quantizer reads the row quantizer's output
-    ROW_WINDOW: tl.constexpr,  # (TOP, LOWEST) of operands.window for row_carried
-    COLUMN_WINDOW: tl.constexpr,
+    WINDOW: tl.constexpr,  # (TOP, LOWEST) of operands.window with carried outputs, or None
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
@@ -392,10 +391,9 @@ def prepare_kernel(
 
     if peak_ptr is not None:
         FIRST: tl.constexpr = COLUMN if ROW is None else ROW
-        TOP: tl.constexpr = COLUMN_WINDOW[0] if row_carried is None else ROW_WINDOW[0]
-        peak = tl.maximum(_scale_exponent(tl.load(peak_ptr), FIRST), TOP - 127)  # else the factor is too small
+        shift = tl.minimum(WINDOW[0] - _scale_exponent(tl.load(peak_ptr), FIRST), 127)  # else the factor is too small
         if tl.program_id(0) == 0:
-            tl.store(factor_ptr, _power_of_two(peak - TOP))
+            tl.store(factor_ptr, _power_of_two(-shift))
 
     if ROW is not None:
         halves = None
@@ -410,9 +408,7 @@ def prepare_kernel(
                 ROW, 1, TILE_ROWS, TILE_COLUMNS,
             )  # fmt: skip
         if row_carried is not None:
-            values = _into_window(
-                rounded, s, largest, ROW_WINDOW[0] - peak, lost_ptr, ROW, ROW_WINDOW[1], TILE_ROWS, TILE_COLUMNS
-            )
+            values = _into_window(rounded, s, largest, shift, lost_ptr, ROW, WINDOW[1], TILE_ROWS, TILE_COLUMNS)
             _store_carried(
                 values, row_carried, first_row, first_column, rows, columns, row_stride, False, TILE_ROWS, TILE_COLUMNS
             )
@@ -435,17 +431,7 @@ def prepare_kernel(
                 COLUMN, 0, TILE_ROWS, TILE_COLUMNS,
             )  # fmt: skip
         elif column_carried is not None:
-            values = _into_window(
-                rounded,
-                s,
-                largest,
-                COLUMN_WINDOW[0] - peak,
-                lost_ptr,
-                COLUMN,
-                COLUMN_WINDOW[1],
-                TILE_ROWS,
-                TILE_COLUMNS,
-            )
+            values = _into_window(rounded, s, largest, shift, lost_ptr, COLUMN, WINDOW[1], TILE_ROWS, TILE_COLUMNS)
             _store_carried(
                 values, column_carried, first_row, first_column, rows, columns, column_stride, True,
                 TILE_ROWS, TILE_COLUMNS,

@@ -16,7 +16,6 @@ import torch
 import triton
 from torch import Tensor
 
-from quantization.formats import ElementFormat
 from quantization.kernels import Grid, expand_kernel, prepare_kernel, survey_kernel, total_kernel
 from quantization.noise import Noise
 from quantization.operands import (
@@ -31,7 +30,7 @@ from quantization.operands import (
     scales_shape,
     window,
 )
-from quantization.spec import QuantizerSpec, Rounding, ScaleRule
+from quantization.spec import QuantizerSpec
 
 MAX_BLOCK_SIZE = 128
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run in Python on the CPU: TRITON_INTERPRET=1
@@ -52,33 +51,28 @@ SURVEY_TILE, TOTAL_TILE, EXPAND_TILE = Tile(128, 64, 4), Tile(512, 8, 4), Tile(3
 
 
 @functools.cache
-def _grid(fmt: ElementFormat, scale_rule: ScaleRule, rounding: Rounding, block_size: int) -> Grid:
-    bits = fmt.mantissa_bits
+def _grid_of(spec: QuantizerSpec) -> Grid:
+    fmt = spec.format
     return Grid(
         emax=fmt.emax,
-        step_up_above=round((fmt.max_significand - 1) * 2**23) if scale_rule == "truncation_free" else 2**23,
-        rounding=rounding,
-        mantissa_bits=bits,
-        bottom=math.frexp(fmt.magnitudes[1])[1] - 1 + bits,
+        step_up_above=round((fmt.max_significand - 1) * 2**23) if spec.scale_rule == "truncation_free" else 2**23,
+        rounding=spec.rounding,
+        mantissa_bits=fmt.mantissa_bits,
+        bottom=math.frexp(fmt.smallest_normal)[1] - 1,
         max=float(fmt.max),
-        saturates=scale_rule == "floor",
-        block=block_size,
+        saturates=spec.scale_rule == "floor",
+        block=spec.block_size,
     )
 
 
-@functools.cache
-def _grid_of(spec: QuantizerSpec) -> Grid:
-    return _grid(spec.format, spec.scale_rule, spec.rounding, spec.block_size)
-
-
-def supports(x: Tensor, fmt: ElementFormat, axis: int, block_size: int) -> bool:
+def supports(x: Tensor, spec: QuantizerSpec) -> bool:
     """Whether `quantize` takes these arguments: blocks of 1, 2, 4, ..., 128 along rows or along a matrix's columns."""
-    along_rows = axis in (-1, x.dim() - 1)
-    power_of_two = block_size & (block_size - 1) == 0
+    fmt, along_rows = spec.format, spec.axis in (-1, x.dim() - 1)
+    power_of_two = spec.block_size & (spec.block_size - 1) == 0
     return (
         (along_rows or x.dim() == 2)
         and power_of_two
-        and block_size <= MAX_BLOCK_SIZE
+        and spec.block_size <= MAX_BLOCK_SIZE
         and fmt.emax >= 1  # else the largest scale is too small for float32
         and fmt.magnitudes[1] >= 2.0**-6  # else the smallest results are none of bfloat16's
         and fmt.mantissa_bits is not None
@@ -185,12 +179,12 @@ def _plan(
             shape = carried_shape(rows, columns, spec)
             outputs.append((6 + index, shape, fp8))
             strides[index] = shape[1]
-    windows = (window((row or column).format, fp8),) * 2 if carried else ((0, 0), (0, 0))
+    fp8_window = window((row or column).format, fp8) if carried else None
     grids = [None if spec is None else _grid_of(spec) for spec in (row, column)]
     partial_rows = triton.cdiv(rows, (SURVEY_TILE if carried else tile).rows)
     return _Plan(
         outputs=tuple(outputs),
-        tail=(rows, columns, *strides, *grids, chained, *windows, tile.rows, tile.columns),
+        tail=(rows, columns, *strides, *grids, chained, fp8_window, tile.rows, tile.columns),
         launch=_Launcher(prepare_kernel, rows, columns, tile),
         survey=_Launcher(survey_kernel, rows, columns, SURVEY_TILE) if carried else None,
         total=_Launcher(total_kernel, 1, columns, TOTAL_TILE) if sums else None,
@@ -271,25 +265,12 @@ def expand(codes: Tensor, scales: Tensor, spec: QuantizerSpec, columns: int, dty
     return out
 
 
-def quantize(
-    x: Tensor,
-    fmt: ElementFormat,
-    scale_rule: ScaleRule,
-    rounding: Rounding,
-    axis: int,
-    block_size: int,
-    noise: Noise | None = None,
-    shadow: Tensor | None = None,
-) -> Tensor:
+def quantize(x: Tensor, spec: QuantizerSpec, noise: Noise | None = None, shadow: Tensor | None = None) -> Tensor:
     """`reference.quantize` on a GPU, for what `supports` admits: same arguments, same bits (of a NaN: a NaN)."""
-    spec = _spec_of(fmt.name, scale_rule, rounding, 0 if axis not in (-1, x.dim() - 1) else -1, block_size)
+    along_rows = spec.axis in (-1, x.dim() - 1)
     matrix = x.reshape(-1, x.shape[-1])
     shadow = None if shadow is None else shadow.reshape(matrix.shape)
     state, stream = (None, 0) if noise is None else noise
-    row, column = (spec, None) if spec.axis == -1 else (None, spec)
-    forms = (DENSE if row else NOTHING, DENSE if column else NOTHING)
+    row, column, forms = (spec, None, (DENSE, NOTHING)) if along_rows else (None, spec, (NOTHING, DENSE))
     (out,) = prepare(matrix, row, column, forms, x.dtype, E4M3, state=state, streams=(stream, stream), shadow=shadow)
     return out.reshape(x.shape)
-
-
-_spec_of = functools.cache(QuantizerSpec)

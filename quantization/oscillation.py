@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quantization.formats import ElementFormat
-from quantization.reference import Blocks, from_blocks, grid_of, power_of_two, scale_exponent, to_blocks
+from quantization.reference import Blocks, block_exponents, from_blocks, grid_of, power_of_two, to_blocks
 from quantization.spec import QuantizerSpec
 
 OSCILLATING = 16.0  # a weight whose oscillation ratio exceeds this is called oscillating (section 7.2)
@@ -161,9 +161,7 @@ def latent_weight(w: Tensor, spec: QuantizerSpec) -> Tensor:
     if w.numel() == 0:
         return w.detach().to(torch.float32)
     blocks = to_blocks(w.detach(), spec.axis, spec.block_size)
-    block_max = blocks.values.abs().amax(dim=-1, keepdim=True)
-    finite = torch.isfinite(block_max)
-    s = scale_exponent(torch.where(finite, block_max, 1.0), spec.format, spec.scale_rule)
+    s, finite = block_exponents(blocks.values, spec)
     latent = (blocks.values * power_of_two(-s)).masked_fill(~finite, torch.nan)
     return from_blocks(Blocks(latent, blocks.length), spec.axis)
 

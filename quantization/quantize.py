@@ -25,7 +25,7 @@ def implementation_for(x: Tensor, spec: QuantizerSpec, backend: str) -> ModuleTy
         if backend == "auto":
             return reference
         raise ValueError("backend='triton' needs the package triton, which cannot be imported here") from error
-    if launch.supports(x, spec.format, spec.axis, spec.block_size):
+    if launch.supports(x, spec):
         if x.is_cuda or launch.INTERPRETED:
             return launch
         raise ValueError("backend='triton' takes CUDA tensors; CPU tensors only under TRITON_INTERPRET=1")
@@ -80,6 +80,4 @@ def fake_quantize(
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         noise = seed if isinstance(seed, Noise) else Noise.from_seed(seed, x.device)
-    return implementation.quantize(
-        x.detach(), spec.format, spec.scale_rule, spec.rounding, spec.axis, spec.block_size, noise, shadow
-    )
+    return implementation.quantize(x.detach(), spec, noise, shadow)

@@ -124,38 +124,37 @@ def from_blocks(blocks: Blocks, axis: int) -> Tensor:
     return blocks.values.flatten(-2)[..., : blocks.length].movedim(-1, axis).contiguous()
 
 
+def block_exponents(values: Tensor, spec: QuantizerSpec) -> tuple[Tensor, Tensor]:
+    """The exponent s of each block's scale (int32) and whether the block is finite, s being that of 1 where it is not.
+
+    `values` (float32) has blocks in its last dimension, which the results keep with size 1.
+    """
+    block_max = values.abs().amax(dim=-1, keepdim=True)
+    finite = torch.isfinite(block_max)
+    return scale_exponent(torch.where(finite, block_max, 1.0), spec.format, spec.scale_rule), finite
+
+
 def block_scales(x: Tensor, spec: QuantizerSpec) -> Tensor:
     """The scale S of each element's block, in float32 and x's shape. The values must be finite."""
-    blocks = to_blocks(x.detach().float(), spec.axis, spec.block_size)
-    block_max = blocks.values.abs().amax(dim=-1, keepdim=True)
-    scales = power_of_two(scale_exponent(block_max, spec.format, spec.scale_rule)).expand_as(blocks.values)
-    return from_blocks(Blocks(scales, blocks.length), spec.axis)
+    blocks = to_blocks(x.detach(), spec.axis, spec.block_size)
+    s, _ = block_exponents(blocks.values, spec)
+    return from_blocks(Blocks(power_of_two(s).expand_as(blocks.values), blocks.length), spec.axis)
 
 
-def quantize(
-    x: Tensor,
-    fmt: ElementFormat,
-    scale_rule: ScaleRule,
-    rounding: Rounding,
-    axis: int,
-    block_size: int,
-    noise: Noise | None = None,
-    shadow: Tensor | None = None,
-) -> Tensor:
-    """Quantize a non-empty tensor in blocks along `axis` and dequantize it again, in its own dtype (equation 1)."""
+def quantize(x: Tensor, spec: QuantizerSpec, noise: Noise | None = None, shadow: Tensor | None = None) -> Tensor:
+    """Quantize a non-empty tensor in blocks along `spec.axis` and dequantize it, in its own dtype (equation 1)."""
+    fmt, rounding, axis, block_size = spec.format, spec.rounding, spec.axis, spec.block_size
     blocks = to_blocks(x, axis, block_size)
     shadow_blocks = None if shadow is None else to_blocks(shadow, axis, block_size).values
-    u = to_blocks(uniform(x.shape, noise), axis, block_size).values if rounding == "stochastic" else None
+    u = to_blocks(uniform(x.shape, noise), axis, block_size).values if spec.stochastic else None
 
-    block_max = blocks.values.abs().amax(dim=-1, keepdim=True)
-    finite = torch.isfinite(block_max)
+    s, finite = block_exponents(blocks.values, spec)
     if shadow_blocks is not None:
         finite = finite & torch.isfinite(shadow_blocks).all(dim=-1, keepdim=True)
-    s = scale_exponent(torch.where(finite, block_max, 1.0), fmt, scale_rule)
     to_latent = power_of_two(-s)
 
     latent = blocks.values * to_latent
-    if rounding == "stochastic":
+    if spec.stochastic:
         latent = in_fixed_point(latent, fmt)
     pair = neighbours(latent.abs().clamp(max=fmt.max), fmt)  # the clamp saturates; only the floor rule needs it
     up = rounds_up(latent, pair, rounding, u=u, shadow=None if shadow_blocks is None else shadow_blocks * to_latent)
@@ -174,12 +173,11 @@ SCALE_BIAS, NAN_SCALE = 127, 255
 def scale_codes(x: Tensor, spec: QuantizerSpec, shadow: Tensor | None = None) -> Tensor:
     """The E8M0 codes s + 127 of a matrix's blocks, 255 where one is not finite: uint8, a row for each number a block
     has along `spec.axis`."""
-    largest = to_blocks(x, spec.axis, spec.block_size).values.abs().amax(dim=-1)
-    finite = torch.isfinite(largest)
+    s, finite = block_exponents(to_blocks(x, spec.axis, spec.block_size).values, spec)
     if shadow is not None:
-        finite &= torch.isfinite(to_blocks(shadow, spec.axis, spec.block_size).values).all(dim=-1)
-    s = scale_exponent(torch.where(finite, largest, 1.0), spec.format, spec.scale_rule)
-    return torch.where(finite, s + SCALE_BIAS, NAN_SCALE).to(torch.uint8).t().contiguous()
+        shadow_blocks = to_blocks(shadow, spec.axis, spec.block_size).values
+        finite = finite & torch.isfinite(shadow_blocks).all(dim=-1, keepdim=True)
+    return torch.where(finite, s + SCALE_BIAS, NAN_SCALE).to(torch.uint8).squeeze(-1).t().contiguous()
 
 
 def _scales_of_elements(scales: Tensor, spec: QuantizerSpec, shape: tuple[int, int]) -> Tensor:
