@@ -16,6 +16,11 @@ A format's grid is that of a small float. Brought down by a power of two to wher
 float32's, 2^-126, a float32 number has the format's code in its highest bits, and below them its place on the way to
 the next code, evenly from zero to the largest. There rounding is integer arithmetic, and needs no table.
 
+In `prepare_kernel` a tile is cut into patches of 4 rows and 8 columns and has the dimensions (COLUMNS // 8, ROWS // 4,
+8 columns, 4 rows). Triton then gives each thread whole patches, whichever way a result is written: a row of a patch is
+one load and one call of Philox, its maxima and sums begin in registers, and a transposed result needs no exchange
+between threads.
+
 Import this module only where Triton is there; launch.py launches the kernels.
 """
 
@@ -30,9 +35,9 @@ _SIGN = tl.constexpr(-(2**31))
 _MAGNITUDE = tl.constexpr(2**31 - 1)
 _EXPONENT = tl.constexpr(0x7F800000)
 _INFINITY = tl.constexpr(0x7F800000)
-_MANTISSA = tl.constexpr(0x7FFFFF)
 _NAN = tl.constexpr(0x7FC00000)
 _NAN_SCALE = tl.constexpr(255)  # the E8M0 code of a block that is not finite
+_PATCH_ROWS, _PATCH_COLUMNS = tl.constexpr(4), tl.constexpr(8)
 _INTEGERS_ONLY = tl.constexpr(1.5 * 2.0**23)  # float32 numbers of this size have no fraction
 
 
@@ -40,7 +45,7 @@ class Grid(NamedTuple):
     """A quantizer in the terms of the kernels."""
 
     emax: int
-    step_up_above: int  # the scale is one larger where the mantissa bits of the block's maximum exceed this
+    carry: int  # added to the bits of the block's maximum, it reaches the exponent where the scale is one larger
     rounding: str
     mantissa_bits: int
     bottom: int  # exponent of the smallest normal number
@@ -52,6 +57,20 @@ class Grid(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _row_numbers(first_row, ROWS: tl.constexpr):
+    """The rows of a tile in patches: (1, ROWS // 4, 1, 4)."""
+    patch, inside = tl.arange(0, ROWS // _PATCH_ROWS)[None, :, None, None], tl.arange(0, _PATCH_ROWS)[None, None, None]
+    return first_row + patch * _PATCH_ROWS + inside
+
+
+@triton.jit
+def _column_numbers(first_column, COLUMNS: tl.constexpr, PATCH: tl.constexpr = _PATCH_COLUMNS):
+    """The columns of a tile in patches: (COLUMNS // 8, 1, 8, 1)."""
+    patch, inside = tl.arange(0, COLUMNS // PATCH)[:, None, None, None], tl.arange(0, PATCH)[None, None, :, None]
+    return first_column + patch * PATCH + inside
 
 
 @triton.jit
@@ -75,9 +94,9 @@ def _from_float32(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _power_of_two(n):
-    """2^n, n from -127 to 127, as bits: float32. 2^-127 is a subnormal number."""
-    return tl.where(n > -127, (n + 127) << 23, 1 << 22).to(tl.float32, bitcast=True)
+def _power_of_two(code):
+    """2^(code - 127), code from 0 to 254: float32. 2^-127 is a subnormal number."""
+    return tl.maximum(code << 23, 1 << 22).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -96,24 +115,25 @@ def _philox(key, c0, c1, c2, c3):
 
 @triton.jit
 def _random_halves(state, stream, first_row, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The 16 bits that `noise.uniform` draws for each element of a tile, shifted left by 7: (ROWS, COLUMNS) int32."""
+    """The 16 bits that `noise.uniform` draws for each element of a tile in patches, shifted left by 7: int32."""
     high = tl.load(state + 1) + stream
-    row = first_row + tl.arange(0, ROWS)
-    call = first_column // 8 + tl.arange(0, COLUMNS // 8)
-    c0, c1 = tl.broadcast(call[None, :].to(tl.uint32), row[:, None].to(tl.uint32))
+    # In the order (4, ROWS // 4, COLUMNS // 8) Triton gives the calls of a patch to the thread that has the patch.
+    patch, inside = tl.arange(0, ROWS // _PATCH_ROWS)[None, :, None], tl.arange(0, _PATCH_ROWS)[:, None, None]
+    row = first_row + patch * _PATCH_ROWS + inside
+    call = first_column // 8 + tl.arange(0, COLUMNS // 8)[None, None, :]
+    c0, c1 = tl.broadcast(call.to(tl.uint32), row.to(tl.uint32))
     c2, c3 = (high & 0xFFFFFFFF).to(tl.uint32), ((high >> 32) & 0xFFFFFFFF).to(tl.uint32)
     w0, w1, w2, w3 = _philox(tl.load(state), c0, c1, c2, c3)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (ROWS, COLUMNS // 8, 2, 2): word 2i + j at [..., i, j]
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (..., 2, 2): word 2i + j at [..., i, j]
     halves = tl.join(words << 7, words >> 9)  # each word's low and high half
-    return tl.reshape((halves & 0x7FFF80).to(tl.int32, bitcast=True), (ROWS, COLUMNS))
+    halves = tl.permute((halves & 0x7FFF80).to(tl.int32, bitcast=True), (2, 1, 3, 4, 5, 0))
+    return tl.reshape(halves, (COLUMNS // 8, ROWS // _PATCH_ROWS, 8, _PATCH_ROWS))
 
 
 @triton.jit
-def _scale_exponent(block_max, GRID: tl.constexpr):
-    """The exponent s of the scale, from the bits of the block's largest magnitude."""
-    step_up = ((block_max & _MANTISSA) > GRID.step_up_above).to(tl.int32)
-    s = (block_max >> 23) - 127 - GRID.emax + step_up
-    return tl.minimum(tl.maximum(s, -127), 127)
+def _scale_code(block_max, GRID: tl.constexpr):
+    """The E8M0 code of the scale, its exponent + 127, from the bits of the block's largest magnitude; from 0 to 254."""
+    return tl.maximum(((block_max + GRID.carry) >> 23) - GRID.emax, 0)
 
 
 @triton.jit
@@ -134,7 +154,7 @@ def _round_nearest(latent, shadow, GRID: tl.constexpr):
     binade = tl.maximum(latent.to(tl.int32, bitcast=True) & _EXPONENT, BOTTOM)
     if GRID.rounding == "nearest_even" and GRID.mantissa_bits > 0 and shadow is None:
         # 1.5 * 2^23 gaps: the sum is a whole number of gaps, whose parity is that of the code.
-        anchor = (binade + ((23 - GRID.mantissa_bits) * (1 << 23) + (1 << 22))).to(tl.float32, bitcast=True)
+        anchor = binade.to(tl.float32, bitcast=True) * (1.5 * 2 ** (23 - GRID.mantissa_bits))
         rounded = (latent + anchor) - anchor
     else:
         gap = binade.to(tl.float32, bitcast=True) * (1.0 / (1 << GRID.mantissa_bits))
@@ -188,61 +208,76 @@ def _round_stochastic(latent, halves, GRID: tl.constexpr):
 
 
 @triton.jit
-def _quantize_tile(
-    x,
-    shadow,
-    halves,
-    GRID: tl.constexpr,
-    AXIS: tl.constexpr,
-    CODED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Quantize a tile (ROWS, COLUMNS) of float32 in blocks along AXIS.
+def _in_blocks(x, BLOCK: tl.constexpr, AXIS: tl.constexpr):
+    """A tile in patches, with the dimensions 1 and 4 (AXIS 1) or 2 and 5 (AXIS 0) those inside a block."""
+    SIDE: tl.constexpr = x.shape[2] if AXIS == 1 else x.shape[3]
+    INNER: tl.constexpr = BLOCK if BLOCK < SIDE else SIDE
+    OUTER: tl.constexpr = BLOCK // INNER
+    if AXIS == 1:
+        x = tl.reshape(x, (x.shape[0] // OUTER, OUTER, x.shape[1], SIDE // INNER, INNER, x.shape[3]))
+    else:
+        x = tl.reshape(x, (x.shape[0], x.shape[1] // OUTER, OUTER, x.shape[2], SIDE // INNER, INNER))
+    return x
 
-    Returns Q(x) / S, or if CODED its bits as `_coded` has them, the exponents of the scales (a dimension of 1 where the
-    block was) and the bits of each block's largest magnitude, all with blocks in a dimension of their own.
+
+@triton.jit
+def _block_max(x, AXIS: tl.constexpr):
+    """Bits of the largest magnitude of each block of what `_in_blocks` returns, a NaN being the largest of all."""
+    bits = x.to(tl.int32, bitcast=True) & _MAGNITUDE
+    if AXIS == 1:
+        return tl.max(tl.max(bits, axis=4, keep_dims=True), axis=1, keep_dims=True)
+    else:
+        return tl.max(tl.max(bits, axis=5, keep_dims=True), axis=2, keep_dims=True)
+
+
+@triton.jit
+def _quantize_tile(x, shadow, halves, GRID: tl.constexpr, AXIS: tl.constexpr, CODED: tl.constexpr):
+    """Quantize a tile of float32 in patches, in blocks along AXIS.
+
+    Returns Q(x) / S, or if CODED its bits as `_coded` has them, the codes of the scales and the bits of each block's
+    largest magnitude, all as `_in_blocks` has them (dimensions inside a block being 1 of what there is one a block).
     """
-    D0: tl.constexpr = ROWS // GRID.block if AXIS == 0 else ROWS
-    D1: tl.constexpr = GRID.block if AXIS == 0 else COLUMNS // GRID.block
-    D2: tl.constexpr = COLUMNS if AXIS == 0 else GRID.block
-    ALONG: tl.constexpr = 1 if AXIS == 0 else 2
-    x = tl.reshape(x, (D0, D1, D2))
-    block_max = tl.max(x.to(tl.int32, bitcast=True) & _MAGNITUDE, axis=ALONG, keep_dims=True)
+    x = _in_blocks(x, GRID.block, AXIS)
+    block_max = _block_max(x, AXIS)
     largest = block_max
-    s = _scale_exponent(block_max, GRID)
-    to_latent = _power_of_two(-s)
+    scale = _scale_code(block_max, GRID)
+    to_latent = _power_of_two(254 - scale)
     if shadow is not None:
-        shadow = tl.reshape(shadow, (D0, D1, D2))
-        shadow_max = tl.max(shadow.to(tl.int32, bitcast=True) & _MAGNITUDE, axis=ALONG, keep_dims=True)
-        largest = tl.maximum(largest, shadow_max)
+        shadow = _in_blocks(shadow, GRID.block, AXIS)
+        largest = tl.maximum(largest, _block_max(shadow, AXIS))
         shadow = shadow * to_latent
     if GRID.rounding == "stochastic":
-        rounded = _round_stochastic(x * to_latent, tl.reshape(halves, (D0, D1, D2)), GRID)
+        rounded = _round_stochastic(x * to_latent, _in_blocks(halves, GRID.block, AXIS), GRID)
         if not CODED:
             rounded = _decoded(rounded, GRID)
     else:
         rounded = _round_nearest(x * to_latent, shadow, GRID)
         if CODED:
             rounded = _coded(rounded, GRID)
-    return rounded, s, largest
+    return rounded, scale, largest
 
 
 @triton.jit
-def _values(rounded, s, largest, GRID: tl.constexpr, CODED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Dequantize: (ROWS, COLUMNS) float32, NaN in blocks that are not finite."""
-    scale = tl.where(largest < _INFINITY, _power_of_two(s).to(tl.int32, bitcast=True), _NAN).to(
-        tl.float32, bitcast=True
-    )
+def _in_patches(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Undo `_in_blocks`."""
+    return tl.reshape(x, (COLUMNS // _PATCH_COLUMNS, ROWS // _PATCH_ROWS, _PATCH_COLUMNS, _PATCH_ROWS))
+
+
+@triton.jit
+def _values(
+    rounded, scale, largest, GRID: tl.constexpr, CODED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Dequantize: float32 in patches, NaN in blocks that are not finite."""
+    power = tl.where(largest < _INFINITY, _power_of_two(scale).to(tl.int32, bitcast=True), _NAN)
     if CODED:
         rounded = _decoded(rounded, GRID)
-    return tl.reshape(rounded * scale, (ROWS, COLUMNS))
+    return _in_patches(rounded * power.to(tl.float32, bitcast=True), ROWS, COLUMNS)
 
 
 @triton.jit
 def _store_packed(
     bits,
-    s,
+    scale,
     largest,
     codes_ptr,
     scales_ptr,
@@ -261,27 +296,32 @@ def _store_packed(
     # keep a NaN, whose codes do not matter, out of its neighbour's.
     PLACE: tl.constexpr = 23 - GRID.mantissa_bits
     SIGN: tl.constexpr = 31 - PLACE
-    left, right = tl.split(tl.reshape(bits.to(tl.uint32, bitcast=True), (ROWS, COLUMNS // 2, 2)))
+    PAIRS: tl.constexpr = _PATCH_COLUMNS // 2  # of a row of a patch
+    bits = bits.to(tl.uint32, bitcast=True)
+    bits = tl.reshape(bits, (COLUMNS // _PATCH_COLUMNS, ROWS // _PATCH_ROWS, PAIRS, 2, _PATCH_ROWS))
+    left, right = tl.split(tl.permute(bits, (0, 1, 2, 4, 3)))
     both = ((left >> PLACE) & (7 | (1 << SIGN))) | ((right >> (PLACE - 4)) & ((7 | (1 << SIGN)) << 4))
     two = (both & 0x77) | ((both >> (SIGN - 3)) & 0x88)
-    row = first_row + tl.arange(0, ROWS)[:, None]
-    pair = first_column // 2 + tl.arange(0, COLUMNS // 2)[None, :]
+    row = _row_numbers(first_row, ROWS)
+    pair = _column_numbers(first_column // 2, COLUMNS // 2, PAIRS)
     half = (columns + 1) // 2
     inside = (row < rows) & (pair < half)
     tl.store(codes_ptr + row.to(tl.int64) * half + pair, two.to(tl.uint8), mask=inside)
 
-    code = tl.where(largest < _INFINITY, s + 127, _NAN_SCALE).to(tl.uint8)
+    code = tl.where(largest < _INFINITY, scale, _NAN_SCALE).to(tl.uint8)
     if AXIS == 0:
-        block = first_row // GRID.block + tl.arange(0, ROWS // GRID.block)[:, None]
-        place = first_column + tl.arange(0, COLUMNS)[None, :]
+        BLOCKS: tl.constexpr = ROWS // GRID.block
+        code = tl.reshape(code, (COLUMNS // _PATCH_COLUMNS, BLOCKS, _PATCH_COLUMNS, 1))
+        block = first_row // GRID.block + tl.arange(0, BLOCKS)[None, :, None, None]
+        place = _column_numbers(first_column, COLUMNS)
         here = (block < tl.cdiv(rows, GRID.block)) & (place < columns)
-        code = tl.reshape(code, (ROWS // GRID.block, COLUMNS))
         length = columns
     else:
-        block = first_column // GRID.block + tl.arange(0, COLUMNS // GRID.block)[None, :]
-        place = first_row + tl.arange(0, ROWS)[:, None]
+        BLOCKS: tl.constexpr = COLUMNS // GRID.block
+        code = tl.reshape(code, (BLOCKS, ROWS // _PATCH_ROWS, 1, _PATCH_ROWS))
+        block = first_column // GRID.block + tl.arange(0, BLOCKS)[:, None, None, None]
+        place = row
         here = (block < tl.cdiv(columns, GRID.block)) & (place < rows)
-        code = tl.reshape(code, (ROWS, COLUMNS // GRID.block))
         length = rows
     tl.store(scales_ptr + block.to(tl.int64) * length + place, code, mask=here)
 
@@ -301,22 +341,20 @@ def _store_carried(
 ):
     """Write a tile of float32 as fp8: (rows, out_stride), or (columns, out_stride) if TRANSPOSED."""
     narrow = values.to(out_ptr.dtype.element_ty)
+    row, column = _row_numbers(first_row, ROWS), _column_numbers(first_column, COLUMNS)
     if TRANSPOSED:
-        out_row = first_column + tl.arange(0, COLUMNS)[:, None]
-        out_column = first_row + tl.arange(0, ROWS)[None, :]
-        inside = (out_row < columns) & (out_column < out_stride)
-        tl.store(out_ptr + out_row.to(tl.int64) * out_stride + out_column, tl.trans(narrow), mask=inside)
+        inside = (column < columns) & (row < out_stride)
+        offset = column.to(tl.int64) * out_stride + row
     else:
-        out_row = first_row + tl.arange(0, ROWS)[:, None]
-        out_column = first_column + tl.arange(0, COLUMNS)[None, :]
-        inside = (out_row < rows) & (out_column < out_stride)
-        tl.store(out_ptr + out_row.to(tl.int64) * out_stride + out_column, narrow, mask=inside)
+        inside = (row < rows) & (column < out_stride)
+        offset = row.to(tl.int64) * out_stride + column
+    tl.store(out_ptr + offset, narrow, mask=inside)
 
 
 @triton.jit
 def _into_window(
     rounded,
-    s,
+    scale,
     largest,
     shift,
     lost_ptr,
@@ -327,12 +365,13 @@ def _into_window(
 ):
     """Q(x) 2^shift in float32; counts the blocks below the window, which fp8 may change."""
     # Blocks of zeros, which have the smallest scale, do not count, nor the few others that have it.
-    below = (s > -127) & (s + shift < LOWEST) & (largest < _INFINITY)
-    s = tl.minimum(tl.maximum(s + shift, -127), 127)
-    count = tl.sum(tl.reshape(below.to(tl.int32), (s.numel,), can_reorder=True))
+    below = (scale > 0) & (scale < LOWEST + 127 - shift) & (largest < _INFINITY)
+    count = below.to(tl.int32)
+    for axis in tl.static_range(6):
+        count = tl.sum(count, axis=5 - axis)
     if count > 0:
         tl.atomic_add(lost_ptr, count.to(tl.int64), sem="relaxed")
-    return _values(rounded, s, largest, GRID, False, ROWS, COLUMNS)
+    return _values(rounded, tl.minimum(tl.maximum(scale + shift, 0), 254), largest, GRID, False, ROWS, COLUMNS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,15 +414,14 @@ def prepare_kernel(
     tile_row = tl.program_id(0) // tiles_across
     first_row = tile_row * TILE_ROWS
     first_column = tl.program_id(0) % tiles_across * TILE_COLUMNS
-    row = first_row + tl.arange(0, TILE_ROWS)[:, None]
-    column = first_column + tl.arange(0, TILE_COLUMNS)[None, :]
+    row, column = _row_numbers(first_row, TILE_ROWS), _column_numbers(first_column, TILE_COLUMNS)
     inside = (row < rows) & (column < columns)
     offset = row.to(tl.int64) * columns + column
     x = _to_float32(tl.load(x_ptr + offset, mask=inside, other=0.0))
 
     if sums_ptr is not None:
-        place = first_column + tl.arange(0, TILE_COLUMNS)
-        tl.store(sums_ptr + tile_row.to(tl.int64) * columns + place, tl.sum(x, axis=0), mask=place < columns)
+        sums = tl.sum(tl.sum(x, axis=3, keep_dims=True), axis=1, keep_dims=True)
+        tl.store(sums_ptr + tile_row.to(tl.int64) * columns + column, sums, mask=column < columns)
 
     shadow = None
     if shadow_ptr is not None:
@@ -391,29 +429,30 @@ def prepare_kernel(
 
     if peak_ptr is not None:
         FIRST: tl.constexpr = COLUMN if ROW is None else ROW
-        shift = tl.minimum(WINDOW[0] - _scale_exponent(tl.load(peak_ptr), FIRST), 127)  # else the factor is too small
+        # Above 127 the factor would be too small.
+        shift = tl.minimum(WINDOW[0] + 127 - _scale_code(tl.load(peak_ptr), FIRST), 127)
         if tl.program_id(0) == 0:
-            tl.store(factor_ptr, _power_of_two(-shift))
+            tl.store(factor_ptr, _power_of_two(127 - shift))
 
     if ROW is not None:
         halves = None
         if ROW.rounding == "stochastic":
             halves = _random_halves(state_ptr, row_stream, first_row, first_column, TILE_ROWS, TILE_COLUMNS)
         CODED: tl.constexpr = row_codes is not None
-        rounded, s, largest = _quantize_tile(x, shadow, halves, ROW, 1, CODED, TILE_ROWS, TILE_COLUMNS)
+        rounded, scale, largest = _quantize_tile(x, shadow, halves, ROW, 1, CODED)
         shadow = None
         if CODED:
             _store_packed(
-                rounded, s, largest, row_codes, row_scales, first_row, first_column, rows, columns,
+                rounded, scale, largest, row_codes, row_scales, first_row, first_column, rows, columns,
                 ROW, 1, TILE_ROWS, TILE_COLUMNS,
             )  # fmt: skip
         if row_carried is not None:
-            values = _into_window(rounded, s, largest, shift, lost_ptr, ROW, WINDOW[1], TILE_ROWS, TILE_COLUMNS)
+            values = _into_window(rounded, scale, largest, shift, lost_ptr, ROW, WINDOW[1], TILE_ROWS, TILE_COLUMNS)
             _store_carried(
                 values, row_carried, first_row, first_column, rows, columns, row_stride, False, TILE_ROWS, TILE_COLUMNS
             )
         if row_values is not None or CHAINED:
-            y = _values(rounded, s, largest, ROW, CODED, TILE_ROWS, TILE_COLUMNS)
+            y = _values(rounded, scale, largest, ROW, CODED, TILE_ROWS, TILE_COLUMNS)
             if row_values is not None:
                 tl.store(row_values + offset, _from_float32(y, row_values.dtype.element_ty), mask=inside)
             if CHAINED:
@@ -424,20 +463,20 @@ def prepare_kernel(
         if COLUMN.rounding == "stochastic":
             halves = _random_halves(state_ptr, column_stream, first_row, first_column, TILE_ROWS, TILE_COLUMNS)
         CODED2: tl.constexpr = column_codes is not None
-        rounded, s, largest = _quantize_tile(x, shadow, halves, COLUMN, 0, CODED2, TILE_ROWS, TILE_COLUMNS)
+        rounded, scale, largest = _quantize_tile(x, shadow, halves, COLUMN, 0, CODED2)
         if CODED2:
             _store_packed(
-                rounded, s, largest, column_codes, column_scales, first_row, first_column, rows, columns,
+                rounded, scale, largest, column_codes, column_scales, first_row, first_column, rows, columns,
                 COLUMN, 0, TILE_ROWS, TILE_COLUMNS,
             )  # fmt: skip
         elif column_carried is not None:
-            values = _into_window(rounded, s, largest, shift, lost_ptr, COLUMN, WINDOW[1], TILE_ROWS, TILE_COLUMNS)
+            values = _into_window(rounded, scale, largest, shift, lost_ptr, COLUMN, WINDOW[1], TILE_ROWS, TILE_COLUMNS)
             _store_carried(
                 values, column_carried, first_row, first_column, rows, columns, column_stride, True,
                 TILE_ROWS, TILE_COLUMNS,
             )  # fmt: skip
         else:
-            z = _values(rounded, s, largest, COLUMN, CODED2, TILE_ROWS, TILE_COLUMNS)
+            z = _values(rounded, scale, largest, COLUMN, CODED2, TILE_ROWS, TILE_COLUMNS)
             tl.store(column_values + offset, _from_float32(z, column_values.dtype.element_ty), mask=inside)
 
 
@@ -514,15 +553,9 @@ def expand_kernel(
         length = rows
     code = tl.load(scales_ptr + block.to(tl.int64) * length + place, mask=here, other=0).to(tl.int32)
     code = tl.reshape(code, (D0, 1, D2) if AXIS == 0 else (D0, D1, 1))
-    values = _values(
-        tl.reshape(bits, (D0, D1, D2)),
-        code - 127,
-        tl.where(code != _NAN_SCALE, 0, _INFINITY),
-        GRID,
-        True,
-        TILE_ROWS,
-        TILE_COLUMNS,
-    )
+    power = tl.where(code != _NAN_SCALE, _power_of_two(code).to(tl.int32, bitcast=True), _NAN)
+    values = _decoded(tl.reshape(bits, (D0, D1, D2)), GRID) * power.to(tl.float32, bitcast=True)
+    values = tl.reshape(values, (TILE_ROWS, TILE_COLUMNS))
     column = first_column + tl.arange(0, TILE_COLUMNS)[None, :]
     offset = row.to(tl.int64) * columns + column
     inside = (row < rows) & (column < columns)

@@ -46,7 +46,9 @@ class Tile(NamedTuple):
 
 
 # Measured, see docs/PERFORMANCE.md.
-TILE, CARRIED_TILE = Tile(32, 64, 2, 96), Tile(32, 64, 1)  # of prepare_kernel, the second with fp8 outputs
+TILE, CARRIED_TILE = Tile(32, 32, 1, 96), Tile(32, 32, 1)  # of prepare_kernel, the second with fp8 outputs
+if INTERPRETED:  # which takes long for each program
+    TILE = CARRIED_TILE = Tile(64, 64, 1)
 SURVEY_TILE, TOTAL_TILE, EXPAND_TILE = Tile(128, 64, 4), Tile(512, 8, 4), Tile(32, 128, 2)
 
 
@@ -55,7 +57,7 @@ def _grid_of(spec: QuantizerSpec) -> Grid:
     fmt = spec.format
     return Grid(
         emax=fmt.emax,
-        step_up_above=round((fmt.max_significand - 1) * 2**23) if spec.scale_rule == "truncation_free" else 2**23,
+        carry=2**23 - 1 - round((fmt.max_significand - 1) * 2**23) if spec.scale_rule == "truncation_free" else 0,
         rounding=spec.rounding,
         mantissa_bits=fmt.mantissa_bits,
         bottom=math.frexp(fmt.smallest_normal)[1] - 1,
@@ -167,7 +169,7 @@ def _plan(
 ) -> _Plan:
     block = max(32, *(spec.block_size for spec in (row, column) if spec is not None))
     carried = CARRIED in forms
-    tile = Tile(block, max(64, block), 1) if block > 32 else CARRIED_TILE if carried else TILE
+    tile = Tile(block, block, 1) if block > 32 else CARRIED_TILE if carried else TILE
     outputs, strides = [], [1, 1]
     for index, (spec, form) in enumerate(zip((row, column), forms, strict=True)):
         if form == DENSE:
