@@ -1,10 +1,11 @@
 """A whole training step: MXFP4 against bfloat16 nn.Linear, eager and compiled, in turns on one device.
 
-    python benchmarks/bench_step.py [--models deit_tiny deit_base] [--methods tetrajet] [--compile] [--carrier fp8]
+    python benchmarks/bench_step.py [--models deit_tiny deit_base] [--methods qema] [--compile] [--carrier fp8] [--busy]
 
 The step is that of main.py: model, drop path, AdamW, clipping and bfloat16 autocast of the recipe, at 224x224, on a
 batch of noise that stays on the device. A turn is three steps, of which the last counts. Compiled variants are compared
-with compiled bfloat16, eager ones with eager. Peak memory is that of a process with the one variant in it.
+with compiled bfloat16, eager ones with eager. Peak memory is that of a process with the one variant in it. --busy adds
+how long the device works in a step, whatever the host does: the union of all kernels in a torch.profiler trace.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from common import (
     Results,
     add_carrier,
     command,
+    device_busy,
     make_batch,
     make_run,
     method_config,
@@ -32,7 +34,7 @@ from common import (
 from engine import Run
 
 BATCH = {"deit_tiny": 256, "deit_small": 256, "deit_base": 128, "swin_tiny": 128, "swin_small": 128}
-BASELINE, COMPILED = "bf16", " compiled"
+BASELINE, COMPILED, BUSY = "bf16", " compiled", ", device busy"
 
 
 def compile_run(run: Run, quick: bool) -> None:
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--batch", type=int, help=f"images of a step (default: {BATCH})")
     parser.add_argument("--compile", action="store_true", help="also with the model under torch.compile")
+    parser.add_argument("--busy", action="store_true", help="also how long the device works in a step")
     add_carrier(parser)
     options, device = parse(parser, argv)
     results = Results("step", options, device)
@@ -67,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         steps = {name: step_of(run, batch) for name, run in runs.items()}
         samples = take_turns(steps, device, options, kernels=False, uncounted=2)
         peaks = {name: peak_gib(step, state_of(runs[name], batch), device) for name, step in steps.items()}
+        if options.busy and device.type == "cuda":
+            for name, step in steps.items():
+                samples[name + BUSY] = device_busy(step, device)
+                baselines[name + BUSY] = baselines[name] + BUSY
         size = runs[BASELINE].cfg.model.img_size
         results.add(
             model,

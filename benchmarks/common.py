@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import math
 import statistics
 import sys
 import tempfile
@@ -160,6 +161,28 @@ def take_turns(
     return samples
 
 
+def device_busy(call: Callable[[], object], device: torch.device, times: int = 3) -> list[float]:
+    """Milliseconds of each of `times` calls in which a GPU works: its kernels and copies, overlaps counted once."""
+    samples = []
+    for _ in range(times):
+        torch.cuda.synchronize(device)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+            call()
+            torch.cuda.synchronize(device)
+        on_gpu = (e.time_range for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+        samples.append(union_of((interval.start, interval.end) for interval in on_gpu) / 1e3)
+    return samples
+
+
+def union_of(intervals: Iterable[tuple[float, float]]) -> float:
+    """How much of a line intervals (begin, end) cover."""
+    covered, reached = 0.0, -math.inf
+    for begin, end in sorted(intervals):
+        covered += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return covered
+
+
 def peak_gib(call: Callable[[], object], own: object, device: torch.device) -> float | None:
     """The most device memory (GiB) that a process with nothing but this call in it would hold at once; None on a CPU.
 
@@ -200,18 +223,27 @@ def method_config(model: str, method: str) -> Path:
     return path
 
 
-def make_run(config: Path, device: torch.device, *, batch: int, quick: bool, overrides: Iterable[str] = ()) -> Run:
-    """A run of a configuration at the start of training, as main.py builds it, in batches of `batch` generated images.
+def make_run(
+    config: Path,
+    device: torch.device,
+    *,
+    batch: int,
+    quick: bool,
+    overrides: Iterable[str] = (),
+    rank: int = 0,
+    world_size: int = 1,
+) -> Run:
+    """A run of a configuration at the start of training, as main.py builds it, `batch` generated images a process.
 
     Nothing but the data differs from the recipe, and there is no mixup: its targets would hide the cross-entropy.
     """
     smaller = ["model.img_size=32", f"model.kwargs={TINY['swin' if config.stem.startswith('swin') else 'deit']}"]
     data = {
         "data.set": "generated",
-        "data.num_images": batch,
+        "data.num_images": batch * world_size,
         "data.num_workers": 0,
         "data.batch_size": batch,
-        "optim.global_batch": batch,
+        "optim.global_batch": batch * world_size,
         "aug.repeats": 1,
         "aug.mixup": 0,
         "aug.cutmix": 0,
@@ -221,7 +253,7 @@ def make_run(config: Path, device: torch.device, *, batch: int, quick: bool, ove
     common = [*(f"{key}={value}" for key, value in data.items()), *(smaller if quick else [])]
     cfg = load_config(config, [*common, *overrides], source="the command line")
     with tempfile.TemporaryDirectory() as folder:  # in which nothing is written
-        run = build_run(cfg, Path(folder) / "run", rank=0, world_size=1, device=device)
+        run = build_run(cfg, Path(folder) / "run", rank=rank, world_size=world_size, device=device)
     run.wrapped.train()
     return run
 

@@ -28,7 +28,7 @@ from quantization.spec import QUANTIZERS, LinearRecipe
 ROWS, COLUMNS = 0, -1  # the dimension of a stored matrix that a product sums over
 
 
-def _quantized(
+def quantize_for_products(
     x: Tensor,
     names: tuple[str, str],
     wanted: tuple[bool, bool],
@@ -86,10 +86,10 @@ class QuantLinearFunction(torch.autograd.Function):
         forms = forms_for(recipe, weight, x)
         for_input, for_weight = (differentiable and needed for needed in ctx.needs_input_grad[:2])
 
-        x1, x6, _ = _quantized(
+        x1, x6, _ = quantize_for_products(
             X_ND, ("q1", "q6"), (True, for_weight), recipe, forms, dtype, E4M3, noise, chained=chained
         )
-        w2, w4, _ = _quantized(
+        w2, w4, _ = quantize_for_products(
             weight, ("q2", "q4"), (True, for_input), recipe, forms, dtype, E4M3, noise, chained=chained, shadow=shadow
         )
         bias_N = None if bias is None else bias.to(dtype)
@@ -115,7 +115,7 @@ class QuantLinearFunction(torch.autograd.Function):
         dtype, noise = ctx.compute_dtype, Noise(noise_state, ctx.stream)
         G_NC = grad_output.reshape(-1, grad_output.shape[-1])
 
-        g3, g5, grad_bias = _quantized(
+        g3, g5, grad_bias = quantize_for_products(
             G_NC, ("q3", "q5"), (for_input, for_weight), ctx.recipe, ctx.forms, dtype, E5M2, noise, sums=for_bias
         )
         grad_input = grad_weight = None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_linear
+import bench_operands
 import bench_probe
 import bench_quantize
 import bench_stabilizers
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("in_this_process")
 
 BENCHMARKS = {
     "linear": (bench_linear.main, ["--models", "deit_base", "--layers", "qkv", "fc2"]),
+    "operands": (bench_operands.main, ["--layers", "fc2"]),
     "probe": (bench_probe.main, []),
     "quantize": (bench_quantize.main, ["--dtypes", "bfloat16"]),
     "stabilizers": (bench_stabilizers.main, []),
@@ -35,6 +37,7 @@ BENCHMARKS = {
 AXES = ("-1", "0", "both")
 CASES = {  # the variants of every case, the baseline of each
     "linear": [["bf16", "tetrajet", "microscaling"]] * 2,
+    "operands": [["copy", "bf16", "fp8"]] * 3 + [["copy", "bf16"]] + [["bf16", "fp8"]] * 3,
     "probe": [["off", "on", "on, last epoch", "ending"]],
     "quantize": [
         ["copy", "ours"]
@@ -141,6 +144,28 @@ def test_numbers_of_rounds(no_gpu: None) -> None:
     for flags in (["--rounds", "1"], ["--warmup", "0"]):
         with pytest.raises(UserError, match="--rounds must be at least 2 and --warmup at least 1"):
             common.parse(common.parser_for("", rounds=5), flags)
+
+
+def test_two_processes_against_one(tmp_path: Path) -> None:
+    script, out = str(ROOT / "benchmarks/bench_scaling.py"), tmp_path / "out.csv"
+    flags = ["--models", "deit_tiny", "--carriers", "bf16", "--quick", "--output", str(out), "--commit", "abc"]
+    env = {**environment(), "CUDA_VISIBLE_DEVICES": ""}
+    alone = subprocess.run([sys.executable, script, *flags], env=env, capture_output=True, text=True)
+    said = "error: This benchmark needs several processes; start it with torchrun --nproc-per-node 2.\n"
+    assert (alone.returncode, alone.stderr, out.exists()) == (2, said, False)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, script, *flags], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(out)
+    assert [row["variant"] for row in rows] == [f"{v}, {n}" for v in ("bf16", "tetrajet") for n in ("1 GPU", "2 GPUs")]
+    for row in rows:  # four images each process and step
+        images = 8 if row["variant"].endswith("2 GPUs") else 4
+        assert float(row["rate"]) * float(row["p50_ms"]) / 1e3 == pytest.approx(images, rel=1e-3)
+
+
+def test_a_device_is_busy_where_intervals_cover_the_time() -> None:
+    assert common.union_of([]) == 0
+    assert common.union_of([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5)]) == 4.0  # the last within another
 
 
 # ---------------------------------------------------------------------------------------------------------------------

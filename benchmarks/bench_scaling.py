@@ -1,0 +1,92 @@
+"""Whole training steps on one GPU and on several under DistributedDataParallel, images/s, in one run.
+
+    torchrun --standalone --nproc-per-node 2 benchmarks/bench_scaling.py [--models deit_base] [--methods tetrajet]
+
+Every GPU has the same batch in both cases, of noise that stays on the device; the step is that of main.py at 224x224.
+Alone, the first GPU trains while the others wait. Times and ratios are those of a step of the first process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from bench_step import BASELINE, BATCH
+from common import MODELS, Results, command, make_batch, make_run, method_config, parse, parser_for, step_of, take_turns
+
+from config import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_for(__doc__, rounds=25)
+    parser.add_argument("--models", nargs="+", default=["deit_base"], choices=MODELS)
+    parser.add_argument("--methods", nargs="+", default=["tetrajet"], help="rows of Table 2 (default: tetrajet)")
+    parser.add_argument("--carriers", nargs="+", default=["bf16", "fp8"], choices=["bf16", "fp8"])
+    parser.add_argument("--batch", type=int, help=f"images of a GPU's step (default: {BATCH})")
+    options, device = parse(parser, argv)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size < 2:
+        raise UserError("This benchmark needs several processes; start it with torchrun --nproc-per-node 2.")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+    )
+    try:
+        results = measure(options, device, rank, world_size)
+    finally:
+        dist.destroy_process_group()
+    if results is not None:
+        results.write()
+
+
+def measure(options: argparse.Namespace, device: torch.device, rank: int, world_size: int) -> Results | None:
+    """The rows, on the first process; None on the others."""
+    results = Results("scaling", options, device) if rank == 0 else None
+    for model in options.models:
+        batch_size = 4 if options.quick else options.batch or BATCH[model]
+        variants = {BASELINE: ("fp", [])}
+        for method in options.methods:
+            for carrier in options.carriers:
+                variants[method + ("" if carrier == "bf16" else f" {carrier}")] = method, [f"quant.carrier={carrier}"]
+        samples, baselines, images = {}, {}, {}
+        for variant, (method, overrides) in variants.items():
+            for processes in (1, world_size):
+                name = f"{variant}, {processes} GPU" + "s" * (processes > 1)
+                baselines[name], images[name] = f"{variant}, 1 GPU", processes * batch_size
+                if rank < processes:
+                    run = make_run(
+                        method_config(model, method),
+                        device,
+                        batch=batch_size,
+                        quick=options.quick,
+                        overrides=overrides,
+                        rank=rank,
+                        world_size=processes,
+                    )
+                    step = step_of(run, make_batch(run))
+                    samples |= take_turns({name: step}, device, options, kernels=False)
+                    del run, step
+                    gc.collect()
+                    if device.type == "cuda":
+                        torch.cuda.empty_cache()
+                dist.barrier()
+        if results is not None:
+            results.add(
+                model,
+                f"batch {batch_size} a GPU",
+                samples,
+                baselines,
+                rate=lambda name, seconds, images=images: images[name] / seconds,
+                rate_unit="images/s",
+            )
+    return results
+
+
+if __name__ == "__main__":
+    command(main)
