@@ -29,7 +29,7 @@ THRESHOLD = {"color": "#999999", "linestyle": ":", "linewidth": 0.8}
 PRINT = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "legend.frameon": False}
 NAMES = {"full_precision": "full precision", "tetrajet": "TetraJet", "microscaling": "Microscaling", "int4": "INT4"}
 NAMES |= {"mx": "MXFP4", "qema": "Q-EMA", "qramping": "Q-Ramping", "dampen": "Dampen", "freeze": "Freeze"}
-FOLLOWED, NEAR = 3, 0.2  # of Figure 3: weights in a panel, and how far from the threshold, in units of S
+FOLLOWED, JUMP = 3, 0.1  # of Figure 3: weights in a panel; a step of w / S that no optimizer makes
 CONFIDENCE_SHOWN, FLAT = 10, 0.1  # of Figure 5: bins, and by how much its axis exceeds an even distribution at least
 DPI = 150
 
@@ -156,21 +156,25 @@ def flips(quantized: np.ndarray) -> np.ndarray:
 def around_one_threshold(arrays: dict[str, np.ndarray]) -> tuple[float, list[int]]:
     """(threshold, up to FOLLOWED weights around it): the threshold whose weights' quantized values change most often.
 
-    A weight is around the threshold that its latent value is nearest to at the median. Those that lie, or wander,
-    further than NEAR come last: under Q-EMA it is the shadow that flips, and the scale of a block may jump.
+    A weight that changes is around the threshold its quantized value crosses most often: under Q-EMA it is the shadow
+    that crosses, and the weight may be elsewhere. One that does not, shown only where none does, is around that next to
+    it. Those whose latent value jumps come last: the scale of their block has changed, and not they.
     """
-    grid, latent = thresholds(arrays["grid"]), arrays["trajectory_latent"]
-    distances = np.abs(np.median(latent, axis=0)[:, None] - grid)
-    nearest = distances.argmin(1)
-    far = (np.ptp(latent, axis=0) > 2 * NEAR) | (distances.min(1) > NEAR)
-    changes = flips(arrays["trajectory_quantized"]) * ~far
+    grid, latent, quantized = (arrays[name] for name in ("grid", "trajectory_latent", "trajectory_quantized"))
+    limits = thresholds(grid)
+    crossed = [(q[1:] + q[:-1])[q[1:] != q[:-1]] / 2 for q in quantized.T]
+    crossings = [np.bincount(np.abs(c[:, None] - limits).argmin(1), minlength=len(limits)) for c in crossed]
+    distance = np.abs(np.median(latent, axis=0)[:, None] - limits)
+    own = [int(n.argmax()) if n.any() else int(d.argmin()) for n, d in zip(crossings, distance, strict=True)]
+    jumps = np.abs(np.diff(latent, axis=0)).max(0) > JUMP
+    changes = flips(quantized) * ~jumps
 
-    def rank(k: int) -> tuple[bool, int]:
-        return far[k], -changes[k]
+    def rank(k: int) -> tuple[bool, int, float]:
+        return bool(jumps[k]), -int(changes[k]), float(distance[k, own[k]])
 
-    groups = {n: sorted(np.flatnonzero(nearest == n), key=rank)[:FOLLOWED] for n in set(nearest)}
-    best = max(groups, key=lambda n: (changes[groups[n]].sum(), (~far[groups[n]]).sum(), len(groups[n])))
-    return float(grid[best]), [int(k) for k in groups[best]]
+    groups = {n: sorted((k for k in range(len(own)) if own[k] == n), key=rank)[:FOLLOWED] for n in set(own)}
+    best = max(groups, key=lambda n: (changes[groups[n]].sum(), (~jumps[groups[n]]).sum(), len(groups[n])))
+    return float(limits[best]), [k for k in groups[best] if changes[k]] or groups[best]
 
 
 def figure3(figure: Any, runs: Sequence[ProbedRun]) -> Rows | None:

@@ -216,7 +216,16 @@ def test_the_weights_of_figure_3_flip_around_one_threshold() -> None:
     quantized = np.stack([0.5 + 0.5 * flip, 0.5 * flip, [0.5] * 3 + [1.0] * 3, 0.5 + 0.5 * flip, [0.5] * 6])
     arrays = {"grid": grid, "trajectory_latent": latent.T, "trajectory_quantized": quantized.T}
     threshold, chosen = around_one_threshold(arrays)
-    assert threshold == 0.75 and chosen == [0, 2, 4]  # five, one and no change; weight 3 jumps, weight 1 is elsewhere
+    assert threshold == 0.75 and chosen == [0, 2]  # five and one change; 1 is elsewhere, 3 jumps, 4 does not change
+    still = {name: arrays[name][..., [3, 4]] if name != "grid" else grid for name in arrays}
+    assert around_one_threshold(still) == (0.75, [1, 0])  # nothing to see: then those that are there
+
+
+def test_under_q_ema_a_weight_need_not_be_where_its_quantized_value_flips() -> None:
+    grid = np.array([-1.0, -0.5, 0.0, 0.5, 1.0])
+    quantized = np.array([0.5, 1.0, 0.5, 1.0])[:, None]
+    arrays = {"grid": grid, "trajectory_latent": np.full((4, 1), 0.1), "trajectory_quantized": quantized}
+    assert around_one_threshold(arrays) == (0.75, [0])
 
 
 @pytest.mark.parametrize(("epochs", "expected"), [([1], [1]), ([1, 2, 3], [1, 3]), (range(3, 91, 3), [30, 90])])
