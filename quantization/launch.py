@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from quantization.kernels import Grid, expand_kernel, prepare_kernel, survey_kernel, total_kernel
+from quantization.kernels import expand_kernel, prepare_kernel, survey_kernel, total_kernel
 from quantization.noise import Noise
 from quantization.operands import (
     CARRIED,
@@ -31,6 +31,7 @@ from quantization.operands import (
     window,
 )
 from quantization.spec import QuantizerSpec
+from quantization.tiles import Grid
 
 MAX_BLOCK_SIZE = 128
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run in Python on the CPU: TRITON_INTERPRET=1
