@@ -1,4 +1,4 @@
-"""Tiny runs of main.py for test_main.py and test_engine.py: in this process, as a process, or as two under torchrun.
+"""Tiny runs of main.py for the tests of program and training: in this process, as a process, or two under torchrun.
 
 Run as a script (under torchrun), it works through a plan of runs within one process group; see `in_two_processes`.
 """
@@ -79,6 +79,22 @@ FULL = [
     "--repeated-aug",
 ]
 FULL += ["--reprob", "0.5", "--model-ema", "--model-ema-decay", "0.9"]
+# The stabilizers, and the other scheme.
+QRAMPING = ["--stabilizer.kind", "qramping", "--stabilizer.detect_steps", "5"]  # over the end of an epoch of 4
+METHODS = {
+    "qema": ["--stabilizer.kind", "qema", "--stabilizer.decay", "0.8"],
+    "qramping": [*QRAMPING, "--stabilizer.k1", "0.5", "--stabilizer.update_period", "3", "--stabilizer.n_max", "4"],
+    "dampen": ["--stabilizer.kind", "dampen", "--stabilizer.weight", "0.1"],
+    "freeze": ["--stabilizer.kind", "freeze", "--stabilizer.momentum", "0.3", "--stabilizer.threshold_start", "0.2"],
+    "int4": ["--quant.scheme", "int4"],
+}
+
+
+class Box:
+    """Stands in for an object of which only these attributes are needed."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
 
 
 @contextlib.contextmanager
