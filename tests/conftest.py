@@ -37,3 +37,12 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return folder / kind if (folder / kind).exists() else train(folder / kind, *SMALL, *FLAGS[kind])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run, for reading only."""
+    from helpers import train, undisturbed
+
+    with undisturbed():
+        return train(tmp_path_factory.mktemp("finished") / "run", "--quant.scheme", "mx", "--model-ema")
