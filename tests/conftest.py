@@ -46,3 +46,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with undisturbed():
         return train(tmp_path_factory.mktemp("finished") / "run", "--quant.scheme", "mx", "--model-ema")
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """write(a="text", b="text") writes a.yaml and b.yaml and returns the path of the last."""
+
+    def write(**texts: str) -> Path:
+        for name, text in texts.items():
+            (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+        return tmp_path / f"{list(texts)[-1]}.yaml"
+
+    return write

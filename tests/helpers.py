@@ -207,6 +207,14 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
     return [] if one == other else [where]
 
 
+def of(cfg: Any, key: str) -> Any:
+    """The value of a key of a configuration."""
+    value: Any = cfg
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
 def leaf_types(annotation: Any) -> set[Any]:
     """The types that a key's annotation is made of: {float} for tuple[float, float], {int, NoneType} for int | None."""
     inner = typing.get_args(annotation) if typing.get_origin(annotation) is not typing.Literal else ()
