@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import math
 import random
@@ -94,6 +95,11 @@ class Run:
     best_top1: float = -1.0  # below any accuracy: the first epoch is the best so far, whatever it reached
     meter: Meter = field(default_factory=Meter)  # figures of the current epoch
     not_loaded: list[str] = field(default_factory=list)  # what --finetune found no weights for
+
+    @functools.cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of the model, which stay the same ones: walking through its modules at every step takes time."""
+        return list(self.model.parameters())
 
     @property
     def global_step(self) -> int:
@@ -271,7 +277,7 @@ def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, 
             loss += forward_backward(run, run.wrapped, *micro_batches[-1], position)
 
     run.stabilizer.after_backward(run.global_step)
-    parameters = [p for p in run.model.parameters() if p.grad is not None]
+    parameters = [p for p in run.parameters if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters])
     # The one synchronisation of a step: loss, norm and signals together, so that all processes decide alike.
     figures = torch.stack([loss, norm, torch.full_like(loss, float(run.stop.heard))])

@@ -156,9 +156,10 @@ def flips(quantized: np.ndarray) -> np.ndarray:
 def around_one_threshold(arrays: dict[str, np.ndarray]) -> tuple[float, list[int]]:
     """(threshold, up to FOLLOWED weights around it): the threshold whose weights' quantized values change most often.
 
-    A weight that changes is around the threshold its quantized value crosses most often: under Q-EMA it is the shadow
-    that crosses, and the weight may be elsewhere. One that does not, shown only where none does, is around that next to
-    it. Those whose latent value jumps come last: the scale of their block has changed, and not they.
+    A weight that changes is around the threshold its quantized value crosses most often. Under Q-EMA the weight may be
+    elsewhere: it is the shadow that crosses, or the weight crosses a number of the grid and gets other neighbours. One
+    that does not change, shown only where none does, is around the threshold next to it. Those whose latent value
+    jumps come last: the scale of their block has changed, and not they.
     """
     grid, latent, quantized = (arrays[name] for name in ("grid", "trajectory_latent", "trajectory_quantized"))
     limits = thresholds(grid)

@@ -5,7 +5,7 @@
 The step is that of main.py: model, drop path, AdamW, clipping and bfloat16 autocast of the recipe, at 224x224, on a
 batch of noise that stays on the device. A turn is three steps, of which the last counts. Compiled variants are compared
 with compiled bfloat16, eager ones with eager. Peak memory is that of a process with the one variant in it. --busy adds
-how long the device works in a step, whatever the host does: the union of all kernels in a torch.profiler trace.
+how long the device works in a step, whatever the host does: the union of kernels and copies in torch.profiler's trace.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Tile(NamedTuple):
 
 # Measured, see docs/PERFORMANCE.md.
 TILE, CARRIED_TILE = Tile(32, 32, 1, 96), Tile(32, 32, 1)  # of prepare_kernel, the second with fp8 outputs
-if INTERPRETED:  # which takes long for each program
+if INTERPRETED:  # which takes long for each program; the tiles above are met on a GPU alone
     TILE = CARRIED_TILE = Tile(64, 64, 1)
 SURVEY_TILE, TOTAL_TILE, EXPAND_TILE = Tile(128, 64, 4), Tile(512, 8, 4), Tile(32, 128, 2)
 

@@ -54,7 +54,7 @@ def row_numbers(first_row, ROWS: tl.constexpr):
 
 @triton.jit
 def column_numbers(first_column, COLUMNS: tl.constexpr, PATCH: tl.constexpr = PATCH_COLUMNS):
-    """The columns of a tile in patches: (COLUMNS // 8, 1, 8, 1)."""
+    """The columns of a tile in patches: (COLUMNS // PATCH, 1, PATCH, 1)."""
     patch, inside = tl.arange(0, COLUMNS // PATCH)[:, None, None, None], tl.arange(0, PATCH)[None, None, :, None]
     return first_column + patch * PATCH + inside
 
