@@ -252,6 +252,7 @@ class Int4Linear(NoisyLinear):
         _, step = divide(self.recipe.basis(self.weight.detach()), None)
         return step
 
+    @torch.compiler.disable  # the layer runs as it is, in between what torch.compile makes of the rest
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., C) for an input of any rank."""
         if self.recipe.learned_step and not self._step_x_known:

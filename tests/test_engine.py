@@ -140,16 +140,24 @@ def test_a_run_carried_by_fp8_logs_the_blocks_below_the_window(tmp_path: Path) -
     assert not logged(train(tmp_path / "bf16", "--quant.scheme", "mx"))
 
 
-def test_a_compiled_run_trains_as_an_eager_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced whole, without a graph break; what the code generator makes of it is not tried: it takes a CPU minutes."""
+@pytest.mark.parametrize(
+    ("method", "fullgraph"),
+    [(["--quant.scheme", "mx", "--stabilizer.kind", "qema"], True), (["--quant.scheme", "int4"], False)],
+    ids=["mx", "int4"],
+)
+def test_a_compiled_run_trains_as_an_eager_one(
+    method: list[str], fullgraph: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MXFP4 traced whole, without a graph break, INT4 around its layers; what the code generator makes of it is not
+    tried: it takes a CPU minutes."""
     backends = []
 
     def compile_traced(model: nn.Module) -> None:
-        model._compiled_call_impl = torch.compile(model._call_impl, backend="aot_eager", fullgraph=True)
+        model._compiled_call_impl = torch.compile(model._call_impl, backend="aot_eager", fullgraph=fullgraph)
         backends.append("aot_eager")
 
     monkeypatch.setattr(nn.Module, "compile", compile_traced)
-    flags = ["--quant.scheme", "mx", "--stabilizer.kind", "qema", "--drop-path", "0", "--epochs", "1"]
+    flags = [*method, "--drop-path", "0", "--epochs", "1"]
     runs = [train(tmp_path / "eager", *flags), train(tmp_path / "compiled", *flags, "--compile")]
     assert backends == ["aot_eager"]
     eager, compiled = (load_checkpoint(run / "last.pt") for run in runs)
