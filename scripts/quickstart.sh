@@ -10,13 +10,20 @@ PYTHON="$(bash scripts/setup.sh)"
 # One thread: the tensors are so small that a second one waits more than it works.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-methods=(fp microscaling tetrajet qema qramping)
+train() {  # methods, one after the other; every line says whose it is
+    local method
+    for method in "${@:2:$1}"; do
+        "$PYTHON" main.py --config "configs/digits_$method.yaml" --output_dir "runs/quickstart/$method" --resume auto \
+            "${@:$1+2}" 2>&1 | while IFS= read -r line; do echo "$method: $line"; done || return
+    done
+}
+
+# Two at a time, each on a core.
+train 2 tetrajet qema "$@" &
+train 3 fp microscaling qramping "$@" || { code=$?; wait; exit $code; }
+wait $!
+
 runs=()
-for method in "${methods[@]}"; do
-    run="runs/quickstart/$method"
-    echo "== $method: configs/digits_$method.yaml -> $run"
-    "$PYTHON" main.py --config "configs/digits_$method.yaml" --output_dir "$run" --resume auto "$@"
-    runs+=("$run")
-done
+for method in fp microscaling tetrajet qema qramping; do runs+=("runs/quickstart/$method"); done
 "$PYTHON" report.py curves "${runs[@]}" --png runs/quickstart/curves.png
 "$PYTHON" report.py figures "${runs[@]}" --out runs/quickstart/figures
