@@ -34,6 +34,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from checkpoint import LAST, find_last, restore_model, save_checkpoint
 from config import Config, UserError, dump_config, recipe_differences
 from datasets import Data
+from diagnosis import first_non_finite
+from graphs import GraphedPasses, Pass
 from losses import Loss
 from quantization.noise import NoiseClock
 from quantization.operands import lost_in_carrier
@@ -66,6 +68,18 @@ class StopSignal:
         signal.signal(number, signal.SIG_DFL)
 
 
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step that the host has launched; the device may still be working on it."""
+
+    epoch: int
+    step: int
+    lr: float
+    figures: Tensor  # on the host once `ready`: loss, gradient norm, signals heard; means over the processes
+    ready: torch.cuda.Event | None
+    micro_batches: list[tuple[Tensor, Tensor]]
+
+
 @dataclass
 class Run:
     """Everything a run trains with, and how far it has come."""
@@ -94,6 +108,9 @@ class Run:
     step: int = 0  # optimizer steps done in the current epoch
     best_top1: float = -1.0  # below any accuracy: the first epoch is the best so far, whatever it reached
     meter: Meter = field(default_factory=Meter)  # figures of the current epoch
+    graphs: GraphedPasses | None = None  # None: every pass is launched kernel by kernel
+    in_flight: Step | None = None  # the last step, until `settle` has looked at its figures
+    figures: dict[str, float] = field(default_factory=dict)  # of the last step that has been settled
     not_loaded: list[str] = field(default_factory=list)  # what --finetune found no weights for
 
     @functools.cached_property
@@ -186,6 +203,7 @@ class Run:
 
         Iterators over the training data that were open before are not valid afterwards.
         """
+        settle(self)
         modules = [self.model] + ([] if self.ema is None else [self.ema.module])
         kept = copy.deepcopy([m.state_dict() for m in modules]), copy.deepcopy(self.optimizer.state_dict())
         place = self.epoch, self.step, self.data.corrupt, self.meter.state_dict()
@@ -200,6 +218,7 @@ class Run:
                         f"The training data ended after {done} of {steps} rehearsed steps in epoch {place[0]}."
                     ) from None
                 observe()
+            settle(self)
         for module, weights in zip(modules, kept[0], strict=True):
             module.load_state_dict(weights)
         self.optimizer.load_state_dict(kept[1])
@@ -251,45 +270,65 @@ def to_device(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) ->
         yield ahead
 
 
-def forward_backward(run: Run, model: nn.Module, images: Tensor, targets: Tensor, position: int) -> Tensor:
-    """One micro-batch: its gradients are added to those there are. Returns its loss (scalar, detached)."""
+def forward_backward(
+    run: Run, model: nn.Module, images: Tensor, targets: Tensor, position: int, which: Pass | None = None
+) -> Tensor:
+    """One micro-batch: its gradients are added to those there are. Returns its loss (scalar, detached).
+
+    which: its place in the step, by which `run.graphs` knows it; None computes it eagerly.
+    """
     seed_step(run, position)
     if run.mixup is not None:
         images, targets = run.mixup(images.clone(), targets)  # in place, and a failed step is repeated
-    with run.autocast():
-        loss = run.loss(images, model(images), targets)
-    (loss / run.accumulation).backward()
-    return loss.detach() / run.accumulation
+
+    def compute(images: Tensor, targets: Tensor) -> Tensor:
+        with run.autocast():
+            loss = run.loss(images, model(images), targets)
+        (loss / run.accumulation).backward()
+        return loss.detach() / run.accumulation
+
+    if run.graphs is None or which is None:
+        return compute(images, targets)
+    return run.graphs.run(compute, images, targets, which)
 
 
 def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """One optimizer step. Returns its loss (mean over the global batch), gradient norm and learning rate.
+    """One optimizer step. Returns loss (mean over the global batch), gradient norm and learning rate.
 
-    Raises TrainingError before the optimizer sees a loss or gradient that is not finite.
+    Where the optimizer has a `found_inf`, with which it leaves the weights as they are, the host does not wait for the
+    device: the figures are those of the step before, and `settle` waits for this one's.
+
+    Raises TrainingError, with the weights as they were, for a loss or gradient that is not finite.
     """
     loss = torch.zeros((), device=run.device)
     micro_batches = []
     for micro in range(run.accumulation):
         micro_batches.append(next(batches))
         position = run.global_step * run.accumulation + micro
-        last = micro == run.accumulation - 1
-        with contextlib.nullcontext() if last or run.world_size == 1 else run.wrapped.no_sync():
-            loss += forward_backward(run, run.wrapped, *micro_batches[-1], position)
+        which = Pass(first=micro == 0, last=micro == run.accumulation - 1)
+        with contextlib.nullcontext() if which.last or run.world_size == 1 else run.wrapped.no_sync():
+            loss += forward_backward(run, run.wrapped, *micro_batches[-1], position, which)
 
     run.stabilizer.after_backward(run.global_step)
     parameters = [p for p in run.parameters if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters])
-    # The one synchronisation of a step: loss, norm and signals together, so that all processes decide alike.
+    # Loss, norm and signals together, so that all processes decide alike.
     figures = torch.stack([loss, norm, torch.full_like(loss, float(run.stop.heard))])
     if run.world_size > 1:
         dist.all_reduce(figures)
-    mean_loss, grad_norm, run.stop.heard_anywhere = (figures / run.world_size).tolist()
-    if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
-        raise TrainingError(
-            f"Step {run.step} of epoch {run.epoch}: the loss is {mean_loss:g} and the gradient norm {grad_norm:g}; "
-            f"the first that is not finite is {first_non_finite(run, micro_batches)}; {run.last_good()}."
-        )
+    figures /= run.world_size
+    failed = getattr(run.optimizer, "found_inf", None)
+    if failed is not None:  # from the first step on that fails, until the host knows
+        failed.copy_(torch.maximum(failed, (~torch.isfinite(figures)).any()))
+    ready = torch.cuda.Event() if run.device.type == "cuda" else None
     lr = run.optimizer.param_groups[0]["lr"]
+    launched = Step(run.epoch, run.step, lr, figures.to("cpu", non_blocking=True), ready, micro_batches)
+    if ready is not None:
+        ready.record()
+    if failed is None:
+        run.in_flight = launched
+        settle(run)
+
     if run.cfg.optim.clip_grad is not None:
         clip_grads_with_norm_(parameters, run.cfg.optim.clip_grad, norm)
     run.optimizer.step()
@@ -299,8 +338,35 @@ def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, 
     run.schedule.step_update(run.global_step - 1)  # as Swin: counted from 0; a schedule of epochs ignores it
     if run.ema is not None:
         run.ema.update(run.model, step=run.global_step)
-    run.meter.add("loss", mean_loss, 1)
-    return {"loss": mean_loss, "grad_norm": grad_norm, "lr": lr}
+    if failed is not None:
+        settle(run)  # the step before
+        run.in_flight = launched
+        if not run.figures:
+            settle(run)
+    return run.figures
+
+
+def settle(run: Run) -> dict[str, float]:
+    """Wait for the figures of the step in flight, if there is one. Returns those of the last step.
+
+    Raises TrainingError where they are not finite.
+    """
+    step, run.in_flight = run.in_flight, None
+    if step is None:
+        return run.figures
+    if step.ready is not None:
+        step.ready.synchronize()
+    loss, grad_norm, run.stop.heard_anywhere = step.figures.tolist()
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        run.epoch, run.step = step.epoch, step.step
+        first = first_non_finite(run, step.micro_batches, forward_backward)
+        raise TrainingError(
+            f"Step {step.step} of epoch {step.epoch}: the loss is {loss:g} and the gradient norm {grad_norm:g}; "
+            f"the first that is not finite is {first}; {run.last_good()}."
+        )
+    run.meter.add("loss", loss, 1)
+    run.figures = {"loss": loss, "grad_norm": grad_norm, "lr": step.lr}
+    return run.figures
 
 
 def train_one_epoch(run: Run, max_steps: int | None = None) -> None:
@@ -334,6 +400,7 @@ def train_one_epoch(run: Run, max_steps: int | None = None) -> None:
                 run.log.write_recording(recording, at=run.global_step)
             bar.update(cfg.optim.global_batch, loss=figures["loss"], lr=figures["lr"])
             if run.step % cfg.run.log_every == 0:
+                figures = settle(run)
                 now = time.monotonic()
                 images = (run.step - logged_step) * cfg.optim.global_batch
                 shown = {**figures, "images_per_s": images / (now - logged_at)}
@@ -345,7 +412,9 @@ def train_one_epoch(run: Run, max_steps: int | None = None) -> None:
                     run.log.log((run.epoch, run.step), lost, tag="carrier", at=run.global_step)
                 logged_at, logged_step = now, run.step
             if cfg.run.save_every is not None and run.global_step % cfg.run.save_every == 0:
+                settle(run)
                 run.save(LAST)
+        settle(run)
 
 
 @torch.no_grad()
@@ -368,42 +437,3 @@ def evaluate(run: Run, model: nn.Module, max_batches: int | None = None) -> dict
     if not images_seen:
         raise TrainingError("The evaluation set has no image that can be read.")
     return {"loss": loss_sum / images_seen, "top1": 100 * top1 / images_seen, "top5": 100 * top5 / images_seen}
-
-
-def first_non_finite(run: Run, micro_batches: list[tuple[Tensor, Tensor]]) -> str:
-    """Name what first became NaN or Inf in a failed step, by repeating the step on the weights it started from.
-
-    The order is that of computation: parameters, input, activations, gradients of activations, gradients of parameters.
-    """
-    found: list[str] = []
-
-    def look(what: str, value: object) -> None:
-        if not found and isinstance(value, Tensor) and not torch.isfinite(value).all():
-            found.append(what)
-
-    def hook(name: str) -> Callable[[nn.Module, object, object], None]:
-        def after_forward(_module: nn.Module, _inputs: object, output: object) -> None:
-            look(f"the activation of {name}", output)
-            if isinstance(output, Tensor) and output.requires_grad:
-                output.register_hook(lambda gradient: look(f"the gradient at the output of {name}", gradient))
-
-        return after_forward
-
-    for name, parameter in run.model.named_parameters():
-        look(f"the parameter {name}", parameter)
-    handles = [m.register_forward_hook(hook(n)) for n, m in run.model.named_modules() if n and not list(m.children())]
-    run.optimizer.zero_grad()
-    for micro, (images, targets) in enumerate(micro_batches):
-        look("the input", images)
-        if not found:
-            forward_backward(run, run.model, images, targets, run.global_step * run.accumulation + micro)
-    for name, parameter in run.model.named_parameters():
-        look(f"the gradient of {name}", parameter.grad)
-    for handle in handles:
-        handle.remove()
-    everywhere = [found]
-    if run.world_size > 1:
-        everywhere = [[] for _ in range(run.world_size)]
-        dist.all_gather_object(everywhere, found)
-    named = [f"{what[0]} (process {rank})" for rank, what in enumerate(everywhere) if what]
-    return named[0].removesuffix(" (process 0)") if named else "not one of the layers' activations or gradients"

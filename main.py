@@ -32,6 +32,7 @@ from config import Config, UserError, dump_config, load_config
 from datasets import Data, build_data, build_mixup
 from engine import PROBE_POSITION, Run, StopSignal, TrainingError, evaluate, train_one_epoch
 from flags import parse_flags
+from graphs import GraphedPasses, leave_default_stream
 from losses import build_loss
 from models import create_model, quantizer_table
 from quantization.noise import NoiseClock
@@ -82,6 +83,8 @@ def build_optimizer(
             momentum=o.momentum,
             **{name: value for name, value in options.items() if value is not None},
         )
+        if fused:
+            optimizer.found_inf = torch.zeros((), device=device)  # it updates nothing where this is 1
         if getattr(optimizer, "is_second_order", False):
             raise ValueError("it needs second derivatives, which this program does not compute")
     except (ValueError, AssertionError, TypeError, IndexError) as error:
@@ -200,6 +203,9 @@ def check_carrier(cfg: Config, device: torch.device) -> None:
 def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, device: torch.device) -> Run:
     """Data, model, stabilizer, optimizer and the rest, at the start of training; nothing is written yet."""
     check_carrier(cfg, device)
+    graphed = cfg.run.cuda_graphs and device.type == "cuda"
+    if graphed:
+        leave_default_stream(device)
     amp = torch.bfloat16 if cfg.run.amp == "bfloat16" or (cfg.run.amp == "auto" and device.type == "cuda") else None
     batch_size, accumulation = plan_batches(cfg, world_size)
     data = build_data(cfg, rank=rank, world_size=world_size, batch_size=batch_size)
@@ -246,6 +252,7 @@ def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, devi
         batch_size=batch_size,
         accumulation=accumulation,
         steps_per_epoch=steps_per_epoch,
+        graphs=GraphedPasses(list(model.parameters())) if graphed else None,
         not_loaded=not_loaded,
     )
 

@@ -105,13 +105,16 @@ class NoiseClock(nn.Module):
 
     def seek(self, position: int) -> None:
         """The next forward pass is number `position` (0 to 2^32 - 1) of the run. Does not synchronise the device."""
-        self.next_position = torch.full_like(self.next_position, position)
+        self.next_position.fill_(position)
 
     def advance(self) -> None:
-        """Begin a forward pass. The state is a new tensor: a backward pass still to come keeps that of its forward."""
+        """Begin a forward pass. The state is a new tensor: a backward pass still to come keeps that of its forward.
+
+        The position stays where it is in memory, so that a CUDA graph with this in it goes on from wherever it is set.
+        """
         key = torch.full_like(self.next_position, _signed(self.rank << 32 | self.seed))
         self.state = torch.stack([key, self.next_position << 32])
-        self.next_position = self.next_position + 1
+        self.next_position.add_(1)
 
     def attach(self, model: nn.Module) -> None:
         """Advance before every forward pass of `model`, which refers to the clock as `model.noise`."""

@@ -216,7 +216,7 @@ class OscillationProbe(Probe):
         clock = getattr(self.model, "noise", None)
         clock = clock if isinstance(clock, NoiseClock) else None
         if clock is not None:
-            kept = clock.rank, clock.state, clock.next_position
+            kept = clock.rank, clock.state, clock.next_position.clone()
             clock.rank = 0
             clock.seek(self.position)
         self.model.eval()
@@ -226,7 +226,8 @@ class OscillationProbe(Probe):
             for module, training in modes:
                 module.training = training
             if clock is not None:
-                clock.rank, clock.state, clock.next_position = kept
+                clock.rank, clock.state, position = kept
+                clock.next_position.copy_(position)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The points of the training loop

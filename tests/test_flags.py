@@ -72,6 +72,7 @@ DEIT = [
     ("--seed 5", "run.seed", 5),
     ("--resume last.pt", "run.resume", "last.pt"),
     ("--compile", "run.compile", True),
+    ("--no-cuda-graphs", "run.cuda_graphs", False),
     ("--eval", "run.eval", True),
     ("--eval-crop-ratio 1.0", "data.eval_crop_ratio", 1.0),
     ("--num_workers 4", "data.num_workers", 4),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import engine
 from checkpoint import load_checkpoint, save_checkpoint
 from engine import Run
+from graphs import Pass
 from quantization.stabilizers import QRampingAdamW
 from quantization.stabilizers.qramping import periods
 
@@ -418,8 +419,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, Any]]:
         rehearse(run, *args)
         rehearsing.clear()
 
-    def note(run: Run, model: nn.Module, images: Tensor, targets: Tensor, position: int) -> Tensor:
-        loss = forward_backward(run, model, images, targets, position)
+    def note(run: Run, model: nn.Module, images: Tensor, targets: Tensor, position: int, *which: Pass) -> Tensor:
+        loss = forward_backward(run, model, images, targets, position, *which)
         this = [images.clone(), targets.clone(), run.model.noise.state.clone(), generators()]
         before = passes[len(rehearsing)].setdefault(position, this)
         assert differences(before, this) == [], position

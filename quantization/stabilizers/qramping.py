@@ -88,7 +88,8 @@ class QRampingAdamW(torch.optim.AdamW):
     def _ramped_step(self, gradients: list[Tensor]) -> None:
         s, group, ramped = self.ramping, self.param_groups[self._group], self._ramped
         lr, (beta1, beta2) = group["lr"], group["betas"]
-        torch._foreach_mul_(ramped, 1 - lr * group["weight_decay"])
+        decay, failed = 1 - lr * group["weight_decay"], getattr(self, "found_inf", None)
+        torch._foreach_mul_(ramped, decay if failed is None else torch.where(failed > 0, 1.0, decay))
 
         s["grad_sum"] += torch.cat([g.flatten() for g in gradients])
         s["count"] += 1
@@ -104,7 +105,8 @@ class QRampingAdamW(torch.optim.AdamW):
         step_size = step_size[s["updates"].clamp(max=len(step_size) - 1)] * s["period"]
         denominator = s["exp_avg_sq"].sqrt() / correction2_sqrt[s["updates"].clamp(max=len(correction2_sqrt) - 1)]
         update = step_size * s["exp_avg"] / denominator.add_(group["eps"])
-        update = torch.where(due, update, 0.0).split([p.numel() for p in ramped])
+        lands = due if failed is None else due & (failed == 0)
+        update = torch.where(lands, update, 0.0).split([p.numel() for p in ramped])
         torch._foreach_add_(ramped, [u.view_as(p) for u, p in zip(update, ramped, strict=True)])
 
         s["grad_sum"] = torch.where(due, 0.0, s["grad_sum"])

@@ -1,0 +1,57 @@
+"""What went wrong in a step whose loss or gradients are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from engine import Run
+
+
+def first_non_finite(
+    run: Run, micro_batches: list[tuple[Tensor, Tensor]], forward_backward: Callable[..., Tensor]
+) -> str:
+    """Name what first became NaN or Inf in a failed step, by repeating the step on the weights it started from.
+
+    The order is that of computation: parameters, input, activations, gradients of activations, gradients of parameters.
+    forward_backward: the engine's.
+    """
+    found: list[str] = []
+    if run.graphs is not None:
+        run.graphs.forget()  # their memory is needed
+
+    def look(what: str, value: object) -> None:
+        if not found and isinstance(value, Tensor) and not torch.isfinite(value).all():
+            found.append(what)
+
+    def hook(name: str) -> Callable[[nn.Module, object, object], None]:
+        def after_forward(_module: nn.Module, _inputs: object, output: object) -> None:
+            look(f"the activation of {name}", output)
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(lambda gradient: look(f"the gradient at the output of {name}", gradient))
+
+        return after_forward
+
+    for name, parameter in run.model.named_parameters():
+        look(f"the parameter {name}", parameter)
+    handles = [m.register_forward_hook(hook(n)) for n, m in run.model.named_modules() if n and not list(m.children())]
+    run.optimizer.zero_grad()
+    for micro, (images, targets) in enumerate(micro_batches):
+        look("the input", images)
+        if not found:
+            forward_backward(run, run.model, images, targets, run.global_step * run.accumulation + micro)
+    for name, parameter in run.model.named_parameters():
+        look(f"the gradient of {name}", parameter.grad)
+    for handle in handles:
+        handle.remove()
+    everywhere = [found]
+    if run.world_size > 1:
+        everywhere = [[] for _ in range(run.world_size)]
+        dist.all_gather_object(everywhere, found)
+    named = [f"{what[0]} (process {rank})" for rank, what in enumerate(everywhere) if what]
+    return named[0].removesuffix(" (process 0)") if named else "not one of the layers' activations or gradients"
