@@ -307,7 +307,11 @@ def run_training(
         if resume and rank == 0:
             print(f"Continuing {resume} at epoch {run.epoch}, step {run.step}.")
         run.stop.install()
-        train(run, max_steps=SMOKE_STEPS if smoke else None)
+        try:
+            train(run, max_steps=SMOKE_STEPS if smoke else None)
+        finally:
+            if run.graphs is not None:
+                run.graphs.forget()  # before the communicator goes that they use
 
 
 def train(run: Run, max_steps: int | None = None) -> None:

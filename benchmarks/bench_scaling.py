@@ -1,6 +1,6 @@
 """Whole training steps on one GPU and on several under DistributedDataParallel, images/s, in one run.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/bench_scaling.py [--models deit_base] [--methods tetrajet]
+    torchrun --standalone --nproc-per-node 2 benchmarks/bench_scaling.py [--models deit_base] [--methods tetrajet] [--graphs]
 
 Every GPU has the same batch in both cases, of noise that stays on the device; the step is that of main.py at 224x224.
 Alone, the first GPU trains while the others wait. Times and ratios are those of a step of the first process.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from bench_step import BASELINE, BATCH
+from bench_step import BASELINE, BATCH, GRAPHS
 from common import MODELS, Results, command, make_batch, make_run, method_config, parse, parser_for, step_of, take_turns
 
 from config import UserError
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=["tetrajet"], help="rows of Table 2 (default: tetrajet)")
     parser.add_argument("--carriers", nargs="+", default=["bf16", "fp8"], choices=["bf16", "fp8"])
     parser.add_argument("--batch", type=int, help=f"images of a GPU's step (default: {BATCH})")
+    parser.add_argument("--graphs", action="store_true", help="with passes recorded as CUDA graphs")
     options, device = parse(parser, argv)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world_size < 2:
@@ -50,10 +51,12 @@ def measure(options: argparse.Namespace, device: torch.device, rank: int, world_
     results = Results("scaling", options, device) if rank == 0 else None
     for model in options.models:
         batch_size = 4 if options.quick else options.batch or BATCH[model]
-        variants = {BASELINE: ("fp", [])}
+        kind, graphs = (GRAPHS, ["run.cuda_graphs=true"]) if options.graphs else ("", [])
+        variants = {BASELINE + kind: ("fp", graphs)}
         for method in options.methods:
             for carrier in options.carriers:
-                variants[method + ("" if carrier == "bf16" else f" {carrier}")] = method, [f"quant.carrier={carrier}"]
+                name = method + ("" if carrier == "bf16" else f" {carrier}") + kind
+                variants[name] = method, [f"quant.carrier={carrier}", *graphs]
         samples, baselines, images = {}, {}, {}
         for variant, (method, overrides) in variants.items():
             for processes in (1, world_size):
@@ -70,7 +73,9 @@ def measure(options: argparse.Namespace, device: torch.device, rank: int, world_
                         world_size=processes,
                     )
                     step = step_of(run, make_batch(run))
-                    samples |= take_turns({name: step}, device, options, kernels=False)
+                    samples |= take_turns({name: step}, device, options, kernels=False, uncounted=2, repeat=4)
+                    if run.graphs is not None:
+                        run.graphs.forget()
                     del run, step
                     gc.collect()
                     if device.type == "cuda":

@@ -1,16 +1,20 @@
 """A whole training step: MXFP4 against bfloat16 nn.Linear, eager and compiled, in turns on one device.
 
-    python benchmarks/bench_step.py [--models deit_tiny deit_base] [--methods qema] [--compile] [--carrier fp8] [--busy]
+    python benchmarks/bench_step.py [--models deit_tiny deit_base] [--methods qema] [--graphs] [--compile]
+                                    [--carrier fp8] [--busy]
 
 The step is that of main.py: model, drop path, AdamW, clipping and bfloat16 autocast of the recipe, at 224x224, on a
-batch of noise that stays on the device. A turn is three steps, of which the last counts. Compiled variants are compared
-with compiled bfloat16, eager ones with eager. Peak memory is that of a process with the one variant in it. --busy adds
-how long the device works in a step, whatever the host does: the union of kernels and copies in torch.profiler's trace.
+batch of noise that stays on the device. A turn is two steps and then four that count, one after the other as in
+training. Each variant is compared with bfloat16 of its own kind: eager, --compile, --graphs (passes as CUDA graphs,
+which is how main.py trains) or both. Peak memory is that of a process with the one variant in it; of graphs it is all
+they hold. --busy adds how long the device works in a step, whatever the host does: the union of kernels and copies in
+torch.profiler's trace.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +30,7 @@ from common import (
     parse,
     parser_for,
     peak_gib,
+    recorded_gib,
     state_of,
     step_of,
     take_turns,
@@ -34,7 +39,7 @@ from common import (
 from engine import Run
 
 BATCH = {"deit_tiny": 256, "deit_small": 256, "deit_base": 128, "swin_tiny": 128, "swin_small": 128}
-BASELINE, COMPILED, BUSY = "bf16", " compiled", ", device busy"
+BASELINE, GRAPHS, COMPILED, BUSY = "bf16", " graphs", " compiled", ", device busy"
 
 
 def compile_run(run: Run, quick: bool) -> None:
@@ -49,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--methods", nargs="+", default=["tetrajet"], help="rows of Table 2, such as tetrajet qema (default: tetrajet)"
     )
     parser.add_argument("--batch", type=int, help=f"images of a step (default: {BATCH})")
+    parser.add_argument("--graphs", action="store_true", help="also with passes recorded as CUDA graphs")
     parser.add_argument("--compile", action="store_true", help="also with the model under torch.compile")
     parser.add_argument("--busy", action="store_true", help="also how long the device works in a step")
     add_carrier(parser)
@@ -57,19 +63,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     for model in options.models:
         batch_size = 4 if options.quick else options.batch or BATCH[model]
         runs, baselines = {}, {}
-        for suffix in ["", COMPILED] if options.compile else [""]:
+        kinds = itertools.product([False, True][: 1 + options.compile], [False, True][: 1 + options.graphs])
+        for compiled, graphed in kinds:
+            suffix = COMPILED * compiled + GRAPHS * graphed
             for method in ["fp", *options.methods]:
                 name = (BASELINE if method == "fp" else f"{method}{options.carrier_suffix}") + suffix
-                more = [] if method == "fp" else options.carrier_override
+                more = [*([] if method == "fp" else options.carrier_override), f"run.cuda_graphs={graphed}"]
                 config = method_config(model, method)
                 runs[name] = make_run(config, device, batch=batch_size, quick=options.quick, overrides=more)
-                if suffix:
+                if compiled:
                     compile_run(runs[name], options.quick)
                 baselines[name] = BASELINE + suffix
         batch = make_batch(runs[BASELINE])
         steps = {name: step_of(run, batch) for name, run in runs.items()}
-        samples = take_turns(steps, device, options, kernels=False, uncounted=2)
+        samples = take_turns(steps, device, options, kernels=False, uncounted=2, repeat=4)
         peaks = {name: peak_gib(step, state_of(runs[name], batch), device) for name, step in steps.items()}
+        if device.type == "cuda":
+            peaks = {name: peak + recorded_gib(runs[name]) for name, peak in peaks.items()}
         if options.busy and device.type == "cuda":
             for name, step in steps.items():
                 samples[name + BUSY] = device_busy(step, device)

@@ -116,6 +116,7 @@ def take_turns(
     *,
     kernels: bool,
     uncounted: int = 0,
+    repeat: int = 1,
 ) -> dict[str, list[float]]:
     """Milliseconds of every call, by its name, one sample a round.
 
@@ -125,7 +126,8 @@ def take_turns(
     kernels: before each call a buffer larger than the cache is written, so that no call finds its input there, and
         nothing waits until the round is over: the first launches of a call are hidden by that writing. Otherwise each
         call begins on an idle device and ends when the device has finished, launches included.
-    uncounted: calls before the one that counts in every turn, so that it follows its own kind, as in training.
+    uncounted: calls before those that count in every turn, so that they follow their own kind, as in training.
+    repeat: how many calls in a row count, without waiting for the device between them; a sample is their mean.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
@@ -139,22 +141,24 @@ def take_turns(
                 calls[name]()
             if not cuda:
                 began = time.perf_counter()
-                calls[name]()
-                marks[name] = 1e3 * (time.perf_counter() - began)
+                for _ in range(repeat):
+                    calls[name]()
+                marks[name] = 1e3 * (time.perf_counter() - began) / repeat
                 continue
             if not kernels:
                 torch.cuda.synchronize(device)
             cache.zero_()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            calls[name]()
+            for _ in range(repeat):
+                calls[name]()
             end.record()
             if not kernels:
                 end.synchronize()
             marks[name] = begin, end
         if cuda:
             torch.cuda.synchronize(device)
-            marks = {name: begin.elapsed_time(end) for name, (begin, end) in marks.items()}
+            marks = {name: begin.elapsed_time(end) / repeat for name, (begin, end) in marks.items()}
         if round_ >= options.warmup:
             for name, milliseconds in marks.items():
                 samples[name].append(milliseconds)
@@ -199,6 +203,17 @@ def peak_gib(call: Callable[[], object], own: object, device: torch.device) -> f
     return (torch.cuda.max_memory_allocated(device) - before + sum(storages.values())) / 2**30
 
 
+def recorded_gib(run: Run) -> float:
+    """Device memory (GiB) of the CUDA graphs of a run: batch, activations, gradients and what lies idle between them."""
+    if run.graphs is None:
+        return 0.0
+    recorded = run.graphs.recorded.values()
+    pools = {tuple(one.graph.pool()) for one in recorded}
+    segments = torch.cuda.memory_snapshot()
+    held = sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) in pools)
+    return (held + sum(t.nbytes for one in recorded for t in (one.images, one.targets))) / 2**30
+
+
 def tensors_in(value: object) -> Iterator[Tensor]:
     """The tensors in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
@@ -236,6 +251,7 @@ def make_run(
     """A run of a configuration at the start of training, as main.py builds it, `batch` generated images a process.
 
     Nothing but the data differs from the recipe, and there is no mixup: its targets would hide the cross-entropy.
+    Passes are launched kernel by kernel unless `overrides` has run.cuda_graphs=true.
     """
     smaller = ["model.img_size=32", f"model.kwargs={TINY['swin' if config.stem.startswith('swin') else 'deit']}"]
     data = {
@@ -249,6 +265,7 @@ def make_run(
         "aug.cutmix": 0,
         "probes.enabled": "false",
         "run.amp": "bfloat16",
+        "run.cuda_graphs": "false",
     }
     common = [*(f"{key}={value}" for key, value in data.items()), *(smaller if quick else [])]
     cfg = load_config(config, [*common, *overrides], source="the command line")

@@ -251,7 +251,7 @@ ACTIONS = {"stop": stop_itself, "break": break_weight}
 
 
 def in_two_processes(folder: Path, runs: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Work through `runs` in two gloo processes; returns for each run what rank 0 and rank 1 report.
+    """Work through `runs` in two processes of gloo, or of NCCL on GPUs; returns for each run what the ranks report.
 
     A run is {"argv": [...]} and, if something is to happen on one rank, {"rank": 1, "step": 2, "action": "stop"}.
     A report is {"code": exit code, "stderr": text, "noise": the two words of noise state of every step, "weights": a
@@ -281,7 +281,7 @@ def _work(folder: Path) -> None:
             figures = train_step(run, batches)
             if run.cfg.quant.scheme != "none":
                 report["noise"].append(run.model.noise.state.tolist())
-            weights = b"".join(p.detach().numpy().tobytes() for p in run.model.parameters())
+            weights = b"".join(p.detach().cpu().numpy().tobytes() for p in run.model.parameters())
             report["weights"].append(hashlib.sha256(weights).hexdigest())
             return figures
 

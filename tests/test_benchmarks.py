@@ -201,6 +201,15 @@ def test_a_turn_may_begin_with_calls_that_do_not_count() -> None:
     assert {name: len(times) for name, times in samples.items()} == dict.fromkeys("ab", 4)
 
 
+def test_a_sample_may_be_the_mean_of_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 12))
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
+    called: list[str] = []
+    calls = {"a": lambda: called.append("a")}
+    samples = common.take_turns(calls, torch.device("cpu"), options_of(), kernels=False, uncounted=1, repeat=3)
+    assert samples == {"a": [4000.0] * 4} and len(called) == 6 * 4
+
+
 def test_percentiles_ratios_and_rates(tmp_path: Path) -> None:
     results = common.Results("made", options_of(output=tmp_path / "a.csv"), torch.device("cpu"))
     samples = {"base": [float(n) for n in range(11)], "other": [20.0, 20.0, 26.0, 10.0, 30.0]}
