@@ -1,6 +1,6 @@
 """Whole training steps on one GPU and on several under DistributedDataParallel, images/s, in one run.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/bench_scaling.py [--models deit_base] [--methods tetrajet] [--graphs]
+    torchrun --standalone --nproc-per-node 2 benchmarks/bench_scaling.py [--models deit_base] [--graphs]
 
 Every GPU has the same batch in both cases, of noise that stays on the device; the step is that of main.py at 224x224.
 Alone, the first GPU trains while the others wait. Times and ratios are those of a step of the first process.

@@ -204,7 +204,7 @@ def peak_gib(call: Callable[[], object], own: object, device: torch.device) -> f
 
 
 def recorded_gib(run: Run) -> float:
-    """Device memory (GiB) of the CUDA graphs of a run: batch, activations, gradients and what lies idle between them."""
+    """Device memory (GiB) that the CUDA graphs of a run hold: batch, activations, gradients and gaps between them."""
     if run.graphs is None:
         return 0.0
     recorded = run.graphs.recorded.values()
