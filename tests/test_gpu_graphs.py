@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -142,7 +142,7 @@ def test_a_model_that_waits_for_the_device_is_refused_in_one_sentence(tmp_path: 
     def run(*flags: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", STUBBORN, str(tmp_path / f"run{len(flags)}"), *LONG, *flags]
         there = environment()
-        there["PYTHONPATH"] += f":{Path(__file__).parent}"
+        there["PYTHONPATH"] = os.pathsep.join([there["PYTHONPATH"], *sys.path])
         return subprocess.run(command, env=there, capture_output=True, text=True, timeout=200)
 
     refused = run()
@@ -157,8 +157,9 @@ def test_a_model_that_waits_for_the_device_is_refused_in_one_sentence(tmp_path: 
 def test_two_gpus_train_the_same_bit_for_bit(flags: list[str], tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    argv: Callable[..., list[str]] = lambda name, *more: tiny(tmp_path / name, *LONG, *MX, *flags, *more)  # noqa: E731
-    eager, graphs = in_two_processes(tmp_path, [{"argv": argv("eager", "--no-cuda-graphs")}, {"argv": argv("graphs")}])
+    runs = {"eager": ["--no-cuda-graphs"], "graphs": []}
+    argvs = [tiny(tmp_path / name, *LONG, *MX, *flags, *more) for name, more in runs.items()]
+    eager, graphs = in_two_processes(tmp_path, [{"argv": argv} for argv in argvs])
     for reports in (eager, graphs):
         assert [r["code"] for r in reports] == [0, 0], reports
         assert reports[0]["weights"] == reports[1]["weights"] and len(reports[0]["weights"]) == 24
