@@ -231,7 +231,8 @@ def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 def environment() -> dict[str, str]:
     """For a process that computes as this one does."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
