@@ -87,25 +87,34 @@ class _Launcher:
     """A kernel for arguments that Triton compiles alike, in a number of programs of one tile each.
 
     Triton's own launch looks at every argument of every call, which takes the host longer than a small layer takes the
-    device.
+    device. `constants`: the last arguments, which are the same in every call; the sides of the tile come after them.
     """
 
-    def __init__(self, kernel: triton.JITFunction, rows: int, columns: int, tile: Tile) -> None:
+    def __init__(self, kernel: triton.JITFunction, rows: int, columns: int, tile: Tile, *constants: Any) -> None:
         self.kernel, self.tile, self.compiled = kernel, tile, None
-        self.programs = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+        self.constants = *constants, tile.rows, tile.columns
+        self.programs = _tiles(rows, tile.rows) * _tiles(columns, tile.columns)
 
-    def __call__(self, stream: int, *arguments: Any) -> None:
+    def __call__(self, stream: int, *arguments: Tensor | int | None) -> None:
         tile, compiled = self.tile, self.compiled
         if compiled is not None:
             # Addresses, since the launcher asks the driver about every tensor.
-            numbers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+            numbers = [a if a is None or type(a) is int else a.data_ptr() for a in arguments]
             compiled.run(
-                self.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *numbers
+                self.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                *numbers, *self.constants,
             )  # fmt: skip
-        elif INTERPRETED:
-            self.kernel[(self.programs,)](*arguments, num_warps=tile.warps)
+            return
+        launch = functools.partial(self.kernel[(self.programs,)], *arguments, *self.constants, num_warps=tile.warps)
+        if INTERPRETED:
+            launch()
         else:
-            self.compiled = self.kernel[(self.programs,)](*arguments, num_warps=tile.warps, maxnreg=tile.registers)
+            self.compiled = launch(maxnreg=tile.registers)
+
+
+def _tiles(length: int, side: int) -> int:
+    """How many of this side cover the length (triton.cdiv takes the host ten times as long)."""
+    return -(-length // side)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
@@ -146,7 +155,7 @@ class _Plan(NamedTuple):
     """What `prepare` decides once for equal arguments."""
 
     outputs: tuple[tuple[int, tuple[int, int], torch.dtype], ...]  # place among the arguments, shape, dtype
-    tail: tuple  # the last arguments of `prepare_kernel`
+    order: tuple[int, ...]  # the places in the order of the results
     launch: _Launcher
     survey: _Launcher | None
     total: _Launcher | None
@@ -184,13 +193,15 @@ def _plan(
             strides[index] = shape[1]
     fp8_window = window((row or column).format, fp8) if carried else None
     grids = [None if spec is None else _grid_of(spec) for spec in (row, column)]
-    partial_rows = triton.cdiv(rows, (SURVEY_TILE if carried else tile).rows)
+    partial_rows = _tiles(rows, (SURVEY_TILE if carried else tile).rows)
+    steps = _tiles(partial_rows, TOTAL_TILE.rows)
+    places = {place for place, *_ in outputs}
     return _Plan(
         outputs=tuple(outputs),
-        tail=(rows, columns, *strides, *grids, chained, fp8_window, tile.rows, tile.columns),
-        launch=_Launcher(prepare_kernel, rows, columns, tile),
-        survey=_Launcher(survey_kernel, rows, columns, SURVEY_TILE) if carried else None,
-        total=_Launcher(total_kernel, 1, columns, TOTAL_TILE) if sums else None,
+        order=tuple(place for place in (0, 1, 2, 6, 3, 4, 5, 7) if place in places),
+        launch=_Launcher(prepare_kernel, rows, columns, tile, rows, columns, *strides, *grids, chained, fp8_window),
+        survey=_Launcher(survey_kernel, rows, columns, SURVEY_TILE, rows, columns) if carried else None,
+        total=_Launcher(total_kernel, 1, columns, TOTAL_TILE, partial_rows, columns, steps) if sums else None,
         partial=(partial_rows, columns),
         specs=(row, column),
     )
@@ -242,13 +253,16 @@ def prepare(
                 peak = torch.zeros((), dtype=torch.int32, device=device)
             else:
                 _memory, peak = _zeros[device, stream].take(device)
-            plan.survey(stream, x, peak, partial, rows, columns, SURVEY_TILE.rows, SURVEY_TILE.columns)
-        plan.launch(stream, x, shadow, state, *streams, *outputs, in_prepare, peak, factor, lost, *plan.tail)
+            plan.survey(stream, x, peak, partial)
+        plan.launch(stream, x, shadow, state, *streams, *outputs, in_prepare, peak, factor, lost)
         if sums:
-            steps = triton.cdiv(plan.partial[0], TOTAL_TILE.rows)
-            plan.total(stream, partial, total, *plan.partial, steps, TOTAL_TILE.rows, TOTAL_TILE.columns)
-    results = (*outputs[:3], outputs[6], *outputs[3:6], outputs[7], factor, total)
-    return [t for t in results if t is not None]
+            plan.total(stream, partial, total)
+    results = [outputs[place] for place in plan.order]
+    if factor is not None:
+        results.append(factor)
+    if sums:
+        results.append(total)
+    return results
 
 
 _expansions: dict[tuple, tuple[_Launcher, QuantizerSpec]] = {}
@@ -260,11 +274,11 @@ def expand(codes: Tensor, scales: Tensor, spec: QuantizerSpec, columns: int, dty
     out = torch.empty((rows, columns), dtype=dtype, device=device)
     key = id(spec), rows, columns, dtype, _aligned(codes), _aligned(scales), device
     if key not in _expansions:
-        _expansions[key] = _Launcher(expand_kernel, rows, columns, EXPAND_TILE), spec
-    launch, tile = _expansions[key][0], EXPAND_TILE
-    axis = 0 if spec.axis == 0 else 1
+        axis = 0 if spec.axis == 0 else 1
+        launch = _Launcher(expand_kernel, rows, columns, EXPAND_TILE, rows, columns, _grid_of(spec), axis)
+        _expansions[key] = launch, spec
     with _on(device):
-        launch(_stream(device), codes, scales, out, rows, columns, _grid_of(spec), axis, tile.rows, tile.columns)
+        _expansions[key][0](_stream(device), codes, scales, out)
     return out
 
 

@@ -26,6 +26,7 @@ from quantization.operands import E4M3, E5M2, Operand, forms_for, multiply, prep
 from quantization.spec import QUANTIZERS, LinearRecipe
 
 ROWS, COLUMNS = 0, -1  # the dimension of a stored matrix that a product sums over
+STREAMS = {name: number for number, name in enumerate(QUANTIZERS)}  # of noise, within those of a layer
 
 
 def quantize_for_products(
@@ -43,18 +44,18 @@ def quantize_for_products(
     shadow: Tensor | None = None,
 ) -> tuple[Operand | None, Operand | None, Tensor | None]:
     """A matrix as the two quantizers `names` hand it on, and its sum over rows; None for what is not wanted."""
-    row, column = (getattr(recipe, name) if want else None for name, want in zip(names, wanted, strict=True))
+    along_rows, along_columns = names
     first, second, total = prepare(
         x,
-        row,
-        column,
-        (forms[names[0]], forms[names[1]]),
+        getattr(recipe, along_rows) if wanted[0] else None,
+        getattr(recipe, along_columns) if wanted[1] else None,
+        (forms[along_rows], forms[along_columns]),
         dtype,
         fp8,
         chained=chained,
         sums=sums,
         noise=noise,
-        streams=(QUANTIZERS.index(names[0]), QUANTIZERS.index(names[1])),
+        streams=(STREAMS[along_rows], STREAMS[along_columns]),
         shadow=shadow,
     )
     if wanted[0] and first is None:
@@ -84,7 +85,7 @@ class QuantLinearFunction(torch.autograd.Function):
         noise, chained = Noise(noise_state, stream), recipe.backward_operands == "requantized"
         X_ND = x.reshape(-1, x.shape[-1])
         forms = forms_for(recipe, weight, x)
-        for_input, for_weight = (differentiable and needed for needed in ctx.needs_input_grad[:2])
+        for_input, for_weight, *_ = ctx.needs_input_grad if differentiable else (False, False)
 
         x1, x6, _ = quantize_for_products(
             X_ND, ("q1", "q6"), (True, for_weight), recipe, forms, dtype, E4M3, noise, chained=chained

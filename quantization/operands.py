@@ -142,23 +142,21 @@ def prepare(
     if x.dtype not in DTYPES:
         raise TypeError(f"quantizers take float32, bfloat16 or float16; got {str(x.dtype).removeprefix('torch.')}")
     state, stream = (None, 0) if noise is None else noise
-    forms = (NOTHING if row is None else forms[0], NOTHING if column is None else forms[1])
+    row_form, column_form = NOTHING if row is None else forms[0], NOTHING if column is None else forms[1]
     arguments = (x, shadow, state, stream + streams[0], stream + streams[1])
     if torch.compiler.is_compiling():
-        tensors = torch.ops.mxfp4.prepare(*arguments, _key(row), _key(column), *forms, dtype, fp8, chained, sums)
+        keys = _key(row), _key(column)
+        tensors = torch.ops.mxfp4.prepare(*arguments, *keys, row_form, column_form, dtype, fp8, chained, sums)
     else:
-        tensors = _prepare(*arguments, row, column, *forms, dtype, fp8, chained, sums)
-    end = _TENSORS[forms[0]]
-    first, second = tuple(tensors[:end]), tuple(tensors[end : end + _TENSORS[forms[1]]])
-    factor = tuple(tensors[end + len(second) :][:1]) if CARRIED in forms else ()
-    first += factor if forms[0] == CARRIED else ()
-    second += factor if forms[1] == CARRIED else ()
-    columns = x.shape[1]
-    return (
-        Operand(first, row, columns) if first else None,
-        Operand(second, column, columns) if second else None,
-        tensors[-1] if sums else None,
-    )
+        tensors = _prepare(*arguments, row, column, row_form, column_form, dtype, fp8, chained, sums)
+    operands, begin, columns = [], 0, x.shape[1]
+    factor = _TENSORS[row_form] + _TENSORS[column_form]  # its place, if there is one
+    for spec, form in ((row, row_form), (column, column_form)):
+        end = begin + _TENSORS[form]
+        own = (tensors[begin], tensors[factor]) if form == CARRIED else tuple(tensors[begin:end])
+        operands.append(None if spec is None else Operand(own, spec, columns))
+        begin = end
+    return *operands, tensors[-1] if sums else None
 
 
 def _prepare(
@@ -362,7 +360,8 @@ def multiply(
         with torch.autocast(a_MK.device.type, enabled=False):
             product = (a_MK.float() @ b_NK.float().t()) * (a_factor * b_factor)
         return (product if bias is None else product + bias.float()).to(out_dtype)
-    a_MK, b_NK = (m.values(dtype) if o == -1 else m.values(dtype).t() for m, o in zip((a, b), over, strict=True))
+    a_MK = a.values(dtype) if over[0] == -1 else a.values(dtype).t()
+    b_NK = b.values(dtype) if over[1] == -1 else b.values(dtype).t()
     if bias is not None:
         return F.linear(a_MK, b_NK, bias).to(out_dtype)
     if a_MK.is_cuda and out_dtype == torch.float32 != dtype:  # without a rounding to the compute dtype in between
