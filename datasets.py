@@ -351,3 +351,28 @@ def _outlive_signals(worker_id: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def to_device(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Move batches to the device one ahead and beside its work, so that none waits for its copy."""
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    ahead = None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            batch = tuple(t.to(device, non_blocking=True) for t in batch)
+            arrived = None if copies is None else copies.record_event()
+        if ahead is not None:
+            yield _arrived(*ahead)
+        ahead = batch, arrived
+    if ahead is not None:
+        yield _arrived(*ahead)
+
+
+def _arrived(batch: tuple[Tensor, Tensor], copied: torch.cuda.Event | None) -> tuple[Tensor, Tensor]:
+    """A batch that the present stream may work on: it waits for the copy, not the host."""
+    if copied is not None:
+        stream = torch.cuda.current_stream()
+        stream.wait_event(copied)
+        for tensor in batch:
+            tensor.record_stream(stream)  # else its memory could be another batch's before the work is done
+    return batch

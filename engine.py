@@ -33,7 +33,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from checkpoint import LAST, find_last, restore_model, save_checkpoint
 from config import Config, UserError, dump_config, recipe_differences
-from datasets import Data
+from datasets import Data, to_device
 from diagnosis import first_non_finite
 from graphs import GraphedPasses, Pass
 from losses import Loss
@@ -256,18 +256,6 @@ def seek_noise(model: nn.Module, position: int) -> None:
     noise = getattr(model, "noise", None)
     if isinstance(noise, NoiseClock):
         noise.seek(position)
-
-
-def to_device(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Move batches to the device one ahead, so that the copy of the next one overlaps with the work on this one."""
-    ahead = None
-    for batch in batches:
-        batch = tuple(t.to(device, non_blocking=True) for t in batch)
-        if ahead is not None:
-            yield ahead
-        ahead = batch
-    if ahead is not None:
-        yield ahead
 
 
 def forward_backward(

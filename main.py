@@ -419,6 +419,10 @@ def command(argv: Sequence[str] | None = None) -> NoReturn:
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except torch.OutOfMemoryError as error:
+        said = str(error).split(". ")[0]
+        print(f"error: The device has too little memory ({said}); choose a smaller --batch-size.", file=sys.stderr)
+        raise SystemExit(2) from None
     raise SystemExit(0)
 
 

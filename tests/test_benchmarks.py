@@ -293,3 +293,18 @@ def test_the_peak_is_that_of_the_call_and_what_it_keeps() -> None:
 
     assert common.peak_gib(call, [kept, kept.view(-1, 2)], device) == pytest.approx(48 / 1024)
     assert common.peak_gib(call, [kept, other], device) == pytest.approx(112 / 1024)
+
+
+@pytest.mark.gpu
+def test_a_device_is_as_busy_with_a_graph_as_with_its_kernels() -> None:
+    device = torch.device("cuda")
+    x = torch.randn(4096, 4096, device=device)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        x @ x
+        with torch.cuda.graph(graph, stream=stream):
+            x @ x
+    alone, replayed, twice = (
+        min(common.device_busy(call, device)) for call in (lambda: x @ x, graph.replay, lambda: x @ x @ x)
+    )
+    assert 0 < replayed == pytest.approx(alone, rel=0.2) and twice == pytest.approx(2 * alone, rel=0.2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -24,9 +25,11 @@ from helpers import (
     tiny,
     train,
 )
+from torch import nn
 
 import engine
 from graphs import WARM_UP, GraphedPasses
+from quantization import QuantLinear, build_recipe
 from quantization.noise import NoiseClock
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("in_this_process")]
@@ -123,6 +126,24 @@ def test_a_step_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(engine, "settle", count)
     train(tmp_path / "run", *LONG, *MX, "--mixup", "0", "--cutmix", "0")
     assert waited
+
+
+def test_a_graph_of_one_s_own_draws_fresh_noise_at_every_replay() -> None:
+    """Outside our training loop: torch.cuda.graph around a model, which moves its position on by itself."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), torch.no_grad():
+        layer = QuantLinear.from_linear(nn.Linear(64, 64, device="cuda"), build_recipe(forward="stochastic"))
+        x = torch.randn(32, 64, device="cuda")
+        layer.noise.seek(0)
+        eager = [layer(x) for _ in range(4)]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            y = layer(x)
+        layer.noise.seek(1)
+        for expected in eager[1:]:
+            graph.replay()
+            assert torch.equal(y, expected)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(eager, 2))
 
 
 STUBBORN = """

@@ -16,6 +16,7 @@ import torch
 from helpers import column, exit_code, tiny, train, tree
 from PIL import Image
 
+import engine
 import main
 from checkpoint import load_weights
 from config import UserError, load_config
@@ -278,3 +279,15 @@ def test_fp8_products_need_a_gpu_that_has_them(monkeypatch: pytest.MonkeyPatch) 
     main.check_carrier(fp8, torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     main.check_carrier(fp8, cuda)
+
+
+def test_too_little_device_memory_is_said_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 TiB. GPU 0 has")
+
+    monkeypatch.setattr(engine, "train_step", full)
+    assert exit_code(tiny(tmp_path / "run")) == 2
+    said = "error: The device has too little memory (CUDA out of memory); choose a smaller --batch-size.\n"
+    assert capsys.readouterr().err == said
