@@ -94,12 +94,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             rate_unit="images/s",
             peaks=peaks,
         )
+        results.write()  # what has been measured outlives a failure of the next model
         del runs, steps, batch
         gc.collect()
         torch.compiler.reset()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    results.write()
 
 
 if __name__ == "__main__":

@@ -300,7 +300,7 @@ def state_of(run: Run, batch: tuple[Tensor, Tensor]) -> list[object]:
 
 @dataclass
 class Results:
-    """The rows of one benchmark, printed as they come and appended to a CSV file at the end.
+    """The rows of one benchmark, printed as they come and appended to a CSV file.
 
     benchmark: its name; options: those of `parse`.
     """
@@ -360,7 +360,10 @@ class Results:
             print(f"  {variant:<34}{figures}", flush=True)
 
     def write(self) -> None:
-        """Append the rows; of a quick run only where --output says so. Raises UserError where the file is another's."""
+        """Append the rows since the last call; of a quick run only where --output says so.
+
+        Raises UserError where the file is another's.
+        """
         path = self.options.output or (None if self.options.quick else RESULTS)
         if path is None:
             print("\nA quick run: nothing is recorded.")
@@ -375,7 +378,8 @@ class Results:
                 csv.DictWriter(file, FIELDS, lineterminator="\n").writerows(map(_as_text, self.rows))
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}); choose another --output.") from None
-        print(f"\n{len(self.rows)} rows added to {path}")
+        print(f"\n{len(self.rows)} rows added to {path}", flush=True)
+        self.rows.clear()
 
 
 def _triton_version() -> str:

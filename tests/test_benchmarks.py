@@ -216,7 +216,10 @@ def test_percentiles_ratios_and_rates(tmp_path: Path) -> None:
     baselines, peaks = {"base": "base", "other": "base"}, {"base": 1.23456789, "other": None}
     results.add("case", "2x3", samples, baselines, rate=lambda name, s: len(name) / s, rate_unit="x/s", peaks=peaks)
     results.write()
-    results.write()  # again, below the same header
+    results.write()  # nothing is written twice
+    assert len(rows_of(tmp_path / "a.csv")) == 2
+    results.add("case", "2x3", samples, baselines, rate=lambda name, s: len(name) / s, rate_unit="x/s", peaks=peaks)
+    results.write()  # below the same header
     rows = rows_of(tmp_path / "a.csv")
     assert len(rows) == 4 and rows[:2] == rows[2:]
     figures = [[row[name] for name in ("p20_ms", "p50_ms", "p80_ms", "ratio", "rate", "peak_gib")] for row in rows[:2]]
