@@ -19,6 +19,7 @@ and an epoch resumed in its middle starts anew from its first sample (only its l
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import random
@@ -355,10 +356,10 @@ def _outlive_signals(worker_id: int) -> None:
 
 def to_device(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Move batches to the device one ahead and beside its work, so that none waits for its copy."""
-    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    copies = _copy_stream(device) if device.type == "cuda" else None
     ahead = None
     for batch in batches:
-        with torch.cuda.stream(copies):
+        with contextlib.nullcontext() if copies is None else torch.cuda.stream(copies):
             batch = tuple(t.to(device, non_blocking=True) for t in batch)
             arrived = None if copies is None else copies.record_event()
         if ahead is not None:
@@ -366,6 +367,12 @@ def to_device(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) ->
         ahead = batch, arrived
     if ahead is not None:
         yield _arrived(*ahead)
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all loaders, since memory that a stream has had is kept for that stream."""
+    return torch.cuda.Stream(device)
 
 
 def _arrived(batch: tuple[Tensor, Tensor], copied: torch.cuda.Event | None) -> tuple[Tensor, Tensor]:

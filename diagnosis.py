@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 def first_non_finite(
     run: Run, micro_batches: list[tuple[Tensor, Tensor]], forward_backward: Callable[..., Tensor]
 ) -> str:
-    """Name what first became NaN or Inf in a failed step, by repeating the step on the weights it started from.
+    """Name what first became NaN or Inf in a failed step, by repeating it on the weights that the optimizer left alone.
 
+    A stabilizer's shadow or newly frozen weights may be a step or two further; that does not bring a value back.
     The order is that of computation: parameters, input, activations, gradients of activations, gradients of parameters.
-    forward_backward: the engine's.
+    forward_backward: the engine's, which imports this module.
     """
     found: list[str] = []
     if run.graphs is not None:

@@ -169,8 +169,12 @@ class Run:
                 f"{self.steps_per_epoch}; resume it with the same data set and global batch."
             )
         restore_model(self.model, state["model"], path)
+        saved, groups = state["optimizer"], self.optimizer.param_groups
+        if len(saved["param_groups"]) == len(groups):  # how it is computed is this device's and not the checkpoint's
+            own = [{key: group[key] for key in ("fused", "foreach") if key in group} for group in groups]
+            saved = {**saved, "param_groups": [{**g, **o} for g, o in zip(saved["param_groups"], own, strict=True)]}
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(saved)
         except (ValueError, KeyError) as error:
             raise UserError(
                 f"The optimizer state in {path} does not fit --opt {self.cfg.optim.opt}: {error}."
@@ -206,7 +210,7 @@ class Run:
         settle(self)
         modules = [self.model] + ([] if self.ema is None else [self.ema.module])
         kept = copy.deepcopy([m.state_dict() for m in modules]), copy.deepcopy(self.optimizer.state_dict())
-        place = self.epoch, self.step, self.data.corrupt, self.meter.state_dict()
+        place = self.epoch, self.step, self.data.corrupt, self.figures, self.meter.state_dict()
         python, numpy = random.getstate(), np.random.get_state()
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             batches = self.upcoming_batches(epochs=2 + steps // self.steps_per_epoch)
@@ -222,7 +226,7 @@ class Run:
         for module, weights in zip(modules, kept[0], strict=True):
             module.load_state_dict(weights)
         self.optimizer.load_state_dict(kept[1])
-        self.epoch, self.step, self.data.corrupt, meter = place
+        self.epoch, self.step, self.data.corrupt, self.figures, meter = place
         self.meter.load_state_dict(meter)
         random.setstate(python)
         np.random.set_state(numpy)
@@ -286,7 +290,7 @@ def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, 
     Where the optimizer has a `found_inf`, with which it leaves the weights as they are, the host does not wait for the
     device: the figures are those of the step before, and `settle` waits for this one's.
 
-    Raises TrainingError, with the weights as they were, for a loss or gradient that is not finite.
+    Raises TrainingError for a loss or gradient that is not finite, by which the optimizer has changed no weight.
     """
     loss = torch.zeros((), device=run.device)
     micro_batches = []
@@ -306,7 +310,7 @@ def train_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, 
         dist.all_reduce(figures)
     figures /= run.world_size
     failed = getattr(run.optimizer, "found_inf", None)
-    if failed is not None:  # from the first step on that fails, until the host knows
+    if failed is not None:  # 1 from the first step on that fails; the run ends when the host knows
         failed.copy_(torch.maximum(failed, (~torch.isfinite(figures)).any()))
     ready = torch.cuda.Event() if run.device.type == "cuda" else None
     lr = run.optimizer.param_groups[0]["lr"]
@@ -385,6 +389,7 @@ def train_one_epoch(run: Run, max_steps: int | None = None) -> None:
                     f"The training data ended after {run.step} of the {total} steps of epoch {run.epoch}."
                 ) from None
             if (recording := run.probe.after_step(run.global_step - 1)) is not None:
+                settle(run)
                 run.log.write_recording(recording, at=run.global_step)
             bar.update(cfg.optim.global_batch, loss=figures["loss"], lr=figures["lr"])
             if run.step % cfg.run.log_every == 0:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from config import UserError
 
-# Steps before the recording: kernels are compiled and chosen in the first, and DistributedDataParallel, which arranges
-# its buckets after the first and takes times in ten, has settled.
+# Steps before the recording: kernels are compiled and chosen in the first; DistributedDataParallel arranges its buckets
+# after the first and times itself in the first ten, with events that cannot be recorded.
 WARM_UP = 11
 
 
@@ -27,7 +27,7 @@ class Pass(NamedTuple):
     """Which micro-batch of an optimizer step it is: the first one sets the gradients, the others add to them."""
 
     first: bool
-    last: bool  # of which DistributedDataParallel averages the gradients
+    last: bool  # after it DistributedDataParallel averages the gradients
 
 
 class _Recorded(NamedTuple):
@@ -48,6 +48,7 @@ def leave_default_stream(device: torch.device) -> None:
 class GraphedPasses:
     """Runs passes: eagerly at first, then recorded ones, one recording for each kind of pass.
 
+    All recordings are of one shape of batch. A batch of another shape is computed eagerly.
     parameters: those whose gradients a pass computes.
     """
 
@@ -58,7 +59,8 @@ class GraphedPasses:
 
     def forget(self) -> None:
         """Drop the recordings and the memory they hold."""
-        self.recorded: dict[tuple[Pass, torch.Size, torch.Size], _Recorded] = {}
+        self.recorded: dict[Pass, _Recorded] = {}
+        self.shapes: tuple[torch.Size, torch.Size] | None = None  # of images and targets
         self.gradients: list[Tensor | None] = []
         self.in_step = False  # whether the first pass of the present step was a recorded one
 
@@ -67,16 +69,18 @@ class GraphedPasses:
 
         Raises UserError where it cannot be recorded.
         """
-        key = which, images.shape, targets.shape
+        shapes = images.shape, targets.shape
+        fits = self.shapes in (None, shapes)
         if which.first:
             self.steps += 1
-            # The gradients have their place in memory from the first recording on: other shapes go on eagerly.
-            self.in_step = key in self.recorded or (self.steps > WARM_UP and not self.recorded)
-        if not self.in_step:
+            self.in_step = self.steps > WARM_UP and fits
+        # Recorded passes add to the gradients where the first one put them; so does an eager one after a recorded one.
+        if not (self.in_step and fits):
             return compute(images, targets)
-        if key not in self.recorded:
-            self.recorded[key] = self._record(compute, images, targets, which)
-        recorded = self.recorded[key]
+        if which not in self.recorded:
+            self.recorded[which] = self._record(compute, images, targets, which)
+            self.shapes = shapes
+        recorded = self.recorded[which]
         recorded.images.copy_(images)
         recorded.targets.copy_(targets)
         recorded.graph.replay()
@@ -100,9 +104,10 @@ class GraphedPasses:
                 graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
             ):
                 loss = compute(images, targets)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            for one in (error, error.__context__):  # leaving a recording that broke may fail on top
+                if isinstance(one, torch.OutOfMemoryError):
+                    raise one from None
             raise UserError(
                 f"Forward and backward pass cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}); pass "
                 "--no-cuda-graphs, or keep what waits for the device out of the model."

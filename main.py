@@ -421,7 +421,11 @@ def command(argv: Sequence[str] | None = None) -> NoReturn:
         raise SystemExit(1) from None
     except torch.OutOfMemoryError as error:
         said = str(error).split(". ")[0]
-        print(f"error: The device has too little memory ({said}); choose a smaller --batch-size.", file=sys.stderr)
+        print(
+            f"error: The device has too little memory ({said}); choose a smaller --batch-size, or --no-cuda-graphs, "
+            "which leaves evaluation the memory of training.",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
     raise SystemExit(0)
 

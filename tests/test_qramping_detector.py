@@ -34,7 +34,7 @@ def everything(run: Run) -> dict[str, Any]:
     """All that a rehearsal must leave as it was."""
     rates = [group["lr"] for group in run.optimizer.param_groups]
     gradients = [p.grad for p in run.model.parameters()]
-    place = [run.global_step, run.epoch, run.step, run.data.corrupt, run.model.training]
+    place = [run.global_step, run.epoch, run.step, run.data.corrupt, run.model.training, run.figures]
     return copy.deepcopy(
         {**run.state_dict(), "rates": rates, "gradients": gradients, "place": place, "generators": generators()}
     )
