@@ -55,6 +55,16 @@ BROKEN = {
 }
 
 
+def names(error: str, named: str, last: Path) -> bool:
+    """Whether this is all that is said of `named`, broken in step 2 of epoch 1."""
+    number = r"(nan|inf|[\d.]+)"
+    sentence = (
+        rf"error: Step 2 of epoch 1: the loss is {number} and the gradient norm {number}; the first that is not finite "
+        rf"is {re.escape(named)}; the last good checkpoint is {re.escape(str(last))}\.\n"
+    )
+    return re.fullmatch(sentence, error) is not None
+
+
 @pytest.mark.parametrize("quant", ["none", "mx"])
 @pytest.mark.parametrize(("action", "named"), BROKEN.values(), ids=BROKEN.keys())
 def test_a_value_that_is_not_finite_stops_the_run_and_is_named(
@@ -74,12 +84,7 @@ def test_a_value_that_is_not_finite_stops_the_run_and_is_named(
     monkeypatch.setattr(engine, "train_step", before_step(6, act))
     assert exit_code(tiny(tmp_path / "run", "--quant.scheme", quant)) == 1
     last = tmp_path / "run" / "last.pt"
-    number = r"(nan|inf|[\d.]+)"
-    assert re.fullmatch(
-        rf"error: Step 2 of epoch 1: the loss is {number} and the gradient norm {number}; the first that is not finite "
-        rf"is {re.escape(named)}; the last good checkpoint is {re.escape(str(last))}\.\n",
-        capsys.readouterr().err,
-    )
+    assert names(capsys.readouterr().err, named, last)
     assert last.read_bytes() == saved[0]
     state = load_checkpoint(last)
     assert state["epoch"] == 1
