@@ -42,7 +42,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from config import Config, UserError
-from image_sets import count_classes, open_sets
+from images.sets import count_classes, open_sets
 
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, tarfile.TarError, Image.DecompressionBombError)
 _MAX_IN_A_ROW = 100  # unreadable images in a row: beyond this the disk is broken, not an image

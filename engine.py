@@ -31,17 +31,17 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from checkpoint import LAST, find_last, restore_model, save_checkpoint
 from config import Config, UserError, dump_config, recipe_differences
 from datasets import Data, to_device
-from diagnosis import first_non_finite
-from graphs import GraphedPasses, Pass
-from losses import Loss
 from quantization.noise import NoiseClock
-from quantization.operands import lost_in_carrier
-from quantization.probe import Probe
+from quantization.operands.matrices import lost_in_carrier
 from quantization.stabilizers import Stabilizer
-from runlog import Meter, RunLog
+from quantization.watch.probe import Probe
+from record.checkpoint import LAST, find_last, restore_model, save_checkpoint
+from record.runlog import Meter, RunLog
+from training.diagnosis import first_non_finite
+from training.graphs import GraphedPasses, Pass
+from training.losses import Loss
 
 # Noise positions of evaluation and of the probe, which only matter where the forward pass rounds stochastically, lie
 # above training's.

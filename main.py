@@ -27,20 +27,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
-from checkpoint import BEST, LAST, find_last, finetune_from, load_checkpoint, load_weights, restore_model
 from config import Config, UserError, dump_config, load_config
+from config.flags import parse_flags
+from config.rows import run_name
 from datasets import Data, build_data, build_mixup
 from engine import PROBE_POSITION, Run, StopSignal, TrainingError, evaluate, train_one_epoch
-from flags import parse_flags
-from graphs import GraphedPasses, leave_default_stream
-from losses import build_loss
 from models import create_model, quantizer_table
 from quantization.noise import NoiseClock
-from quantization.probe import OscillationProbe, Probe
 from quantization.stabilizers import Plan, Stabilizer, build_stabilizer
-from rows import run_name
-from runlog import RunLog, manifest
+from quantization.watch.probe import OscillationProbe, Probe
+from record.checkpoint import BEST, LAST, find_last, finetune_from, load_checkpoint, load_weights, restore_model
+from record.runlog import RunLog, manifest
 from timm_patches import PATCHES
+from training.graphs import GraphedPasses, leave_default_stream
+from training.losses import build_loss
 
 MAX_BATCH = 256  # samples of one process at a time, where the configuration leaves it open
 SMOKE_STEPS, SMOKE_BATCH = 2, 2

@@ -1,8 +1,8 @@
 """Runs in, pictures and tables out: `python report.py curves RUN [RUN ...] --png FILE`, `figures`, `tables`.
 
 curves   a table (method, top-1, loss, time) and one picture of loss and accuracy over the epochs
-figures  Figures 2 to 6 and Table 3 of the paper, from runs with a probe (report_figures.py)
-tables   the paper's tables, published figures beside ours (report_tables.py)
+figures  Figures 2 to 6 and Table 3 of the paper, from runs with a probe (results/figures.py)
+tables   the paper's tables, published figures beside ours (results/tables.py)
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import UserError, load_config
-from report_figures import COLOURS, STYLES, method_name, write_figures
-from report_tables import write_tables
-from runlog import read_metrics
+from record.runlog import read_metrics
+from results.figures import COLOURS, STYLES, method_name, write_figures
+from results.tables import write_tables
 
 
 @dataclass(frozen=True)

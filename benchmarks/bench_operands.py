@@ -20,9 +20,9 @@ from torch import Tensor
 
 from config import load_config
 from quantization import resolve
-from quantization.linear_fn import COLUMNS, ROWS, quantize_for_products
+from quantization.layers.linear_fn import COLUMNS, ROWS, quantize_for_products
 from quantization.noise import Noise
-from quantization.operands import E4M3, E5M2, Operand, forms_for, multiply
+from quantization.operands.matrices import E4M3, E5M2, Operand, forms_for, multiply
 from quantization.spec import LinearRecipe
 
 CARRIERS = ("bf16", "fp8")

@@ -20,7 +20,7 @@ from common import MODELS, Results, command, make_batch, make_run, method_config
 from config import load_config
 from engine import Run
 from quantization.stabilizers import Plan
-from runlog import RunLog
+from record.runlog import RunLog
 
 IMAGENET, EPOCHS = 1_281_167, 90
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from config import UserError
 from quantization import QuantizerSpec, fake_quantize
 from quantization.noise import Noise
-from quantization.operands import DENSE, PACKED, prepare
+from quantization.operands.matrices import DENSE, PACKED, prepare
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHAPES = ["25216x3072", "25216x768", "50432x192"]  # fc2's and fc1's inputs of DeiT-B at batch 128, DeiT-T's at 256

@@ -1,7 +1,7 @@
 """MXFP4 quantization of linear layers: formats, quantizers, the quantized linear layer."""
 
-from quantization.int4 import Int4Linear, Int4Recipe
-from quantization.linear import QuantLinear, convert_linears
+from quantization.layers.int4 import Int4Linear, Int4Recipe
+from quantization.layers.linear import QuantLinear, convert_linears
 from quantization.quantize import fake_quantize
 from quantization.spec import PRESETS, LinearRecipe, QuantizerSpec, build_recipe, resolve
 

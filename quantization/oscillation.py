@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantization.backends.reference import Blocks, block_exponents, from_blocks, grid_of, power_of_two, to_blocks
 from quantization.formats import ElementFormat
-from quantization.reference import Blocks, block_exponents, from_blocks, grid_of, power_of_two, to_blocks
 from quantization.spec import QuantizerSpec
 
 OSCILLATING = 16.0  # a weight whose oscillation ratio exceeds this is called oscillating (section 7.2)

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from quantization import reference
+from quantization.backends import reference
 from quantization.noise import Noise
 from quantization.spec import QuantizerSpec
 
@@ -20,7 +20,7 @@ def implementation_for(x: Tensor, spec: QuantizerSpec, backend: str) -> ModuleTy
     if backend == "reference" or (backend == "auto" and not x.is_cuda):
         return reference
     try:
-        from quantization import launch
+        from quantization.backends.gpu import launch
     except ImportError as error:  # there is no Triton for macOS, for example
         if backend == "auto":
             return reference

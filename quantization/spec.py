@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from quantization.formats import FORMATS, ElementFormat
-from quantization.int4 import Int4Recipe
+from quantization.layers.int4 import Int4Recipe
 
 Rounding = Literal["nearest_even", "nearest_away", "nearest_up", "stochastic"]
 ScaleRule = Literal["truncation_free", "floor"]

@@ -43,7 +43,7 @@ done
 PYTHON="${PYTHON:-$(bash "$root/scripts/setup.sh")}"
 
 name="$(basename -- "$file" .yaml)"
-if [ -n "$row" ]; then name="$("$PYTHON" "$root/rows.py" name "$config")"; fi # it may be the same run as another
+if [ -n "$row" ]; then name="$("$PYTHON" "$root/study.py" name "$config")"; fi # it may be the same run as another
 
 gpus() {
     if ! command -v nvidia-smi >/dev/null; then

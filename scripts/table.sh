@@ -23,10 +23,10 @@ PYTHON="${PYTHON:-$(bash "$root/scripts/setup.sh")}"
 export PYTHON
 if [ ${#words[@]} = 0 ]; then
     case "${1:---help}" in
-        --help | -h) exec "$PYTHON" "$root/rows.py" list "$table" ;;
+        --help | -h) exec "$PYTHON" "$root/study.py" list "$table" ;;
     esac
 fi
-plan="$("$PYTHON" "$root/rows.py" plan "$table" ${words[@]+"${words[@]}"} --runs-dir "${RUNS_DIR:-$root/runs}" -- "$@")"
+plan="$("$PYTHON" "$root/study.py" plan "$table" ${words[@]+"${words[@]}"} --runs-dir "${RUNS_DIR:-$root/runs}" -- "$@")"
 configs=()
 while IFS= read -r line; do
     if [ -n "$line" ]; then configs+=("$line"); fi

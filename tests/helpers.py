@@ -25,10 +25,10 @@ import torch.distributed as dist
 
 import engine
 import main
-from checkpoint import load_checkpoint
 from engine import Run
-from quantization.probe import OscillationProbe, Recording
-from runlog import read_metrics
+from quantization.watch.probe import OscillationProbe, Recording
+from record.checkpoint import load_checkpoint
+from record.runlog import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import nn
 
-from quantization.int4 import Int4Linear, Int4LinearFunction, Int4Recipe
+from quantization.layers.int4 import Int4Linear, Int4LinearFunction, Int4Recipe
 from quantization.noise import Noise, uniform
 
 STREAM = 8 * 5  # of the layer under test

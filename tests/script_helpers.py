@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 TORCHRUN = ["-m", "torch.distributed.run"]
 
-# A Python that answers what rows.py is asked and records every other command line, one word a line.
+# A Python that answers what study.py is asked and records every other command line, one word a line.
 STUB = """\
-case "$1" in */rows.py) exec "$REAL_PYTHON" "$@" ;; esac
+case "$1" in */study.py) exec "$REAL_PYTHON" "$@" ;; esac
 printf "%s\\n" "$@" > "$RECORD"
 exit "${STATUS:-0}"
 """

@@ -12,11 +12,11 @@ from helpers import FULL, train
 from torch import Tensor, nn
 
 import main
-from checkpoint import load_checkpoint
 from config import load_config
 from engine import Run
 from quantization import PRESETS, LinearRecipe, QuantLinear
 from quantization.stabilizers import Plan, build_stabilizer
+from record.checkpoint import load_checkpoint
 
 GRID = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]  # the magnitudes of e2m1 by their codes
 TETRAJET = PRESETS["tetrajet"]

@@ -19,8 +19,9 @@ import timm
 import torch
 from torch import nn
 
-import checkpoint
-from checkpoint import (
+from config import UserError
+from record import checkpoint
+from record.checkpoint import (
     FORMAT,
     LAST,
     atomic_write,
@@ -31,7 +32,6 @@ from checkpoint import (
     restore_model,
     save_checkpoint,
 )
-from config import UserError
 
 DISTILLED = "deit_tiny_distilled_patch16_224"
 
@@ -164,9 +164,9 @@ def test_a_save_cut_short_leaves_the_old_file(
 def test_a_save_killed_outright_leaves_the_old_file_and_the_next_one_works(tmp_path: Path) -> None:
     path = tmp_path / LAST
     atomic_write(path, lambda file: file.write(b"old"))
-    kill = "import os; from pathlib import Path; from checkpoint import atomic_write\n"
+    kill = "import os; from pathlib import Path; from record.checkpoint import atomic_write\n"
     kill += f"atomic_write(Path({str(path)!r}), lambda f: (f.write(b'half'), f.flush(), os.kill(os.getpid(), 9)))"
-    process = subprocess.run([sys.executable, "-c", kill], cwd=Path(checkpoint.__file__).parent)
+    process = subprocess.run([sys.executable, "-c", kill], cwd=Path(checkpoint.__file__).parents[1])
     assert process.returncode == -9
     assert path.read_bytes() == b"old"
     atomic_write(path, lambda file: file.write(b"new"))

@@ -10,8 +10,7 @@ from typing import Any, Literal
 import pytest
 from helpers import leaf_types, of
 
-import config
-from config import Config, UserError, iter_keys, load_config, sections_in
+from config import Config, UserError, fold, iter_keys, load_config, sections_in
 
 KEYS = sorted({key for key, _ in iter_keys()})
 SECTIONS = sorted(Config.model_fields)
@@ -321,6 +320,6 @@ def test_a_bug_is_not_shown_as_a_mistake_of_the_user(monkeypatch: pytest.MonkeyP
     def broken(*_: Any) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(config, "_merge", broken)
+    monkeypatch.setattr(fold, "_merge", broken)
     with pytest.raises(KeyError, match="a bug"):
         load_config()

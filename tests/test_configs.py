@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from config import Config, load_config
+from config.schema import ProbesConfig
 from models import ZOO
 from quantization import PRESETS, QuantizerSpec, resolve
-from schema import ProbesConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))

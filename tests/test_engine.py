@@ -33,13 +33,13 @@ from torch import Tensor, nn
 
 import engine
 import main
-from checkpoint import load_checkpoint, load_weights
 from config import Config, load_config
 from datasets import build_data
 from engine import Run, TrainingError, evaluate
 from models import create_model
 from quantization.stabilizers import Plan, Stabilizer
-from runlog import read_metrics
+from record.checkpoint import load_checkpoint, load_weights
+from record.runlog import read_metrics
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import engine
 import main
-from checkpoint import load_checkpoint
 from engine import Run
+from record.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 

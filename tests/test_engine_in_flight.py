@@ -17,8 +17,8 @@ from torch import Tensor
 
 import engine
 import main
-from checkpoint import load_checkpoint
 from engine import Run
+from record.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 

@@ -36,9 +36,9 @@ from helpers import (
 
 import engine
 import main
-from checkpoint import load_checkpoint
 from config import load_config
 from engine import Run
+from record.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 

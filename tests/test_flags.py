@@ -11,9 +11,8 @@ from typing import Any, Literal
 import pytest
 from helpers import leaf_types
 
-import flags
-from config import Config, UserError, iter_keys, load_config, sections_in
-from flags import build_parser, parse_flags
+from config import Config, UserError, flags, iter_keys, load_config, sections_in
+from config.flags import build_parser, parse_flags
 
 KEYS = {key: field for key, field in iter_keys() if not key.startswith("paper.")}
 TAGS = {"quant": "scheme", "stabilizer": "kind"}

@@ -16,10 +16,22 @@ import torch.nn.functional as F
 from test_kernels import DTYPES, SPECS, differing, differing_operands, noise_on, prepared, unequal, within_window
 from torch import nn
 
-from quantization import PRESETS, LinearRecipe, QuantizerSpec, QuantLinear, fake_quantize, operands
+from quantization import PRESETS, LinearRecipe, QuantizerSpec, QuantLinear, fake_quantize
 from quantization.formats import FORMATS
 from quantization.noise import Noise, uniform
-from quantization.operands import CARRIED, DENSE, E4M3, E5M2, NOTHING, PACKED, expand, forms_of, multiply, prepare
+from quantization.operands import matrices as operands
+from quantization.operands.matrices import (
+    CARRIED,
+    DENSE,
+    E4M3,
+    E5M2,
+    NOTHING,
+    PACKED,
+    expand,
+    forms_of,
+    multiply,
+    prepare,
+)
 from quantization.spec import ROUNDINGS
 
 pytestmark = pytest.mark.gpu

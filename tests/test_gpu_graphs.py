@@ -28,9 +28,9 @@ from helpers import (
 from torch import nn
 
 import engine
-from graphs import WARM_UP, GraphedPasses
 from quantization import QuantLinear, build_recipe
 from quantization.noise import NoiseClock
+from training.graphs import WARM_UP, GraphedPasses
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("in_this_process")]
 

@@ -9,7 +9,8 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from quantization import build_recipe, convert_linears, operands
+from quantization import build_recipe, convert_linears
+from quantization.operands import matrices as operands
 
 pytestmark = pytest.mark.gpu
 

@@ -11,8 +11,8 @@ import torch
 from helpers import Box
 from torch import Tensor, nn
 
-import graphs
-from graphs import WARM_UP, GraphedPasses, Pass
+from training import graphs
+from training.graphs import WARM_UP, GraphedPasses, Pass
 
 Compute = Callable[[Tensor, Tensor], Tensor]
 

@@ -19,8 +19,8 @@ from data_helpers import assert_same, folder_config, generator_states, make_conf
 from PIL import Image
 
 import datasets
-import image_sets
 from config import UserError
+from images import sets as image_sets
 
 
 def test_digits_are_split_once_and_for_all():

@@ -22,8 +22,8 @@ from int4_helpers import (
 )
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from quantization import int4
-from quantization.int4 import Int4Recipe, hadamard, keep_probability, split_gradient
+from quantization.layers import int4
+from quantization.layers.int4 import Int4Recipe, hadamard, keep_probability, split_gradient
 from quantization.noise import Noise, uniform
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from int4_helpers import PLAIN, RECIPES, layer_of, normal, operand, run, state, tensors, transform
 from torch import nn
 
-from quantization import int4
-from quantization.int4 import Int4Linear, Int4LinearFunction, Int4Recipe
+from quantization.layers import int4
+from quantization.layers.int4 import Int4Linear, Int4LinearFunction, Int4Recipe
 
 
 def step(made, X, autocast=False):

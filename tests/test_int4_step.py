@@ -10,7 +10,7 @@ from int4_helpers import PLAIN, STEP_W, STEP_X, layer_of, normal, run, transform
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from quantization.int4 import Int4Linear, Int4Recipe, hadamard
+from quantization.layers.int4 import Int4Linear, Int4Recipe, hadamard
 
 
 def exact_case():

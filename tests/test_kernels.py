@@ -18,10 +18,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from quantization import PRESETS, LinearRecipe, QuantizerSpec, fake_quantize, operands, reference
+from quantization import PRESETS, LinearRecipe, QuantizerSpec, fake_quantize
+from quantization.backends import reference
 from quantization.formats import FORMATS, ElementFormat
 from quantization.noise import Noise, uniform
-from quantization.operands import CARRIED, DENSE, E4M3, E5M2, NOTHING, PACKED, Operand, expand, prepare, window
+from quantization.operands import matrices as operands
+from quantization.operands.matrices import CARRIED, DENSE, E4M3, E5M2, NOTHING, PACKED, Operand, expand, prepare, window
 from quantization.spec import QUANTIZERS, ROUNDINGS, SCALE_RULES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -163,8 +165,9 @@ if not INTERPRETED:
             fake_quantize(torch.ones(2, 32), QuantizerSpec(), backend="triton")
 
     def test_without_triton_a_demand_for_it_is_refused(monkeypatch):
-        monkeypatch.setitem(sys.modules, "quantization.launch", None)  # what an import then raises is ImportError
-        monkeypatch.delattr("quantization.launch", raising=False)
+        # What an import then raises is ImportError.
+        monkeypatch.setitem(sys.modules, "quantization.backends.gpu.launch", None)
+        monkeypatch.delattr("quantization.backends.gpu.launch", raising=False)
         with pytest.raises(ValueError, match="needs the package triton"):
             fake_quantize(torch.ones(2, 32), QuantizerSpec(), backend="triton")
         assert torch.equal(fake_quantize(torch.ones(2, 32), QuantizerSpec()), torch.ones(2, 32))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from quantization import PRESETS, LinearRecipe, QuantizerSpec, QuantLinear, build_recipe, convert_linears, fake_quantize
-from quantization.linear_fn import QuantLinearFunction
+from quantization.layers.linear_fn import QuantLinearFunction
 from quantization.noise import NoiseClock
 
 TETRAJET = PRESETS["tetrajet"]

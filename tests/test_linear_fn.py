@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from quantization import PRESETS, LinearRecipe, QuantizerSpec, build_recipe, fake_quantize
-from quantization.linear_fn import QuantLinearFunction
+from quantization.layers.linear_fn import QuantLinearFunction
 from quantization.noise import Noise
 from quantization.spec import BACKWARD_OPERANDS, QUANTIZERS
 

@@ -14,11 +14,11 @@ from helpers import FULL, before_step, column, differences, train
 from torch import Tensor, nn
 
 import engine
-from checkpoint import load_weights
 from config import UserError, load_config
 from engine import Run
-from losses import Loss, build_loss
 from models import create_model
+from record.checkpoint import load_weights
+from training.losses import Loss, build_loss
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 

@@ -16,10 +16,10 @@ from torch import nn
 
 import engine
 import main
-from checkpoint import load_checkpoint, load_weights
 from config import Config, load_config
-from flags import build_parser
-from quantization.int4 import Int4Linear, hadamard
+from config.flags import build_parser
+from quantization.layers.int4 import Int4Linear, hadamard
+from record.checkpoint import load_checkpoint, load_weights
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 

@@ -18,8 +18,8 @@ from PIL import Image
 
 import engine
 import main
-from checkpoint import load_weights
 from config import UserError, load_config
+from record.checkpoint import load_weights
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 

@@ -13,11 +13,11 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import main
-from checkpoint import load_checkpoint
 from config import Config, UserError, load_config
 from main import build_optimizer, build_schedule, plan_batches
 from models import create_model
 from quantization.stabilizers import Plan, build_stabilizer
+from record.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 

@@ -14,11 +14,11 @@ from test_linear_fn import by_function, few_bits, state, tensors
 from torch import Tensor, nn
 
 from quantization import PRESETS, LinearRecipe, QuantizerSpec, build_recipe, fake_quantize
-from quantization import operands as ops
+from quantization.backends.reference import NAN_SCALE, SCALE_BIAS, pack, scale_codes, unpack
 from quantization.formats import FORMATS
 from quantization.noise import Noise
-from quantization.operands import CARRIED, DENSE, E4M3, E5M2, NOTHING, PACKED, forms_of, prepare, window
-from quantization.reference import NAN_SCALE, SCALE_BIAS, pack, scale_codes, unpack
+from quantization.operands import matrices as ops
+from quantization.operands.matrices import CARRIED, DENSE, E4M3, E5M2, NOTHING, PACKED, forms_of, prepare, window
 from quantization.spec import QUANTIZERS, ROUNDINGS, SCALE_RULES
 
 NOISE = Noise(torch.tensor([12345, 7 << 32]), 40)

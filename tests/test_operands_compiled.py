@@ -12,9 +12,9 @@ from test_operands import NOISE, numbers, same
 from torch import Tensor, nn
 
 from quantization import PRESETS, QuantizerSpec, QuantLinear, convert_linears, fake_quantize
-from quantization import operands as ops
-from quantization.operands import CARRIED, DENSE, E4M3, NOTHING, PACKED
-from quantization.reference import pack, scale_codes
+from quantization.backends.reference import pack, scale_codes
+from quantization.operands import matrices as ops
+from quantization.operands.matrices import CARRIED, DENSE, E4M3, NOTHING, PACKED
 
 
 def steps_of(model: nn.Module, call, shape: tuple[int, ...], autocast: bool, steps: int = 2) -> list[list[Tensor]]:

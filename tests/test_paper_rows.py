@@ -15,11 +15,10 @@ import pytest
 import yaml
 from helpers import exit_code, undisturbed
 
-import rows
-from config import Config, UserError, dump_config, load_config
+from config import Config, UserError, dump_config, load_config, rows
+from config.rows import Cell, all_cells, find_cell, run_name
 from quantization import resolve
-from rows import Cell, all_cells, find_cell, run_name
-from runlog import RunLog
+from record.runlog import RunLog
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests/data"

@@ -31,9 +31,9 @@ from quantization.oscillation import (
     rate_of_change,
     signed_grid,
 )
-from quantization.probe import CONFIDENCE_BINS, OscillationProbe, Probe
 from quantization.stabilizers import Plan
-from report_tables import read_table_run
+from quantization.watch.probe import CONFIDENCE_BINS, OscillationProbe, Probe
+from results.tables import read_table_run
 
 METHODS = {
     **FLAGS,

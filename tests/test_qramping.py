@@ -15,9 +15,9 @@ from helpers import differences, exit_code, tiny
 from stabilizer_helpers import FLAGS, SMALL, block, build, layer_of, normal
 from torch import Tensor, nn
 
-from checkpoint import load_checkpoint, save_checkpoint
 from quantization.stabilizers import QRampingAdamW
 from quantization.stabilizers.qramping import periods
+from record.checkpoint import load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 

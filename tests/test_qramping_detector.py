@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import engine
 from engine import Run
-from graphs import Pass
 from quantization.stabilizers import QRampingAdamW
+from training.graphs import Pass
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 

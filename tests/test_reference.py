@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantization import QuantizerSpec, fake_quantize
+from quantization.backends.reference import in_fixed_point, neighbours, power_of_two, rounds_up, scale_exponent
 from quantization.formats import FORMATS, ElementFormat
 from quantization.noise import Noise, uniform
-from quantization.reference import in_fixed_point, neighbours, power_of_two, rounds_up, scale_exponent
 
 ELEMENTS = ("e2m1", "e3m0")
 SCALE_RULES = ("truncation_free", "floor")

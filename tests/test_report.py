@@ -15,8 +15,8 @@ from PIL import Image
 
 import report
 from config import UserError, dump_config, load_config
+from record.runlog import RunLog
 from report import curves_table, draw_curves, labels, main, method_name, read_run
-from runlog import RunLog
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

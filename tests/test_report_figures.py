@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from stabilizer_helpers import FLAGS, SMALL
 
-import report_figures
 from config import UserError
 from report import main
-from report_figures import COLOURS, around_one_threshold, early_and_late, labels, read_recordings, spoken
+from results import figures as report_figures
+from results.figures import COLOURS, around_one_threshold, early_and_late, labels, read_recordings, spoken
 
 NAMES = ["figure2", "figure3", "figure4", "figure5", "figure6", "table3"]
 RUNS = {"fp": ["--quant.scheme", "none"], "tetrajet": [], "qema": FLAGS["qema"]}

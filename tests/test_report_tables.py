@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-import report_tables
 from config import UserError, dump_config, load_config
+from config.rows import all_cells
+from record.runlog import RunLog
 from report import main
-from report_tables import as_csv, as_markdown, assign, find_runs, recovered, signed, table_lines
-from rows import all_cells
-from runlog import RunLog
+from results import tables as report_tables
+from results.tables import as_csv, as_markdown, assign, find_runs, recovered, signed, table_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = all_cells()

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import torch
 
-import runlog
-from checkpoint import load_checkpoint, save_checkpoint
 from config import UserError, load_config
-from runlog import Meter, Progress, RunLog, manifest, read_metrics
+from record import runlog
+from record.checkpoint import load_checkpoint, save_checkpoint
+from record.runlog import Meter, Progress, RunLog, manifest, read_metrics
 
 LOG_LINE = re.compile(
     r'DLLL \{"timestamp": "\d+\.\d+", "datetime": "\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d{6})?", '
@@ -135,9 +135,9 @@ def test_tensors_and_numpy_scalars_are_numbers(tmp_path: Path) -> None:
 
 def test_every_line_is_on_its_way_at_once(tmp_path: Path) -> None:
     """A process that is killed outright has lost no line."""
-    code = "import os; from pathlib import Path; from runlog import RunLog\n"
+    code = "import os; from pathlib import Path; from record.runlog import RunLog\n"
     code += f"log = RunLog(Path({str(tmp_path)!r})); log.log((0,), {{'x': 1.5}}); os.kill(os.getpid(), 9)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(runlog.__file__).parent).returncode == -9
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(runlog.__file__).parents[1]).returncode == -9
     assert read_metrics(tmp_path) == [{"step": (0,), "data": {"x": 1.5}}]
 
 
@@ -349,7 +349,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_git_commit_and_dirty_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runlog, "__file__", str(tmp_path / "runlog.py"))
+    monkeypatch.setattr(runlog, "__file__", str(tmp_path / "record" / "runlog.py"))
     nothing = {"commit": None, "dirty": None}
     assert runlog.git_state() == nothing  # not a repository
     git(tmp_path, "init", "-q")
@@ -362,9 +362,9 @@ def test_git_commit_and_dirty_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "a.py").write_text("b")
     assert runlog.git_state() == {"commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": True}
     (tmp_path / "inside").mkdir()
-    monkeypatch.setattr(runlog, "__file__", str(tmp_path / "inside" / "runlog.py"))
+    monkeypatch.setattr(runlog, "__file__", str(tmp_path / "inside" / "record" / "runlog.py"))
     assert runlog.git_state() == nothing  # somebody else's repository
-    monkeypatch.setattr(runlog, "__file__", str(tmp_path / "runlog.py"))
+    monkeypatch.setattr(runlog, "__file__", str(tmp_path / "record" / "runlog.py"))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert runlog.git_state() == nothing  # no git
 

@@ -11,7 +11,7 @@ import pytest
 from script_helpers import ROOT, SCRIPTS, STUB, TORCHRUN, bash, clean_env, executable
 
 from config import load_config
-from rows import Cell, all_cells
+from config.rows import Cell, all_cells
 
 GENERAL = {"run.sh", "setup.sh", "test.sh", "quickstart.sh"}
 ROWS = sorted(p for p in SCRIPTS.glob("*.sh") if p.name not in GENERAL and not p.name.startswith("table"))

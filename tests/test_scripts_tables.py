@@ -13,14 +13,14 @@ import pytest
 from script_helpers import ROOT, SCRIPTS, STUB, TORCHRUN, bash, clean_env, executable
 
 from config import dump_config, load_config
-from rows import all_cells
-from runlog import RunLog
+from config.rows import all_cells
+from record.runlog import RunLog
 
 CELLS = all_cells()
 
 
 class Tables:
-    """table<N>.sh with a Python that answers rows.py and records the runs: [configuration, folder, other words]."""
+    """table<N>.sh with a Python that answers study.py and records the runs: [configuration, folder, other words]."""
 
     def __init__(self, folder: Path) -> None:
         self.runs_dir = folder / "my runs"

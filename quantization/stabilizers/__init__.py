@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from quantization.linear import QuantLinear
+from quantization.layers.linear import QuantLinear
 from quantization.stabilizers.base import Plan, Stabilizer, Trainer
 from quantization.stabilizers.dampen import Dampen
 from quantization.stabilizers.freeze import Freeze

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quantization.linear import QuantLinear
+from quantization.layers.linear import QuantLinear
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantization.linear import QuantLinear
-from quantization.reference import block_scales, grid_of
+from quantization.backends.reference import block_scales, grid_of
+from quantization.layers.linear import QuantLinear
 from quantization.stabilizers.base import Plan, Stabilizer
 
 

@@ -2,7 +2,7 @@
 
     shadow <- decay * shadow + (1 - decay) * w        after every optimizer step (equation 10)
 
-The rounding itself, Algorithm 1, is `rounds_up` in quantization/reference.py; a layer hands its shadow to q2.
+The rounding itself, Algorithm 1, is `rounds_up` in quantization/backends/reference.py; a layer hands its shadow to q2.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from quantization.linear import QuantLinear
+from quantization.layers.linear import QuantLinear
 from quantization.stabilizers.base import Plan, Stabilizer
 
 

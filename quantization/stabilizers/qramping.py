@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantization.linear import QuantLinear
+from quantization.layers.linear import QuantLinear
 from quantization.oscillation import OSCILLATING, PathLengths
 from quantization.stabilizers.base import Plan, Stabilizer, Trainer
 

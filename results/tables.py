@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError, load_config, recipe_differences
-from rows import FIGURES, ROOT, Cell, all_cells, epochs_done, shown
-from runlog import CONFIG, MANIFEST, read_metrics
+from config.rows import FIGURES, ROOT, Cell, all_cells, epochs_done, shown
+from record.runlog import CONFIG, MANIFEST, read_metrics
 
 RUNS = ROOT / "runs"
 METRICS = {name: f"eval.{name}" for name in FIGURES}  # what runs call the paper's figures

@@ -37,9 +37,9 @@ import torch
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from checkpoint import LAST, atomic_write
 from config import Config, UserError
-from quantization.probe import Recording
+from quantization.watch.probe import Recording
+from record.checkpoint import LAST, atomic_write
 
 MANIFEST, CONFIG, METRICS, PROBES = "manifest.json", "resolved.yaml", "metrics.log", "probes"
 _PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "tensorboardX")
@@ -282,7 +282,7 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
 
 def git_state() -> dict[str, Any]:
     """{"commit": hash, "dirty": whether tracked files differ from it}; both None without git or outside a checkout."""
-    root = Path(__file__).resolve().parent
+    root = Path(__file__).resolve().parents[1]
     command = ["git", "--no-optional-locks", "-C", str(root)]
     ask = functools.partial(subprocess.run, capture_output=True, text=True, check=True, timeout=30)
     try:

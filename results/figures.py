@@ -20,7 +20,7 @@ import numpy as np
 from config import Config, UserError, load_config
 from quantization import PRESETS, resolve
 from quantization.oscillation import OSCILLATING
-from runlog import CONFIG, PROBES
+from record.runlog import CONFIG, PROBES
 
 # Okabe and Ito's palette, told apart by colour-blind readers, with line styles for print.
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from checkpoint import load_weights, restore_model
 from config import Config, UserError
+from record.checkpoint import load_weights, restore_model
 
 
 class Loss(nn.Module):

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from quantization.noise import Noise
-from quantization.operands import E4M3, E5M2, Operand, forms_for, multiply, prepare
+from quantization.operands.matrices import E4M3, E5M2, Operand, forms_for, multiply, prepare
 from quantization.spec import QUANTIZERS, LinearRecipe
 
 ROWS, COLUMNS = 0, -1  # the dimension of a stored matrix that a product sums over

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantization.tiles import (
+from quantization.backends.gpu.tiles import (
     INFINITY,
     MAGNITUDE,
     NAN,

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantization.int4 import Int4Linear, Int4Recipe
-from quantization.linear_fn import QuantLinearFunction
+from quantization.layers.int4 import Int4Linear, Int4Recipe
+from quantization.layers.linear_fn import QuantLinearFunction
 from quantization.noise import STREAMS_PER_LAYER, NoiseClock, NoisyLinear
 from quantization.quantize import fake_quantize
 from quantization.spec import LinearRecipe

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import Library, impl, register_fake
 
-from quantization import reference
+from quantization.backends import reference
 from quantization.formats import ElementFormat
 from quantization.noise import Noise
 from quantization.quantize import DTYPES, fake_quantize, implementation_for

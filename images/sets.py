@@ -146,7 +146,7 @@ def _timm_set(cfg: Config, splits: tuple[str, ...], *, is_training: bool, batch_
 
 def _find(module: str) -> importlib.machinery.ModuleSpec | None:
     """The installed package of that name: no file of this repository, nor a mere folder (which has no origin)."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     spec = importlib.machinery.PathFinder.find_spec(module, [p for p in sys.path if Path(p).resolve() != here])
     return spec if spec and spec.origin else None
 

@@ -31,8 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantization import int4
-from quantization.linear import BLOCK_LINEARS, QuantLinear
+from quantization.backends.reference import block_scales
+from quantization.layers import int4
+from quantization.layers.linear import BLOCK_LINEARS, QuantLinear
 from quantization.noise import NoiseClock
 from quantization.oscillation import (
     OSCILLATING,
@@ -42,7 +43,6 @@ from quantization.oscillation import (
     latent_weight,
     signed_grid,
 )
-from quantization.reference import block_scales
 from quantization.stabilizers.base import Plan
 
 BLOCKS = re.compile(r"(^|\.)blocks\.\d+$")  # of all stages, in the model's order

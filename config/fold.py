@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from schema import Config, RunConfig, iter_keys, sections_in
+from config.schema import Config, RunConfig, iter_keys, sections_in
 
 
 class UserError(Exception):
@@ -135,7 +135,7 @@ def _paths(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 def _read_config(path: Path, child: Path | None) -> dict[str, Any]:
     """What a file says, or a row of a table of runs: configs/ablations/table1.yaml#q1/deit_tiny."""
-    import rows  # here, because it reads its files with this module
+    from config import rows  # here, because it reads its files with this module
 
     data = {} if rows.is_row(path) else read_yaml(path, child)
     return rows.row_config(str(path)) if rows.is_row(path) or "rows" in data else data

@@ -16,7 +16,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from config import UserError
-from schema import Config, iter_keys, sections_in
+from config.schema import Config, iter_keys, sections_in
 
 
 class _Parser(argparse.ArgumentParser):

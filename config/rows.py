@@ -6,9 +6,9 @@
 A cell is one row of a table for one model. It has a run of its own, or is the same run as a configuration in configs/
 or another cell. table1.yaml says how the files are written. As a program, this is what the scripts ask:
 
-    python rows.py list TABLE                            # rows, published figures, commands
-    python rows.py plan TABLE ROW|all [MODEL] -- FLAGS   # the configurations to run, one a line
-    python rows.py name REFERENCE                        # the name of a configuration's run
+    python study.py list TABLE                            # rows, published figures, commands
+    python study.py plan TABLE ROW|all [MODEL] -- FLAGS   # the configurations to run, one a line
+    python study.py name REFERENCE                        # the name of a configuration's run
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from config import UserError, load_config, read_yaml, recipe_differences
-from flags import parse_flags
-from schema import PaperConfig
+from config.flags import parse_flags
+from config.schema import PaperConfig
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "configs/ablations"
 FIGURES = ("top1", "top5", "r_WQ", "r_Y")  # what the paper publishes: accuracies in %, rates of change (Appendix A.3)
 
@@ -227,7 +227,7 @@ def listing(number: int) -> str:
 
 def epochs_done(directory: Path) -> int:
     """Epochs whose evaluation is in the metrics of a run; 0 where there is no run."""
-    from runlog import METRICS, read_metrics  # here, because it takes seconds to import
+    from record.runlog import METRICS, read_metrics  # here, because it takes seconds to import
 
     if not (directory / METRICS).is_file():
         return 0
@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     argv, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(
-        prog="rows.py", description="The tables of the paper as runs; see scripts/table.sh."
+        prog="study.py", description="The tables of the paper as runs; see scripts/table.sh."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     listed = commands.add_parser("list", help="rows of a table, published figures, commands")

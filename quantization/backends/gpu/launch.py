@@ -16,9 +16,10 @@ import torch
 import triton
 from torch import Tensor
 
-from quantization.kernels import expand_kernel, prepare_kernel, survey_kernel, total_kernel
+from quantization.backends.gpu.kernels import expand_kernel, prepare_kernel, survey_kernel, total_kernel
+from quantization.backends.gpu.tiles import Grid
 from quantization.noise import Noise
-from quantization.operands import (
+from quantization.operands.matrices import (
     CARRIED,
     DENSE,
     E4M3,
@@ -31,7 +32,6 @@ from quantization.operands import (
     window,
 )
 from quantization.spec import QuantizerSpec
-from quantization.tiles import Grid
 
 MAX_BLOCK_SIZE = 128
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run in Python on the CPU: TRITON_INTERPRET=1

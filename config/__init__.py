@@ -1,0 +1,15 @@
+"""What a run is told: every key, how files and flags fold into one configuration, the rows of the paper's tables."""
+
+from config.fold import UserError, dump_config, load_config, read_yaml, recipe_differences
+from config.schema import Config, iter_keys, sections_in
+
+__all__ = [
+    "Config",
+    "UserError",
+    "dump_config",
+    "iter_keys",
+    "load_config",
+    "read_yaml",
+    "recipe_differences",
+    "sections_in",
+]

@@ -1,0 +1,1 @@
+"""The images of a run: what lies on disk, transforms, order, samples."""

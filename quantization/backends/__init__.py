@@ -1,0 +1,1 @@
+"""Who computes a quantizer: the reference, or Triton kernels with the same bits."""

@@ -1,0 +1,1 @@
+"""Quantized linear layers, and how they come into a model."""

@@ -1,0 +1,1 @@
+"""What the products of a linear layer read."""

@@ -1,0 +1,1 @@
+"""What is recorded of weights while a model trains."""

@@ -1,0 +1,1 @@
+"""Runs in, the paper's tables and figures out."""

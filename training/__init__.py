@@ -1,0 +1,1 @@
+"""How a run runs: its parts, a step, passes, what a step does when it fails."""
