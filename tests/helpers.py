@@ -131,6 +131,15 @@ def train(output_dir: Path, *flags: str) -> Path:
     return output_dir
 
 
+def replace(patch: pytest.MonkeyPatch, function: Any, by: Any) -> None:
+    """Let the whole program, wherever it has `function` by an import of its own, use `by`."""
+    for module in list(sys.modules.values()):
+        file = Path(getattr(module, "__file__", None) or "/")
+        if ROOT in file.parents and ROOT / "tests" not in file.parents:
+            for name in [name for name, value in vars(module).items() if value is function]:
+                patch.setattr(module, name, by)
+
+
 def before_step(number: int, action: Callable[[Run], object]) -> Callable[..., dict[str, float]]:
     """engine.train_step that calls `action` before optimizer step `number` (from 0), be it trained or rehearsed."""
     step = engine.train_step
@@ -162,7 +171,7 @@ def killed(monkeypatch: pytest.MonkeyPatch, folder: Path, step: int, *flags: str
         rehearsals.clear()
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(engine, "train_step", kill)
+        replace(patch, engine.train_step, kill)
         patch.setattr(Run, "rehearse", note)
         main.main(tiny(folder, *flags))
 
@@ -292,10 +301,11 @@ def _work(folder: Path) -> None:
             report["recordings"].append(hashlib.sha256(arrays).hexdigest())
             return recording
 
-        engine.train_step, OscillationProbe._record = record, note
-        if run.get("rank") == rank:
-            engine.train_step = before_step(run["step"], ACTIONS[run["action"]])
-        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as stderr:
+            replace(patch, engine.train_step, record)
+            patch.setattr(OscillationProbe, "_record", note)
+            if run.get("rank") == rank:
+                replace(patch, engine.train_step, before_step(run["step"], ACTIONS[run["action"]]))
             code = exit_code(run["argv"])
         reports.append({"code": code, "stderr": stderr.getvalue(), **report})
     (folder / f"rank{rank}.json").write_text(json.dumps(reports))
