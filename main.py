@@ -98,12 +98,11 @@ def run_training(
         resume=cfg.run.resume == "auto" or (resume is not None and resume.resolve().parent == output_dir.resolve()),
         purge_step=run.global_step if resume else None,
     )
-    with run.log:
+    with run.stop, run.log:
         run.log.write_config(dump_config(cfg))
         run.log.write_manifest(describe_run(run, resume))
         if resume and rank == 0:
             print(f"Continuing {resume} at epoch {run.epoch}, step {run.step}.")
-        run.stop.install()
         try:
             train(run, max_steps=SMOKE_STEPS if smoke else None)
         finally:

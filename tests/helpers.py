@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import typing
@@ -99,17 +98,13 @@ class Box:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """For runs in this process: one thread, which is faster for tiny tensors; and the signal handlers, which a run
-    takes over, are put back."""
-    threads, numbers = torch.get_num_threads(), (signal.SIGTERM, signal.SIGINT)
-    handlers = [signal.getsignal(number) for number in numbers]
+    """For runs in this process: one thread, which is faster for tiny tensors."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        for number, handler in zip(numbers, handlers, strict=True):
-            signal.signal(number, handler)
 
 
 def tiny(output_dir: Path, *flags: str) -> list[str]:

@@ -161,6 +161,13 @@ def test_a_second_signal_is_immediate(tmp_path: Path, monkeypatch: pytest.Monkey
     assert exit_code(tiny(tmp_path / "run")) == 143
 
 
+def test_a_run_leaves_the_process_s_handlers_as_it_found_them(tmp_path: Path) -> None:
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    train(tmp_path / "run", "--epochs", "1")
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
 @contextlib.contextmanager
 def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
     """A process that does not outlive the test."""
