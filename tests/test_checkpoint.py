@@ -17,21 +17,12 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from helpers import ROOT
 from torch import nn
 
 from config import UserError
-from record import checkpoint
-from record.checkpoint import (
-    FORMAT,
-    LAST,
-    atomic_write,
-    find_last,
-    finetune_from,
-    load_checkpoint,
-    load_weights,
-    restore_model,
-    save_checkpoint,
-)
+from record.checkpoint import FORMAT, LAST, atomic_write, find_last, load_checkpoint, save_checkpoint
+from record.weights import finetune_from, load_weights, restore_model
 
 DISTILLED = "deit_tiny_distilled_patch16_224"
 
@@ -166,7 +157,7 @@ def test_a_save_killed_outright_leaves_the_old_file_and_the_next_one_works(tmp_p
     atomic_write(path, lambda file: file.write(b"old"))
     kill = "import os; from pathlib import Path; from record.checkpoint import atomic_write\n"
     kill += f"atomic_write(Path({str(path)!r}), lambda f: (f.write(b'half'), f.flush(), os.kill(os.getpid(), 9)))"
-    process = subprocess.run([sys.executable, "-c", kill], cwd=Path(checkpoint.__file__).parents[1])
+    process = subprocess.run([sys.executable, "-c", kill], cwd=ROOT)
     assert process.returncode == -9
     assert path.read_bytes() == b"old"
     atomic_write(path, lambda file: file.write(b"new"))

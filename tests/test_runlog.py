@@ -18,20 +18,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 
 from config import UserError, load_config
-from record import runlog
+from record import manifest as manifest_module
+from record import progress as progress_module
 from record.checkpoint import load_checkpoint, save_checkpoint
-from record.runlog import Meter, Progress, RunLog, manifest, read_metrics
+from record.manifest import git_state, manifest
+from record.metrics import read_metrics
+from record.progress import Meter, Progress
+from record.runlog import RunLog
 
 LOG_LINE = re.compile(
     r'DLLL \{"timestamp": "\d+\.\d+", "datetime": "\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d{6})?", '
     r'"elapsedtime": "\d+\.\d+(e-\d+)?", "type": "LOG", "step": (\[\d*(, \d+)*\]|"PARAMETER"), "data": \{.*\}\}'
-)
-METADATA_LINE = re.compile(
-    r'DLLL \{"timestamp": "\d+\.\d+", "elapsedtime": "\d+\.\d+(e-\d+)?", '
-    r'"datetime": "\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d{6})?", "type": "METADATA", '
-    r'"metric": "train\.images_per_s", "metadata": \{"unit": "img/s", "format": ":\.1f"\}\}'
 )
 
 
@@ -54,10 +54,6 @@ class FakeDllogger(types.ModuleType):
             for backend in self.backends:
                 if backend.verbosity >= verbosity:
                     backend.file.write(f"DLLL {record}\n")
-
-        def metadata(self, metric: str, metadata: dict[str, str]) -> None:
-            for backend in self.backends:
-                backend.file.write(f"DLLL {json.dumps({'type': 'METADATA', 'metric': metric, 'by': 'dllogger'})}\n")
 
         def flush(self) -> None:
             for backend in self.backends:
@@ -94,19 +90,17 @@ def bits(value: float) -> bytes:
 def test_lines_have_dlloggers_format(tmp_path: Path) -> None:
     with RunLog(tmp_path) as log:
         log.log("PARAMETER", {"lr": 0.001, "model": "deit_tiny"})
-        log.describe("train.images_per_s", unit="img/s", format=":.1f")
         log.log((0, 50), {"loss": 6.9, "lr": 1e-6}, tag="train", at=50)
         log.log((0,), {"top1": 1.5}, tag="val", at=100)
         log.log((), {"top1": 1.5}, tag="val")
     written = lines(tmp_path)
-    assert METADATA_LINE.fullmatch(written.pop(1))
     assert len(written) == 4 and all(LOG_LINE.fullmatch(line) for line in written)
     assert not LOG_LINE.fullmatch(written[0].replace('"type"', '"kind"'))
     records = [json.loads(line.removeprefix("DLLL ")) for line in written]
     assert [r["step"] for r in records] == ["PARAMETER", [0, 50], [0], []]
     assert records[0]["data"] == {"lr": 0.001, "model": "deit_tiny"}
     assert records[1]["data"] == {"train.loss": 6.9, "train.lr": 1e-6}
-    # Hyper-parameters and metadata are no metrics; summaries follow what they sum up.
+    # Hyper-parameters are no metrics; summaries follow what they sum up.
     assert read_metrics(tmp_path) == [
         {"step": (0, 50), "data": {"train.loss": 6.9, "train.lr": 1e-6}},
         {"step": (0,), "data": {"val.top1": 1.5}},
@@ -137,7 +131,7 @@ def test_every_line_is_on_its_way_at_once(tmp_path: Path) -> None:
     """A process that is killed outright has lost no line."""
     code = "import os; from pathlib import Path; from record.runlog import RunLog\n"
     code += f"log = RunLog(Path({str(tmp_path)!r})); log.log((0,), {{'x': 1.5}}); os.kill(os.getpid(), 9)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(runlog.__file__).parents[1]).returncode == -9
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -9
     assert read_metrics(tmp_path) == [{"step": (0,), "data": {"x": 1.5}}]
 
 
@@ -199,9 +193,8 @@ def test_dllogger_is_used_where_it_is_installed(tmp_path: Path, dllogger: FakeDl
     for resume in (False, True):
         with RunLog(tmp_path, resume=resume) as log:
             log.log((int(resume),), {"a": 1.5}, tag="val")
-            assert len(lines(tmp_path)) == 1 + 2 * resume  # flushed
-            log.describe("val.a", unit="%")
-    assert len(lines(tmp_path)) == 4 and all('"by": "dllogger"' in line for line in lines(tmp_path))
+            assert len(lines(tmp_path)) == 1 + resume  # flushed
+    assert len(lines(tmp_path)) == 2 and all('"by": "dllogger"' in line for line in lines(tmp_path))
     assert [r["step"] for r in read_metrics(tmp_path)] == [(0,), (1,)]
 
 
@@ -263,7 +256,6 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
         log.write_config("a: 1")
         log.write_manifest({"a": 1})
         log.log("PARAMETER", {"a": 1})
-        log.describe("a", unit="s")
         log.log((0,), {"a": 1}, tag="val")
         with log.progress("epoch 1/1", 1, 0, 0, 2) as progress:
             progress.every = 0.0
@@ -349,24 +341,24 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_git_commit_and_dirty_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runlog, "__file__", str(tmp_path / "record" / "runlog.py"))
+    monkeypatch.setattr(manifest_module, "__file__", str(tmp_path / "record" / "manifest.py"))
     nothing = {"commit": None, "dirty": None}
-    assert runlog.git_state() == nothing  # not a repository
+    assert git_state() == nothing  # not a repository
     git(tmp_path, "init", "-q")
-    assert runlog.git_state() == nothing  # no commit yet
+    assert git_state() == nothing  # no commit yet
     (tmp_path / "a.py").write_text("a")
     git(tmp_path, "add", "a.py")
     git(tmp_path, "commit", "-qm", "a")
     (tmp_path / "untracked.txt").write_text("a")
-    assert runlog.git_state() == {"commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": False}
+    assert git_state() == {"commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": False}
     (tmp_path / "a.py").write_text("b")
-    assert runlog.git_state() == {"commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": True}
+    assert git_state() == {"commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": True}
     (tmp_path / "inside").mkdir()
-    monkeypatch.setattr(runlog, "__file__", str(tmp_path / "inside" / "record" / "runlog.py"))
-    assert runlog.git_state() == nothing  # somebody else's repository
-    monkeypatch.setattr(runlog, "__file__", str(tmp_path / "record" / "runlog.py"))
+    monkeypatch.setattr(manifest_module, "__file__", str(tmp_path / "inside" / "record" / "manifest.py"))
+    assert git_state() == nothing  # somebody else's repository
+    monkeypatch.setattr(manifest_module, "__file__", str(tmp_path / "record" / "manifest.py"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert runlog.git_state() == nothing  # no git
+    assert git_state() == nothing  # no git
 
 
 # TensorBoard ----------------------------------------------------------------------------------------------------------
@@ -406,7 +398,7 @@ def test_tensorboard_drops_what_a_killed_run_drew_beyond_its_checkpoint(tmp_path
 class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(runlog.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(progress_module.time, "monotonic", lambda: self.now)
 
 
 def test_progress_prints_plain_lines_with_the_time_left_for_the_run(
