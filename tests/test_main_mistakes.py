@@ -18,7 +18,7 @@ from PIL import Image
 
 import engine
 from config import UserError, load_config
-from record.checkpoint import load_weights
+from record.weights import load_weights
 from training.build import check_carrier
 
 pytestmark = pytest.mark.usefixtures("in_this_process")

@@ -23,8 +23,8 @@ from models import create_model
 from quantization.noise import NoiseClock
 from quantization.stabilizers import Plan, Stabilizer, build_stabilizer
 from quantization.watch.probe import OscillationProbe, Probe
-from record.checkpoint import finetune_from, load_weights
 from record.runlog import RunLog
+from record.weights import finetune_from, load_weights
 from training.graphs import GraphedPasses, leave_default_stream
 from training.losses import build_loss
 from training.passes import PROBE_POSITION

@@ -12,7 +12,8 @@ import yaml
 from pydantic import ValidationError
 
 from config import Config, UserError, dump_config, recipe_differences
-from record.checkpoint import restore_model, save_checkpoint
+from record.checkpoint import save_checkpoint
+from record.weights import restore_model
 from training.ends import TrainingError
 from training.rehearsal import rehearse
 from training.state import TrainingState

@@ -18,7 +18,8 @@ from datasets import Data, to_device
 from quantization.stabilizers import Stabilizer
 from quantization.watch.probe import Probe
 from record.checkpoint import find_last
-from record.runlog import Meter, RunLog
+from record.progress import Meter
+from record.runlog import RunLog
 from training.ends import StopSignal
 from training.graphs import GraphedPasses
 from training.losses import Loss
