@@ -5,7 +5,6 @@ Configuration -> run (data, model, optimizer) -> epochs of training and evaluati
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import tempfile
@@ -15,12 +14,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 
 from config import Config, UserError, dump_config, load_config
 from config.flags import parse_flags
 from config.rows import run_name
-from engine import Run, TrainingError, evaluate, train_one_epoch
+from engine import Run, Stopped, evaluate, train_one_epoch
 from models import quantizer_table
 from record.checkpoint import BEST, LAST, find_last, load_checkpoint
 from record.manifest import manifest
@@ -28,6 +26,7 @@ from record.runlog import RunLog
 from record.weights import load_weights, restore_model
 from timm_patches import PATCHES
 from training.build import build_run, pick_device
+from training.processes import Processes, leave
 
 SMOKE_STEPS, SMOKE_BATCH = 2, 2
 
@@ -120,14 +119,18 @@ def train(run: Run, max_steps: int | None = None) -> None:
         train_one_epoch(run, max_steps)
         trained = time.monotonic() - began
         if run.stop.heard_anywhere:
-            run.save(LAST)
+            if run.step < run.steps_per_epoch:  # a whole epoch is saved already
+                run.save(LAST)
             end_stopped(run)
         rate = (run.step - first_step) * run.cfg.optim.global_batch / trained
         train_figures = {"loss": run.meter.mean("loss"), "lr": run.optimizer.param_groups[0]["lr"]}
         train_figures |= {"images_per_s": rate, "seconds": trained}
         if run.data.corrupt:
             train_figures["corrupt_images"] = run.data.corrupt
-        figures = evaluate_epoch(run, 1 if max_steps else None)
+        try:
+            figures = evaluate_epoch(run, 1 if max_steps else None)
+        except Stopped:  # the epoch is saved
+            end_stopped(run)
         finish_epoch(run, train_figures, figures)
         if max_steps:
             break
@@ -138,9 +141,10 @@ def train(run: Run, max_steps: int | None = None) -> None:
 def evaluate_epoch(run: Run, max_batches: int | None) -> dict[str, float]:
     """Figures of the model, of its moving average where there is one (ema_*), and the seconds it took."""
     began = time.monotonic()
-    figures = evaluate(run, run.model, max_batches)
+    figures = evaluate(run, run.model, max_batches, run.stop)
     if run.ema is not None:
-        figures |= {f"ema_{name}": value for name, value in evaluate(run, run.ema.module, max_batches).items()}
+        average = evaluate(run, run.ema.module, max_batches, run.stop)
+        figures |= {f"ema_{name}": value for name, value in average.items()}
     return {**figures, "seconds": time.monotonic() - began}
 
 
@@ -196,10 +200,12 @@ def smoke_overrides(cfg: Config, world_size: int) -> list[str]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, processes: Processes | None = None) -> None:
     """The command line. Raises UserError and TrainingError, which `command` turns into exit codes."""
+    processes = processes or Processes()
+    processes.look_around()
+    rank, world_size = processes.rank, processes.world_size
     options, overrides = parse_flags(sys.argv[1:] if argv is None else argv)
-    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     cfg = load_config(options.config, overrides, source="the command line")
     if options.smoke:
         cfg = load_config(options.config, overrides + smoke_overrides(cfg, world_size), source="the command line")
@@ -209,39 +215,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = pick_device(cfg)
     name = run_name(options.config) if options.config else cfg.model.name
     output_dir = Path(cfg.run.output_dir or Path("runs") / name)
-    if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            output_dir = Path(scratch) / "smoke" if options.smoke else output_dir
-            run_training(cfg, output_dir, rank=rank, world_size=world_size, device=device, smoke=options.smoke)
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+    with processes.group(device), tempfile.TemporaryDirectory() as scratch:
+        output_dir = Path(scratch) / "smoke" if options.smoke else output_dir
+        run_training(cfg, output_dir, rank=rank, world_size=world_size, device=device, smoke=options.smoke)
     if options.smoke and rank == 0:
         print(f"smoke test passed: {SMOKE_STEPS} training steps and 1 evaluation batch of {cfg.model.name}")
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:
     """`main`, with mistakes and failures as one sentence on stderr and an exit code."""
+    processes = Processes()
     try:
-        main(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except torch.OutOfMemoryError as error:
-        said = str(error).split(". ")[0]
-        print(
-            f"error: The device has too little memory ({said}); choose a smaller --batch-size, or --no-cuda-graphs, "
-            "which leaves evaluation the memory of training.",
-            file=sys.stderr,
-        )
-        raise SystemExit(2) from None
+        main(argv, processes)
+    except Exception as error:
+        processes.end_failed(error)
     raise SystemExit(0)
 
 
 if __name__ == "__main__":
-    command()
+    try:
+        command()
+    except SystemExit as end:
+        if not end.code:
+            raise
+        leave(end.code)

@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -239,9 +240,32 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
+@contextlib.contextmanager
+def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that does not outlive the test."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Two processes
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def stop_in_evaluation(run: Run) -> None:
+    run.model.register_forward_hook(lambda model, *_: None if model.training else stop_itself(run))
 
 
 def stop_itself(run: Run) -> None:
@@ -252,7 +276,7 @@ def break_weight(run: Run) -> None:
     run.model.blocks[1].mlp.fc1.weight.data[0] = torch.inf
 
 
-ACTIONS = {"stop": stop_itself, "break": break_weight}
+ACTIONS = {"stop": stop_itself, "stop in evaluation": stop_in_evaluation, "break": break_weight}
 
 
 def in_two_processes(folder: Path, runs: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:

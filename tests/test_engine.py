@@ -184,7 +184,7 @@ def test_four_micro_batches_equal_one_batch(tmp_path: Path) -> None:
 def test_two_processes(tmp_path: Path) -> None:
     """All that needs two processes, in one start of them: each run is a few steps."""
     plain = [*PLAIN, "--batch-size", "4"]  # two micro-batches for each of two processes
-    tetrajet = [*PLAIN, "--quant.scheme", "mx"]
+    tetrajet = [*PLAIN, "--quant.scheme", "mx", "--data.num_images", "72"]  # evaluates 7
 
     def folder(name: str) -> Path:
         return tmp_path / name
@@ -199,10 +199,12 @@ def test_two_processes(tmp_path: Path) -> None:
             {"argv": tiny(folder("broken"), *plain), "rank": 1, "step": 5, "action": "break"},
             {"argv": tiny(folder("rehearsed"), *tetrajet, *QRAMPING, "--stabilizer.k2", "0")},
             {"argv": tiny(folder("ramped"), *tetrajet, *METHODS["qramping"])},
+            {"argv": tiny(folder("evaluating"), *tetrajet), "rank": 1, "step": 3, "action": "stop in evaluation"},
+            {"argv": tiny(folder("evaluating"), *tetrajet, "--resume", "auto")},
         ],
     )
     codes = [[report["code"] for report in run] for run in reports]
-    assert codes == [[0, 0], [0, 0], [143, 143], [0, 0], [1, 1], [0, 0], [0, 0]]
+    assert codes == [[0, 0], [0, 0], [143, 143], [0, 0], [1, 1], [0, 0], [0, 0], [143, 143], [0, 0]]
     assert all(run[0]["weights"] == run[1]["weights"] for run in (*reports[:4], *reports[5:]))
 
     one = train(folder("one"), *plain)
@@ -227,6 +229,10 @@ def test_two_processes(tmp_path: Path) -> None:
 
     # A signal that one process hears stops both after the same step, and they go on bit for bit.
     assert differences(outcome(folder("tetrajet")), outcome(folder("stopped"))) == []
+
+    # So does one that it hears in evaluation, of which the shares are uneven.
+    assert "at epoch 0, step 4; the state is in" in reports[7][0]["stderr"]
+    assert differences(outcome(folder("tetrajet")), outcome(folder("evaluating"))) == []
 
     # Q-Ramping rehearses on both, without a trace where all periods are 1, and sets the same periods.
     weights = outcome(folder("tetrajet"))["last.pt"]["model"]

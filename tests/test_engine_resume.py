@@ -5,14 +5,10 @@ Runs are those of main.py on a tiny model (tests/helpers.py), so that what is te
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +22,14 @@ from helpers import (
     before_step,
     column,
     differences,
-    environment,
     exit_code,
     killed,
     outcome,
     replace,
+    started,
     tiny,
     train,
+    wait_for,
 )
 
 import engine
@@ -166,25 +163,6 @@ def test_a_run_leaves_the_process_s_handlers_as_it_found_them(tmp_path: Path) ->
     before = [signal.getsignal(number) for number in numbers]
     train(tmp_path / "run", "--epochs", "1")
     assert [signal.getsignal(number) for number in numbers] == before
-
-
-@contextlib.contextmanager
-def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A process that does not outlive the test."""
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_process_killed_then_terminated_then_resumed_equals_one_run_bit_for_bit(tmp_path: Path) -> None:

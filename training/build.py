@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import re
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from record.weights import finetune_from, load_weights
 from training.graphs import GraphedPasses, leave_default_stream
 from training.losses import build_loss
 from training.passes import PROBE_POSITION
+from training.processes import environment_number
 from training.run import Run
 from training.state import Setup
 
@@ -45,7 +45,7 @@ def pick_device(cfg: Config) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device is cuda and torch sees no CUDA device; use --device cpu or auto.")
-        index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+        index = environment_number("LOCAL_RANK", 0) if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise UserError(
                 f"Process {index} of this node has no GPU: torch sees {torch.cuda.device_count()}; start at most one "
