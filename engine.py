@@ -33,8 +33,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from config import Config, UserError, dump_config, recipe_differences
 from datasets import Data, to_device
-from quantization.noise import NoiseClock
-from quantization.operands.matrices import lost_in_carrier
+from quantization.layers.clock import NoiseClock
+from quantization.layers.linear import blocks_below_window
 from quantization.stabilizers import Stabilizer
 from quantization.watch.probe import Probe
 from record.checkpoint import LAST, find_last, restore_model, save_checkpoint
@@ -401,7 +401,7 @@ def train_one_epoch(run: Run, max_steps: int | None = None) -> None:
                 if stabilizer_figures := run.stabilizer.figures():
                     run.log.log((run.epoch, run.step), stabilizer_figures, tag="stabilizer", at=run.global_step)
                 if cfg.quant.scheme == "mx" and cfg.quant.carrier == "fp8":
-                    lost = {"blocks_below_window": lost_in_carrier(run.device)}  # of this process so far
+                    lost = {"blocks_below_window": blocks_below_window(run.model)}  # of this process so far
                     run.log.log((run.epoch, run.step), lost, tag="carrier", at=run.global_step)
                 logged_at, logged_step = now, run.step
             if cfg.run.save_every is not None and run.global_step % cfg.run.save_every == 0:

@@ -33,7 +33,7 @@ from config.rows import run_name
 from datasets import Data, build_data, build_mixup
 from engine import PROBE_POSITION, Run, StopSignal, TrainingError, evaluate, train_one_epoch
 from models import create_model, quantizer_table
-from quantization.noise import NoiseClock
+from quantization.layers.clock import NoiseClock
 from quantization.stabilizers import Plan, Stabilizer, build_stabilizer
 from quantization.watch.probe import OscillationProbe, Probe
 from record.checkpoint import BEST, LAST, find_last, finetune_from, load_checkpoint, load_weights, restore_model
