@@ -37,8 +37,10 @@ from quantization.layers.clock import NoiseClock
 from quantization.layers.linear import blocks_below_window
 from quantization.stabilizers import Stabilizer
 from quantization.watch.probe import Probe
-from record.checkpoint import LAST, find_last, restore_model, save_checkpoint
-from record.runlog import Meter, RunLog
+from record.checkpoint import LAST, find_last, save_checkpoint
+from record.progress import Meter
+from record.runlog import RunLog
+from record.weights import restore_model
 from training.diagnosis import first_non_finite
 from training.graphs import GraphedPasses, Pass
 from training.losses import Loss

@@ -36,8 +36,10 @@ from models import create_model, quantizer_table
 from quantization.layers.clock import NoiseClock
 from quantization.stabilizers import Plan, Stabilizer, build_stabilizer
 from quantization.watch.probe import OscillationProbe, Probe
-from record.checkpoint import BEST, LAST, find_last, finetune_from, load_checkpoint, load_weights, restore_model
-from record.runlog import RunLog, manifest
+from record.checkpoint import BEST, LAST, find_last, load_checkpoint
+from record.manifest import manifest
+from record.runlog import RunLog
+from record.weights import finetune_from, load_weights, restore_model
 from timm_patches import PATCHES
 from training.graphs import GraphedPasses, leave_default_stream
 from training.losses import build_loss

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import UserError, load_config
-from record.runlog import read_metrics
+from record.metrics import read_metrics
 from results.figures import COLOURS, STYLES, method_name, write_figures
 from results.tables import write_tables
 

@@ -227,7 +227,7 @@ def listing(number: int) -> str:
 
 def epochs_done(directory: Path) -> int:
     """Epochs whose evaluation is in the metrics of a run; 0 where there is no run."""
-    from record.runlog import METRICS, read_metrics  # here, because it takes seconds to import
+    from record.metrics import METRICS, read_metrics  # here, because it takes seconds to import
 
     if not (directory / METRICS).is_file():
         return 0

@@ -19,7 +19,9 @@ from typing import Any
 
 from config import UserError, load_config, recipe_differences
 from config.rows import FIGURES, ROOT, Cell, all_cells, epochs_done, shown
-from record.runlog import CONFIG, MANIFEST, read_metrics
+from record.manifest import MANIFEST
+from record.metrics import read_metrics
+from record.runlog import CONFIG
 
 RUNS = ROOT / "runs"
 METRICS = {name: f"eval.{name}" for name in FIGURES}  # what runs call the paper's figures

@@ -28,7 +28,7 @@ import main
 from engine import Run
 from quantization.watch.probe import OscillationProbe, Recording
 from record.checkpoint import load_checkpoint
-from record.runlog import read_metrics
+from record.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 

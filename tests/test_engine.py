@@ -38,8 +38,9 @@ from datasets import build_data
 from engine import Run, TrainingError, evaluate
 from models import create_model
 from quantization.stabilizers import Plan, Stabilizer
-from record.checkpoint import load_checkpoint, load_weights
-from record.runlog import read_metrics
+from record.checkpoint import load_checkpoint
+from record.metrics import read_metrics
+from record.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 

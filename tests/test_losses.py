@@ -17,7 +17,7 @@ import engine
 from config import UserError, load_config
 from engine import Run
 from models import create_model
-from record.checkpoint import load_weights
+from record.weights import load_weights
 from training.losses import Loss, build_loss
 
 pytestmark = pytest.mark.usefixtures("in_this_process")

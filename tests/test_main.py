@@ -19,7 +19,8 @@ import main
 from config import Config, load_config
 from config.flags import build_parser
 from quantization.layers.int4 import Int4Linear, hadamard
-from record.checkpoint import load_checkpoint, load_weights
+from record.checkpoint import load_checkpoint
+from record.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 

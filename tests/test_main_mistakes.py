@@ -19,7 +19,7 @@ from PIL import Image
 import engine
 import main
 from config import UserError, load_config
-from record.checkpoint import load_weights
+from record.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
