@@ -23,6 +23,20 @@ from quantization.oscillation import OSCILLATING, PathLengths
 from quantization.stabilizers.base import Plan, Stabilizer, Trainer
 
 OPTIMIZER = "qrampingadamw"  # its name in timm, which takes an underscore for a prefix
+CHUNK = 2**23  # elements worked on at once: some 130 MB of temporaries, and few enough launches for the host
+
+
+def _chunks(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Whole parameters in their order, in lists of CHUNK elements at most; a larger one is alone in its list."""
+    chunks: list[list[nn.Parameter]] = []
+    numel = CHUNK
+    for p in parameters:
+        if numel + p.numel() > CHUNK:
+            chunks.append([])
+            numel = 0
+        chunks[-1].append(p)
+        numel += p.numel()
+    return chunks
 
 
 class QRampingAdamW(torch.optim.AdamW):
@@ -44,6 +58,7 @@ class QRampingAdamW(torch.optim.AdamW):
         if len(groups) != 1 or not ids <= members[groups[0]]:
             raise ValueError("ramped parameters must all be in one parameter group")
         self._ramped = list(parameters)
+        self._chunks = _chunks(self._ramped)
         self._group = groups[0]  # its number: load_state_dict puts other groups in the place of these
         numel, device = sum(p.numel() for p in parameters), parameters[0].device
         floats = {name: torch.zeros(numel, device=device) for name in ("exp_avg", "exp_avg_sq", "grad_sum")}
@@ -70,47 +85,62 @@ class QRampingAdamW(torch.optim.AdamW):
             self.ramping |= {name: kept[name] for name in ("grad_sum", "count", "period")}
 
     def _bias_corrections(self, beta1: float, beta2: float, device: torch.device) -> tuple[Tensor, Tensor]:
-        """1 - beta1^n (float64) and sqrt(1 - beta2^n) (float32) by n, as far as they are not 1. By Python's own powers,
-        as torch has them; element 0 is never used in an update."""
+        """1 - beta1^n (float64) and sqrt(1 - beta2^n) (float32) by n, up to the n from which both are 1. By Python's
+        own powers, as torch has them; element 0 is never used in an update."""
         key = (beta1, beta2, device)
         if self._corrections is None or self._corrections[0] != key:
-            tables = []
-            for beta, dtype in ((beta1, torch.float64), (beta2, torch.float32)):
-                values, n = [1.0], 1
-                while values[-1] < 1 or n == 1:
-                    values.append(1 - beta**n if dtype == torch.float64 else (1 - beta**n) ** 0.5)
-                    n += 1
-                tables.append(torch.tensor(values, dtype=dtype, device=device))
-            self._corrections = (key, *tables)
+            corrections = [(1.0, 1.0)]
+            while min(corrections[-1]) < 1 or len(corrections) == 1:
+                n = len(corrections)
+                corrections.append((1 - beta1**n, (1 - beta2**n) ** 0.5))
+            one, two = zip(*corrections, strict=True)
+            float64, float32 = ({"dtype": dtype, "device": device} for dtype in (torch.float64, torch.float32))
+            self._corrections = (key, torch.tensor(one, **float64), torch.tensor(two, **float32))
         return self._corrections[1], self._corrections[2]
 
     @torch.no_grad()
     def _ramped_step(self, gradients: list[Tensor]) -> None:
+        """In place and, but for a few launches over all at once, chunk by chunk, which bounds what it allocates."""
         s, group, ramped = self.ramping, self.param_groups[self._group], self._ramped
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        decay, failed = 1 - lr * group["weight_decay"], getattr(self, "found_inf", None)
+        lr, failed = group["lr"], getattr(self, "found_inf", None)
+        decay = 1 - lr * group["weight_decay"]
         torch._foreach_mul_(ramped, decay if failed is None else torch.where(failed > 0, 1.0, decay))
-
-        s["grad_sum"] += torch.cat([g.flatten() for g in gradients])
+        sums = s["grad_sum"].split([p.numel() for p in ramped])
+        torch._foreach_add_([total.view_as(p) for total, p in zip(sums, ramped, strict=True)], gradients)
         s["count"] += 1
+
+        correction1, correction2_sqrt = self._bias_corrections(*group["betas"], s["period"].device)
+        step_size = (-lr / correction1).to(torch.float32)
+        begin = 0
+        for chunk in self._chunks:
+            sizes = [p.numel() for p in chunk]
+            part = {name: state.narrow(0, begin, sum(sizes)) for name, state in s.items()}
+            update = self._chunk_update(part, step_size, correction2_sqrt).split(sizes)
+            torch._foreach_add_(chunk, [u.view_as(p) for u, p in zip(update, chunk, strict=True)])
+            begin += sum(sizes)
+
+    def _chunk_update(self, s: dict[str, Tensor], step_size: Tensor, correction2_sqrt: Tensor) -> Tensor:
+        """What to add to the elements of a chunk, float32 (n,): 0 for those not due. s: their state, brought forward.
+
+        step_size and correction2_sqrt by number of updates. Today's arithmetic, operation by operation.
+        """
+        group, failed = self.param_groups[self._group], getattr(self, "found_inf", None)
+        beta1, beta2 = group["betas"]
         due = s["count"] >= s["period"]
         mean = s["grad_sum"] / s["count"]
-        s["exp_avg"] = torch.where(due, s["exp_avg"].lerp(mean, 1 - beta1), s["exp_avg"])
+        torch.where(due, s["exp_avg"].lerp(mean, 1 - beta1), s["exp_avg"], out=s["exp_avg"])
         exp_avg_sq = (s["exp_avg_sq"] * beta2).addcmul_(mean, mean, value=1 - beta2)
-        s["exp_avg_sq"] = torch.where(due, exp_avg_sq, s["exp_avg_sq"])
+        torch.where(due, exp_avg_sq, s["exp_avg_sq"], out=s["exp_avg_sq"])
+        del mean, exp_avg_sq
+        s["grad_sum"].masked_fill_(due, 0.0)
+        s["count"].masked_fill_(due, 0)
         s["updates"] += due
 
-        correction1, correction2_sqrt = self._bias_corrections(beta1, beta2, mean.device)
-        step_size = (-lr / correction1).to(torch.float32)
-        step_size = step_size[s["updates"].clamp(max=len(step_size) - 1)] * s["period"]
-        denominator = s["exp_avg_sq"].sqrt() / correction2_sqrt[s["updates"].clamp(max=len(correction2_sqrt) - 1)]
-        update = step_size * s["exp_avg"] / denominator.add_(group["eps"])
-        lands = due if failed is None else due & (failed == 0)
-        update = torch.where(lands, update, 0.0).split([p.numel() for p in ramped])
-        torch._foreach_add_(ramped, [u.view_as(p) for u, p in zip(update, ramped, strict=True)])
-
-        s["grad_sum"] = torch.where(due, 0.0, s["grad_sum"])
-        s["count"] = torch.where(due, 0, s["count"])
+        n = s["updates"].clamp(max=len(step_size) - 1)
+        denominator = s["exp_avg_sq"].sqrt().div_(correction2_sqrt.index_select(0, n)).add_(group["eps"])
+        update = step_size.index_select(0, n).mul_(s["period"]).mul_(s["exp_avg"]).div_(denominator)
+        waits = ~due if failed is None else ~due | (failed != 0)
+        return update.masked_fill_(waits, 0.0)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
