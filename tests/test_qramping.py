@@ -98,7 +98,7 @@ def two_optimizers(**options: Any) -> tuple[list[nn.Parameter], torch.optim.Adam
 
 def give_gradients(parameters: Sequence[nn.Parameter], step: int) -> None:
     for i, p in enumerate(parameters):
-        p.grad = normal(*p.shape, seed=100 * step + i + 50) * (1 + i) + 0.3
+        p.grad = (normal(*p.shape, seed=100 * step + i + 50) * (1 + i) + 0.3).to(p.device)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +241,40 @@ def test_the_size_of_a_chunk_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> 
         results.append([[p.detach() for p in parameters], optimizer.state_dict()])
     assert results[0][1]["ramping"]["count"].unique().numel() == 6  # amid accumulations
     assert differences(results[0], results[1]) == differences(results[0], results[2]) == []
+
+
+def ramped_steps(step: Callable[..., None], device: torch.device, betas: tuple[float, float], guarded: bool) -> Any:
+    """Twelve steps of mixed periods by `step`, the last of which fails where guarded. Weights, state, counts."""
+    parameters = [nn.Parameter(normal(*shape, seed=i).to(device)) for i, shape in enumerate([*SHAPES, (70, 50)])]
+    optimizer = QRampingAdamW(parameters, lr=0.1, betas=betas, weight_decay=0.1)
+    optimizer.ramp(parameters)
+    optimizer.set_periods([torch.arange(p.numel(), device=device).view_as(p) % 4 + 1 for p in parameters])
+    if guarded:
+        optimizer.found_inf = torch.zeros((), device=device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qramping, "_kernel", lambda *_: step)
+        for number in range(12):
+            give_gradients(parameters, number)
+            if guarded and number == 11:
+                parameters[0].grad[0] = torch.nan
+                optimizer.found_inf.fill_(1.0)
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + number)
+            optimizer.step()
+    state = optimizer.ramping
+    floats = [state[name] for name in ("exp_avg", "exp_avg_sq", "grad_sum")]
+    return [p.detach() for p in parameters], floats, [state[name] for name in ("count", "updates", "period")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9), (0.3, 0.0)], ids=str)
+@pytest.mark.parametrize("guarded", [False, True], ids=["", "found_inf"])
+def test_the_kernel_has_the_bits_of_torch_s_operations(guarded: bool, betas: tuple[float, float]) -> None:
+    from quantization.backends.gpu.ramp import ramped_step
+
+    results = [ramped_steps(s, torch.device("cuda"), betas, guarded) for s in (ramped_step, qramping._step_in_chunks)]
+    # Any NaN equals any NaN; elsewhere all bits count.
+    ours, theirs = ([t.cpu().nan_to_num(torch.inf).view(torch.int32) for t in tree_leaves(r)] for r in results)
+    assert [torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)] == [True] * len(ours)
 
 
 class Allocations(TorchDispatchMode):

@@ -26,17 +26,75 @@ OPTIMIZER = "qrampingadamw"  # its name in timm, which takes an underscore for a
 CHUNK = 2**23  # elements worked on at once: some 130 MB of temporaries, and few enough launches for the host
 
 
-def _chunks(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+def _chunks(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Whole parameters in their order, in lists of CHUNK elements at most; a larger one is alone in its list."""
-    chunks: list[list[nn.Parameter]] = []
-    numel = CHUNK
+    chunk: list[Tensor] = []
     for p in parameters:
-        if numel + p.numel() > CHUNK:
-            chunks.append([])
-            numel = 0
-        chunks[-1].append(p)
-        numel += p.numel()
-    return chunks
+        if chunk and sum(q.numel() for q in chunk) + p.numel() > CHUNK:
+            yield chunk
+            chunk = []
+        chunk.append(p)
+    yield chunk
+
+
+def _kernel(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Callable[..., None] | None:
+    """The step as a Triton kernel, of the same bits, for what it serves on a GPU; else None."""
+    tensors = [*weights, *gradients]
+    if not all(t.is_cuda and t.is_contiguous() and t.dtype == torch.float32 for t in tensors):
+        return None
+    try:
+        from quantization.backends.gpu.ramp import ramped_step
+    except ImportError:
+        return None
+    return ramped_step
+
+
+def _step_in_chunks(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    state: dict[str, Tensor],
+    tables: tuple[Tensor, Tensor],
+    numbers: dict[str, float],
+    found_inf: Tensor | None,
+) -> None:
+    """One step in place by torch's own operations; see backends/gpu/ramp.py for what is given.
+
+    But for a few launches over all at once it goes chunk by chunk, which bounds what it allocates.
+    """
+    decay = numbers["decay"]
+    torch._foreach_mul_(weights, decay if found_inf is None else torch.where(found_inf > 0, 1.0, decay))
+    sums = state["grad_sum"].split([w.numel() for w in weights])
+    torch._foreach_add_([total.view_as(w) for total, w in zip(sums, weights, strict=True)], gradients)
+    state["count"] += 1
+    begin = 0
+    for chunk in _chunks(weights):
+        sizes = [w.numel() for w in chunk]
+        part = {name: values.narrow(0, begin, sum(sizes)) for name, values in state.items()}
+        update = _chunk_update(part, tables, numbers, found_inf).split(sizes)
+        torch._foreach_add_(chunk, [u.view_as(w) for u, w in zip(update, chunk, strict=True)])
+        begin += sum(sizes)
+
+
+def _chunk_update(
+    s: dict[str, Tensor], tables: tuple[Tensor, Tensor], numbers: dict[str, float], found_inf: Tensor | None
+) -> Tensor:
+    """What to add to the elements of a chunk, float32 (n,): 0 for those not due. s: their state, brought forward."""
+    step_size, correction2_sqrt = tables
+    due = s["count"] >= s["period"]
+    mean = s["grad_sum"] / s["count"]
+    torch.where(due, s["exp_avg"].lerp(mean, numbers["lerp_weight"]), s["exp_avg"], out=s["exp_avg"])
+    exp_avg_sq = (s["exp_avg_sq"] * numbers["beta2"]).addcmul_(mean, mean, value=numbers["square_weight"])
+    torch.where(due, exp_avg_sq, s["exp_avg_sq"], out=s["exp_avg_sq"])
+    del mean, exp_avg_sq
+    s["grad_sum"].masked_fill_(due, 0.0)
+    s["count"].masked_fill_(due, 0)
+    s["updates"] += due
+
+    place = s["updates"].clamp(max=len(step_size) - 1)
+    denominator = s["exp_avg_sq"].sqrt().div_(correction2_sqrt.index_select(0, place)).add_(numbers["eps"])
+    update = step_size.index_select(0, place).mul_(s["period"]).mul_(s["exp_avg"]).div_(denominator)
+    waits = ~due if found_inf is None else ~due | (found_inf != 0)
+    return update.masked_fill_(waits, 0.0)
 
 
 class QRampingAdamW(torch.optim.AdamW):
@@ -44,7 +102,7 @@ class QRampingAdamW(torch.optim.AdamW):
 
     Other parameters are updated by torch.optim.AdamW. With all periods 1 the ramped ones are too, bit for bit on a CPU:
     the arithmetic below is that of its single-tensor path. The state of ramped parameters is kept flat, one tensor for
-    all of them, so a step takes a handful of launches; `state_dict` holds it under "ramping".
+    all of them; `state_dict` holds it under "ramping".
     """
 
     def ramp(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -58,7 +116,6 @@ class QRampingAdamW(torch.optim.AdamW):
         if len(groups) != 1 or not ids <= members[groups[0]]:
             raise ValueError("ramped parameters must all be in one parameter group")
         self._ramped = list(parameters)
-        self._chunks = _chunks(self._ramped)
         self._group = groups[0]  # its number: load_state_dict puts other groups in the place of these
         numel, device = sum(p.numel() for p in parameters), parameters[0].device
         floats = {name: torch.zeros(numel, device=device) for name in ("exp_avg", "exp_avg_sq", "grad_sum")}
@@ -100,47 +157,16 @@ class QRampingAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def _ramped_step(self, gradients: list[Tensor]) -> None:
-        """In place and, but for a few launches over all at once, chunk by chunk, which bounds what it allocates."""
-        s, group, ramped = self.ramping, self.param_groups[self._group], self._ramped
-        lr, failed = group["lr"], getattr(self, "found_inf", None)
-        decay = 1 - lr * group["weight_decay"]
-        torch._foreach_mul_(ramped, decay if failed is None else torch.where(failed > 0, 1.0, decay))
-        sums = s["grad_sum"].split([p.numel() for p in ramped])
-        torch._foreach_add_([total.view_as(p) for total, p in zip(sums, ramped, strict=True)], gradients)
-        s["count"] += 1
-
-        correction1, correction2_sqrt = self._bias_corrections(*group["betas"], s["period"].device)
-        step_size = (-lr / correction1).to(torch.float32)
-        begin = 0
-        for chunk in self._chunks:
-            sizes = [p.numel() for p in chunk]
-            part = {name: state.narrow(0, begin, sum(sizes)) for name, state in s.items()}
-            update = self._chunk_update(part, step_size, correction2_sqrt).split(sizes)
-            torch._foreach_add_(chunk, [u.view_as(p) for u, p in zip(update, chunk, strict=True)])
-            begin += sum(sizes)
-
-    def _chunk_update(self, s: dict[str, Tensor], step_size: Tensor, correction2_sqrt: Tensor) -> Tensor:
-        """What to add to the elements of a chunk, float32 (n,): 0 for those not due. s: their state, brought forward.
-
-        step_size and correction2_sqrt by number of updates. Today's arithmetic, operation by operation.
-        """
         group, failed = self.param_groups[self._group], getattr(self, "found_inf", None)
-        beta1, beta2 = group["betas"]
-        due = s["count"] >= s["period"]
-        mean = s["grad_sum"] / s["count"]
-        torch.where(due, s["exp_avg"].lerp(mean, 1 - beta1), s["exp_avg"], out=s["exp_avg"])
-        exp_avg_sq = (s["exp_avg_sq"] * beta2).addcmul_(mean, mean, value=1 - beta2)
-        torch.where(due, exp_avg_sq, s["exp_avg_sq"], out=s["exp_avg_sq"])
-        del mean, exp_avg_sq
-        s["grad_sum"].masked_fill_(due, 0.0)
-        s["count"].masked_fill_(due, 0)
-        s["updates"] += due
-
-        n = s["updates"].clamp(max=len(step_size) - 1)
-        denominator = s["exp_avg_sq"].sqrt().div_(correction2_sqrt.index_select(0, n)).add_(group["eps"])
-        update = step_size.index_select(0, n).mul_(s["period"]).mul_(s["exp_avg"]).div_(denominator)
-        waits = ~due if failed is None else ~due | (failed != 0)
-        return update.masked_fill_(waits, 0.0)
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        correction1, correction2_sqrt = self._bias_corrections(beta1, beta2, self.ramping["period"].device)
+        tables = (-lr / correction1).to(torch.float32), correction2_sqrt
+        numbers = {
+            **{"decay": 1 - lr * group["weight_decay"], "lerp_weight": 1 - beta1},
+            **{"beta2": beta2, "square_weight": 1 - beta2, "eps": group["eps"]},
+        }
+        step = _kernel(self._ramped, gradients) or _step_in_chunks
+        step(self._ramped, gradients, self.ramping, tables, numbers, failed)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
