@@ -42,6 +42,7 @@ from quantization.job import (
 from quantization.noise import Noise, uniform
 from quantization.operands import prepare, values_of
 from quantization.spec import QUANTIZERS, ROUNDINGS, SCALE_RULES
+from quantization.stabilizers import qramping
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -455,3 +456,16 @@ else:
 
         monkeypatch.setattr(reference, "rounds_up", with_moved_thresholds)
         assert differing(x, spec) > 0
+
+    @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.3, 0.0)], ids=str)
+    @pytest.mark.parametrize("guarded", [False, True], ids=["", "found_inf"])
+    def test_a_ramped_step_is_torch_s(guarded, betas):
+        """To a rounding: the interpreter fuses no multiply-add. On a GPU bit for bit, in tests/test_qramping.py."""
+        from test_qramping import ramped_steps
+
+        from quantization.backends.gpu.ramp import ramped_step
+
+        *floats, counts = ramped_steps(ramped_step, torch.device("cpu"), betas, guarded)
+        *expected, expected_counts = ramped_steps(qramping._step_in_chunks, torch.device("cpu"), betas, guarded)
+        torch.testing.assert_close(floats, expected, rtol=2e-6, atol=1e-6, equal_nan=True)
+        assert all(map(torch.equal, counts, expected_counts))
