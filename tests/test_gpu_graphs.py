@@ -30,7 +30,7 @@ from torch import nn
 
 import engine
 from quantization import QuantLinear, build_recipe
-from quantization.noise import NoiseClock
+from quantization.layers.clock import NoiseClock
 from training.graphs import WARM_UP, GraphedPasses
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("in_this_process")]
