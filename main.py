@@ -22,6 +22,7 @@ from engine import Run, Stopped, evaluate, train_one_epoch
 from models import quantizer_table
 from record.checkpoint import BEST, LAST, find_last, load_checkpoint
 from record.manifest import manifest
+from record.metrics import METRICS, read_metrics
 from record.runlog import RunLog
 from record.weights import load_weights, restore_model
 from timm_patches import PATCHES
@@ -29,6 +30,7 @@ from training.build import build_run, pick_device
 from training.processes import Processes, leave
 
 SMOKE_STEPS, SMOKE_BATCH = 2, 2
+SCORES = ("loss", "top1", "top5")  # of an evaluation
 
 
 def resume_path(cfg: Config, output_dir: Path) -> Path | None:
@@ -89,17 +91,23 @@ def run_training(
     resume = resume_path(cfg, output_dir)
     if resume is not None:
         run.load_state_dict(load_checkpoint(resume), resume)
-        if run.epoch >= cfg.schedule.epochs:
-            if rank == 0:
-                print(f"{resume} is complete: {run.epoch} epochs, best top-1 {run.best_top1:.2f} %.")
+    own = resume is not None and resume.resolve().parent == output_dir.resolve()
+    complete = run.epoch >= cfg.schedule.epochs
+    if complete:
+        if rank == 0:
+            print(f"{resume} is complete: {run.epoch} epochs, best top-1 {run.best_top1:.2f} %.")
+        if not own or (figures := figures_without_end(output_dir, run.epoch)) is None:
             return
     run.log = RunLog(
         output_dir,
         enabled=rank == 0,
-        resume=cfg.run.resume == "auto" or (resume is not None and resume.resolve().parent == output_dir.resolve()),
+        resume=cfg.run.resume == "auto" or own,
         purge_step=run.global_step if resume else None,
     )
     with run.stop, run.log:
+        if complete:
+            log_end(run, figures)
+            return
         run.log.write_config(dump_config(cfg))
         run.log.write_manifest(describe_run(run, resume))
         if resume and rank == 0:
@@ -109,6 +117,23 @@ def run_training(
         finally:
             if run.graphs is not None:
                 run.graphs.forget()  # before the communicator goes that they use
+
+
+def figures_without_end(output_dir: Path, epochs: int) -> dict[str, float] | None:
+    """The last evaluation of a run that was stopped after its last epoch, before the final line; None where it was not,
+    or has no metrics."""
+    if not (output_dir / METRICS).exists():
+        return None
+    lines = {line["step"]: line["data"] for line in read_metrics(output_dir)}
+    if lines.get((), {}).get("final.epochs") == epochs:
+        return None
+    last = {name.removeprefix("eval."): value for name, value in lines.get((epochs - 1,), {}).items()}
+    return {name: value for name, value in last.items() if name.removeprefix("ema_") in SCORES}
+
+
+def log_end(run: Run, figures: dict[str, float]) -> None:
+    """The final line of the metrics. figures: those of the last evaluation."""
+    run.log.log((), {**figures, "best_top1": run.best_top1, "epochs": run.epoch}, tag="final")
 
 
 def train(run: Run, max_steps: int | None = None) -> None:
@@ -134,8 +159,7 @@ def train(run: Run, max_steps: int | None = None) -> None:
         finish_epoch(run, train_figures, figures)
         if max_steps:
             break
-    scores = {name: value for name, value in figures.items() if name != "seconds"}
-    run.log.log((), {**scores, "best_top1": run.best_top1, "epochs": run.epoch}, tag="final")
+    log_end(run, {name: value for name, value in figures.items() if name != "seconds"})
 
 
 def evaluate_epoch(run: Run, max_batches: int | None) -> dict[str, float]:
@@ -158,7 +182,7 @@ def finish_epoch(run: Run, train_figures: dict[str, float], figures: dict[str, f
     run.meter = type(run.meter)()
     is_best = figures["top1"] > run.best_top1
     run.best_top1 = max(run.best_top1, figures["top1"])
-    run.save(*([LAST, BEST] if is_best else [LAST]))
+    run.save(*([BEST, LAST] if is_best else [LAST]))  # LAST says that the epoch is done
     if run.rank == 0:
         scores = {name: value for name, value in figures.items() if name != "seconds"}
         print(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -164,15 +165,21 @@ def build_probe(cfg: Config, model: nn.Module, plan: Plan, data: Data, amp: torc
         raise UserError(f"{error}; see probes in the configuration.") from None
 
 
-def build_model(cfg: Config, num_classes: int, *, rank: int, device: torch.device) -> tuple[nn.Module, list[str]]:
-    """The model on its device with the weights that training starts from, and what --finetune found no weights for."""
+def build_model(cfg: Config, num_classes: int, *, rank: int, device: torch.device) -> nn.Module:
+    """The model on its device, initialised by the run's seed."""
     torch.manual_seed(cfg.run.seed)  # the same initial weights on all processes
     model = create_model(cfg, num_classes).to(device)
     if isinstance(clock := getattr(model, "noise", None), NoiseClock):
         clock.reseed(cfg.run.seed, rank)
-    if cfg.run.finetune is None or cfg.run.eval:
-        return model, []
-    return model, finetune_from(model, load_weights(Path(cfg.run.finetune)), Path(cfg.run.finetune))
+    return model
+
+
+def load_rest(model: nn.Module, weights: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
+    """Of the `names` that a file could not fill before, load those that the model has now. Returns the others."""
+    own = model.state_dict()
+    fit = [name for name in names if name in own and name in weights and own[name].shape == weights[name].shape]
+    model.load_state_dict({name: weights[name] for name in fit}, strict=False)
+    return [name for name in names if name not in fit]
 
 
 def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, device: torch.device) -> Run:
@@ -197,15 +204,20 @@ def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, devi
     setup = Setup(cfg, rank, world_size, device, amp, batch_size, accumulation, steps_per_epoch)
 
     # 3. The model, with the weights that training starts from.
-    model, not_loaded = build_model(cfg, data.num_classes, rank=rank, device=device)
+    model = build_model(cfg, data.num_classes, rank=rank, device=device)
+    weights, not_loaded = {}, []
+    if cfg.run.finetune and not cfg.run.eval:
+        weights = load_weights(cfg.run.finetune)
+        not_loaded = finetune_from(model, weights, cfg.run.finetune)
 
-    # 4. What begins as a copy of those weights: a stabilizer's shadows, the moving average. The teacher's random
-    #    initialisation draws after the model's.
+    # 4. What begins as a copy of those weights: a stabilizer's shadows, unless the file has them, and the moving
+    #    average. The teacher's random initialisation draws after the model's.
     plan = Plan(steps_per_epoch, cfg.schedule.epochs * steps_per_epoch)
     try:
         stabilizer = build_stabilizer(cfg.stabilizer, model, plan)
     except ValueError as error:
         raise UserError(f"{error}; see quant and stabilizer in the configuration.") from None
+    not_loaded = load_rest(model, weights, not_loaded)
     loss = build_loss(cfg, model, num_classes=data.num_classes, mixed_targets=mixup is not None, device=device)
     ema = ModelEmaV3(model, decay=cfg.model_ema.decay) if cfg.model_ema.enabled else None
 

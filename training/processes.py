@@ -71,7 +71,8 @@ class Processes:
             ) from None
         try:
             yield
-        except SystemExit:  # all of them end so
+        except SystemExit:  # all of them end so; torchrun ends the others when the first has ended
+            dist.barrier()
             dist.destroy_process_group()
             raise
         dist.destroy_process_group()

@@ -15,6 +15,7 @@ from config import Config, UserError, dump_config, recipe_differences
 from record.checkpoint import save_checkpoint
 from record.weights import restore_model
 from training.ends import TrainingError
+from training.passes import position_of
 from training.rehearsal import rehearse
 from training.state import TrainingState
 
@@ -38,6 +39,7 @@ class Run(TrainingState):
             "epoch": self.epoch,
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
+            "passes": position_of(self, 0),
             "best_top1": self.best_top1,
             "meter": self.meter.state_dict(),
             "config": dump_config(self.cfg),
@@ -81,6 +83,7 @@ class Run(TrainingState):
         self.stabilizer.load_state_dict(state["stabilizer"])
         self.probe.load_state_dict(state.get("probe", {}))
         self.epoch, self.step, self.best_top1 = state["epoch"], state["step"], state["best_top1"]
+        self.progress.origin = self.global_step, state.get("passes", self.global_step * self.accumulation)
         self.meter.load_state_dict(state["meter"])
         self.progress.blocks_undone = -state.get("blocks_below_window", 0)
         # As DeiT: the rate of an epoch is the one its predecessor's end set, the first two share the start of warm-up.

@@ -49,6 +49,7 @@ class Progress:
     best_top1: float = -1.0  # below any accuracy: the first epoch is the best so far, whatever it reached
     meter: Meter = field(default_factory=Meter)  # figures of the current epoch
     figures: dict[str, float] = field(default_factory=dict)  # of the last step that has been settled
+    origin: tuple[int, int] = (0, 0)  # optimizer steps and passes done when this session began
     blocks_undone: Tensor | int = 0  # that the layers have counted below fp8's window outside of the run's training
 
 
