@@ -128,19 +128,12 @@ def missing_final(output_dir: Path, epochs: int) -> dict[str, Any] | None:
     return {name: value for name, value in found.items() if _EVALUATED.fullmatch(name)} or None
 
 
-def best_epoch(output_dir: Path) -> tuple[int, float] | None:
-    """(epoch, from 1, top-1 in %) of the best evaluation in a run's metrics, the first of equal ones."""
-    top1 = {line["step"][0] + 1: line["data"]["eval.top1"] for line in _summaries(output_dir)}
-    best = max(top1, key=top1.get, default=None)
-    return None if best is None else (best, top1[best])
+def finished_epochs(output_dir: Path, *, required: bool = True) -> dict[int, dict[str, Any]]:
+    """The figures of every epoch that has been evaluated, by its number from 1.
 
-
-def epochs_evaluated(output_dir: Path) -> int:
-    """Epochs whose evaluation is in the metrics of a run; 0 where there are no metrics."""
-    return max((line["step"][0] + 1 for line in _summaries(output_dir)), default=0)
-
-
-def _summaries(output_dir: Path) -> list[dict[str, Any]]:
-    if not (output_dir / METRICS).is_file():
-        return []
-    return [line for line in read_metrics(output_dir) if len(line["step"]) == 1 and "eval.top1" in line["data"]]
+    Raises UserError where there are no metrics and they are `required`.
+    """
+    if not required and not (output_dir / METRICS).is_file():
+        return {}
+    summaries = (line for line in read_metrics(output_dir) if len(line["step"]) == 1)
+    return {line["step"][0] + 1: line["data"] for line in summaries if "eval.top1" in line["data"]}

@@ -25,7 +25,7 @@ from quantization.watch.probe import Recording
 from record.checkpoint import BEST, LAST, load_checkpoint
 from record.files import LOCK, FolderLock, atomic_write, refuse_links
 from record.manifest import MANIFEST, add_session, read_manifest
-from record.metrics import METRICS, VOID, best_epoch, epochs_evaluated, is_void, open_metrics, plain, read_metrics
+from record.metrics import METRICS, VOID, finished_epochs, is_void, open_metrics, plain, read_metrics
 from record.progress import Progress
 from record.recordings import PROBES, set_aside_recordings, write_recording
 from record.tensorboard import TensorBoard
@@ -210,7 +210,7 @@ def check_new(output_dir: Path, cfg: Config) -> None:
 
     A run of the same recipe that was stopped before its first epoch was done may begin again.
     """
-    best, epochs = output_dir / BEST, epochs_evaluated(output_dir)
+    best, epochs = output_dir / BEST, len(finished_epochs(output_dir, required=False))
     held = [BEST] * best.exists() + [f"{epochs} finished epochs in {METRICS}"] * (epochs > 0)
     if held:
         go_on = f"put {LAST} back" + (f", go on from {BEST} with --resume {best}" if best.exists() else "")
@@ -243,14 +243,15 @@ def mend_best(output_dir: Path, state: Mapping[str, Any]) -> None:
         fault = "is that of an earlier epoch"
     except UserError:
         fault = "cannot be read" if best.exists() else "is missing"
-    found = best_epoch(output_dir)
-    if found == (state["epoch"], state["best_top1"]) and not state["step"] and last.is_file():
+    epochs = finished_epochs(output_dir, required=False)
+    epoch = next((n for n, figures in epochs.items() if figures["eval.top1"] == state["best_top1"]), None)
+    if epoch == state["epoch"] and not state["step"] and last.is_file():
         with last.open("rb") as source:
             atomic_write(best, lambda file: shutil.copyfileobj(source, file))
         return
-    epoch = f", that of epoch {found[0]}," if found is not None and found[1] == state["best_top1"] else ""
+    of_epoch = "" if epoch is None else f" of epoch {epoch}"
     print(
-        f"{best} {fault}: the state of the best top-1 so far, {state['best_top1']:.2f} %{epoch} is lost; the next "
+        f"{best} {fault}: the state of the best top-1 so far, {state['best_top1']:.2f} %{of_epoch}, is lost; the next "
         "better one is kept.",
         file=sys.stderr,
     )
