@@ -95,7 +95,7 @@ def read_manifest(output_dir: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError):
-        read = None
+        raise UserError(f"{path} is not JSON.") from None
     if not isinstance(read, dict):
         raise UserError(f"{path} is not a JSON object; move it away to continue the run.")
     check(Manifest, read, f"{path} is no manifest of a run")

@@ -121,6 +121,8 @@ def missing_final(output_dir: Path, epochs: int) -> dict[str, Any] | None:
 
     None where it is, or where the metrics do not have that evaluation.
     """
+    if not (output_dir / METRICS).is_file():
+        return None
     data = {line["step"]: line["data"] for line in read_metrics(output_dir)}
     if data.get((), {}).get("final.epochs") == epochs:
         return None

@@ -53,7 +53,7 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray
         read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, _, dtype = read_header(file)
         if dtype.hasobject:
-            raise ValueError(f"{member.filename} holds objects, not numbers")
+            raise ValueError(f"Object arrays cannot be loaded: {member.filename}")
         if math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
             raise ValueError(f"{member.filename} is not as large as its header says")
     with archive.open(member) as file:

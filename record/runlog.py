@@ -40,17 +40,10 @@ class RunLog(contextlib.AbstractContextManager):
     Raises UserError if `output_dir` cannot be written, holds a run and `resume` is False, holds links or is written by
     another process; nothing is touched then.
     purge_step: the optimizer steps a resumed run has done; TensorBoard drops what a killed run drew after that step.
-    resumed_at: the same as (epochs done, steps of the next one); metrics and recordings beyond it become void.
     """
 
     def __init__(
-        self,
-        output_dir: Path,
-        *,
-        enabled: bool = True,
-        resume: bool = False,
-        purge_step: int | None = None,
-        resumed_at: tuple[int, int] | None = None,
+        self, output_dir: Path, *, enabled: bool = True, resume: bool = False, purge_step: int | None = None
     ) -> None:
         self.output_dir = Path(output_dir)
         self.enabled = enabled
@@ -71,7 +64,11 @@ class RunLog(contextlib.AbstractContextManager):
             self.output_dir.mkdir(parents=True, exist_ok=True)
             refuse_links(self.output_dir, _FILES, (PROBES, TENSORBOARD))
             self._lock = FolderLock(self.output_dir)
-            self._open(purge_step, resumed_at)
+            self._earlier = read_manifest(self.output_dir)
+            self._logger, self._file = open_metrics(self.output_dir / METRICS)
+            # TensorBoard means the first step to drop.
+            first_dropped = None if purge_step is None else purge_step + 1
+            self.tensorboard = TensorBoard(self.output_dir / TENSORBOARD, purge_step=first_dropped)
         except OSError as error:
             self.close()
             raise UserError(
@@ -82,23 +79,16 @@ class RunLog(contextlib.AbstractContextManager):
             self.close()
             raise
 
-    def _open(self, purge_step: int | None, resumed_at: tuple[int, int] | None) -> None:
-        path = self.output_dir / METRICS
-        self._earlier = read_manifest(self.output_dir)
-        void = (
-            path.exists()
-            and resumed_at
-            and any(is_void(line["step"], resumed_at) for line in read_metrics(path.parent))
-        )
-        self._logger, self._file = open_metrics(path)
-        if void:
-            self._write("PARAMETER", dict(zip(VOID, resumed_at, strict=True)))
-        if resumed_at is not None:
-            set_aside_recordings(self.output_dir / PROBES, resumed_at[0] + 1)
-        # TensorBoard means the first step to drop.
-        self.tensorboard = TensorBoard(
-            self.output_dir / TENSORBOARD, purge_step=None if purge_step is None else purge_step + 1
-        )
+    def go_back(self, epoch: int, step: int) -> None:
+        """The run goes on after `epoch` epochs and `step` steps: what metrics and recordings have beyond that is void.
+
+        Called once last.pt is of this moment, lest a run that goes on from a later one loses its figures.
+        """
+        if not self.enabled:
+            return
+        if any(is_void(line["step"], (epoch, step)) for line in read_metrics(self.output_dir)):
+            self._write("PARAMETER", dict(zip(VOID, (epoch, step), strict=True)))
+        set_aside_recordings(self.output_dir / PROBES, epoch + 1)
 
     def write_config(self, text: str) -> Path | None:
         """Keep `text` as resolved.yaml or, where a resumed run has another there, beside it as resolved.<n>.yaml."""

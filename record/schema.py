@@ -179,7 +179,7 @@ class Checkpoint(Form):
 # Metrics and manifest
 # ---------------------------------------------------------------------------------------------------------------------
 
-_Percent = Annotated[float, Field(ge=0, le=100)]
+_Percent = Annotated[float, Field(ge=0, le=1000)]  # generous: a slip of a digit is to be seen in the report
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
