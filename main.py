@@ -22,15 +22,14 @@ from engine import Run, Stopped, evaluate, train_one_epoch
 from models import quantizer_table
 from record.checkpoint import BEST, LAST, find_last, load_checkpoint
 from record.manifest import manifest
-from record.metrics import METRICS, read_metrics
-from record.runlog import RunLog
+from record.metrics import missing_final
+from record.runlog import RunLog, check_new, mend_best
 from record.weights import load_weights, restore_model
 from timm_patches import PATCHES
 from training.build import build_run, pick_device
 from training.processes import Processes, leave
 
 SMOKE_STEPS, SMOKE_BATCH = 2, 2
-SCORES = ("loss", "top1", "top5")  # of an evaluation
 
 
 def resume_path(cfg: Config, output_dir: Path) -> Path | None:
@@ -89,25 +88,31 @@ def run_training(
         evaluate_only(cfg, run)
         return
     resume = resume_path(cfg, output_dir)
+    here = resume is not None and resume.resolve().parent == output_dir.resolve()
+    state = None
     if resume is not None:
-        run.load_state_dict(load_checkpoint(resume), resume)
-    own = resume is not None and resume.resolve().parent == output_dir.resolve()
-    complete = run.epoch >= cfg.schedule.epochs
-    if complete:
+        state = load_checkpoint(resume)
+        run.load_state_dict(state, resume)
+    elif cfg.run.resume == "auto":
+        check_new(output_dir, cfg)
+    if run.epoch >= cfg.schedule.epochs:
         if rank == 0:
+            if here:
+                complete(output_dir, state)
             print(f"{resume} is complete: {run.epoch} epochs, best top-1 {run.best_top1:.2f} %.")
-        if not own or (figures := figures_without_end(output_dir, run.epoch)) is None:
-            return
+        return
     run.log = RunLog(
         output_dir,
         enabled=rank == 0,
-        resume=cfg.run.resume == "auto" or own,
+        resume=cfg.run.resume == "auto" or here,
         purge_step=run.global_step if resume else None,
     )
     with run.stop, run.log:
-        if complete:
-            log_end(run, figures)
-            return
+        if here and rank == 0:
+            mend_best(output_dir, state)
+        if here and resume.name != LAST:
+            run.save(LAST)
+        run.log.go_back(run.epoch, run.step)
         run.log.write_config(dump_config(cfg))
         run.log.write_manifest(describe_run(run, resume))
         if resume and rank == 0:
@@ -119,21 +124,13 @@ def run_training(
                 run.graphs.forget()  # before the communicator goes that they use
 
 
-def figures_without_end(output_dir: Path, epochs: int) -> dict[str, float] | None:
-    """The last evaluation of a run that was stopped after its last epoch, before the final line; None where it was not,
-    or has no metrics."""
-    if not (output_dir / METRICS).exists():
-        return None
-    lines = {line["step"]: line["data"] for line in read_metrics(output_dir)}
-    if lines.get((), {}).get("final.epochs") == epochs:
-        return None
-    last = {name.removeprefix("eval."): value for name, value in lines.get((epochs - 1,), {}).items()}
-    return {name: value for name, value in last.items() if name.removeprefix("ema_") in SCORES}
-
-
-def log_end(run: Run, figures: dict[str, float]) -> None:
-    """The final line of the metrics. figures: those of the last evaluation."""
-    run.log.log((), {**figures, "best_top1": run.best_top1, "epochs": run.epoch}, tag="final")
+def complete(output_dir: Path, state: dict[str, Any]) -> None:
+    """Write what a run that was killed in its last moments is missing: the best checkpoint, its final line."""
+    figures = missing_final(output_dir, state["epoch"])
+    mend_best(output_dir, state)
+    if figures is not None:
+        with RunLog(output_dir, resume=True) as log:
+            log.log((), {**figures, "best_top1": state["best_top1"], "epochs": state["epoch"]}, tag="final")
 
 
 def train(run: Run, max_steps: int | None = None) -> None:
@@ -159,7 +156,8 @@ def train(run: Run, max_steps: int | None = None) -> None:
         finish_epoch(run, train_figures, figures)
         if max_steps:
             break
-    log_end(run, {name: value for name, value in figures.items() if name != "seconds"})
+    scores = {name: value for name, value in figures.items() if name != "seconds"}
+    run.log.log((), {**scores, "best_top1": run.best_top1, "epochs": run.epoch}, tag="final")
 
 
 def evaluate_epoch(run: Run, max_batches: int | None) -> dict[str, float]:
@@ -182,7 +180,7 @@ def finish_epoch(run: Run, train_figures: dict[str, float], figures: dict[str, f
     run.meter = type(run.meter)()
     is_best = figures["top1"] > run.best_top1
     run.best_top1 = max(run.best_top1, figures["top1"])
-    run.save(*([BEST, LAST] if is_best else [LAST]))  # LAST says that the epoch is done
+    run.save(*([BEST, LAST] if is_best else [LAST]))  # killed between the two, the run does this epoch again
     if run.rank == 0:
         scores = {name: value for name, value in figures.items() if name != "seconds"}
         print(

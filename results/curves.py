@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import UserError, load_config
-from record.epochs import finished_epochs
+from record.metrics import finished_epochs
 from record.runlog import CONFIG
 from results.style import DPI, labels, line_styles, method_name, picture
 

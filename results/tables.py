@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import functools
 import io
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +18,8 @@ from typing import Any
 
 from config import UserError, load_config, recipe_differences
 from config.rows import QUANTITIES, ROOT, Cell, all_cells, shown
-from record.epochs import finished_epochs
-from record.manifest import MANIFEST
+from record.manifest import read_manifest
+from record.metrics import finished_epochs
 from record.runlog import CONFIG
 
 RUNS = ROOT / "runs"
@@ -68,17 +67,12 @@ def read_table_run(directory: Path) -> TableRun:
     epochs = finished_epochs(directory, required=False)
     last = max(epochs, default=0)
     data = epochs.get(last, {})
-    path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError:
-        raise UserError(f"{path} is not JSON.") from None
     return TableRun(
         directory=directory,
         configs=[load_config(path).model_dump(mode="json") for path in sorted(directory.glob("resolved*.yaml"))],
         epochs=last,
         figures={name: data[key] for name, key in METRICS.items() if key in data},
-        manifest=manifest,
+        manifest=read_manifest(directory),
     )
 
 

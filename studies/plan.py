@@ -35,7 +35,7 @@ def _complete(directory: Path, reference: str, overrides: Sequence[str]) -> bool
     """Whether a folder holds the finished run of a configuration, and not of another recipe."""
     if not directory.is_dir():
         return False
-    from record.epochs import finished_epochs  # here, because it imports torch, which takes seconds
+    from record.metrics import finished_epochs  # here, because it imports torch, which takes seconds
 
     epochs = finished_epochs(directory, required=False)
     if not epochs:
