@@ -11,7 +11,7 @@ from PIL import Image
 import models  # noqa: F401  importing it applies the patches
 import timm_patches
 from config import load_config
-from datasets import train_transform
+from images.transforms import train_transform
 from timm_patches import PATCHES, apply_patches
 
 
