@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from timm.data import ImageDataset, create_dataset
+from timm.data import create_dataset
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
@@ -62,10 +62,8 @@ def open_sets(cfg: Config, batch_size: int, eval_batch_size: int) -> tuple[Any, 
         if name.startswith("cifar"):
             return _cifar(cfg, train=training)
         if name == "generated":
-            n = cfg.data.num_images
-            return _Generated(
-                int(not training), n if training else max(1, n // 10), size, cfg.model.num_classes or 1000
-            )
+            length = cfg.data.num_images if training else max(1, cfg.data.num_images // 10)
+            return _Generated(int(not training), length, size, cfg.model.num_classes or 1000)
         # Published sets name what they hold out in one of these ways.
         splits = ("train",) if training else ("validation", "val", "test")
         return _timm_set(cfg, splits, is_training=training, batch_size=batch_size if training else eval_batch_size)

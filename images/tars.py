@@ -12,8 +12,9 @@ from typing import IO, NamedTuple
 
 from PIL import Image
 from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from images.decode import EXTENSIONS, open_image
+from images.decode import open_image
 
 _SPLITS = frozenset(("train", "val", "valid", "validation", "test"))
 
@@ -28,13 +29,13 @@ class Member(NamedTuple):
 
 
 class ImageTar(Dataset[tuple[Image.Image, int]]):
-    """An image folder as one tar file, or as a folder with one tar file a class. Indexed like torchvision's ImageFolder.
+    """An image folder as one tar file or as a folder with one tar file a class, indexed like torchvision's ImageFolder.
 
     Classes are the folders of the first level, sorted, and what lies below one belongs to it. Around a single tar
     file's classes there may be further folders: "./", "train/", "imagenet/train/". A tar file inside a tar file counts
     as a folder. Nothing is unpacked, and nothing is written.
 
-    Raises OSError or tarfile.TarError for what is no tar file, and FileNotFoundError where there is no class, or a class
+    Raises OSError or tarfile.TarError for what is no tar file, and FileNotFoundError where there is no class, or one
     without an image.
     """
 
@@ -51,8 +52,8 @@ class ImageTar(Dataset[tuple[Image.Image, int]]):
             if not member.path.startswith(within) or name == "." or (member.size >= 0 and not below):
                 continue
             classes.add(name)
-            if member.size >= 0 and member.path.lower().endswith(EXTENSIONS):
-                images[name, *posixpath.split(member.path)] = member  # of two with one path the later one counts
+            if member.size >= 0 and member.path.lower().endswith(IMG_EXTENSIONS):
+                images[(name, *posixpath.split(member.path))] = member  # of two with one path the later one counts
         if not classes:
             raise FileNotFoundError(f"Couldn't find any class folder in {root}.")
         if empty := classes - {name for name, *_ in images}:
@@ -108,7 +109,7 @@ def _scan(file: IO[bytes], tar: str, folder: str, base: int) -> Iterator[Member 
 
 
 def _top(folders: set[str], split: str) -> str:
-    """The folder whose folders are the classes: below the only one, and below the split's where others lie beside it."""
+    """The folder whose folders are the classes: inside the only one, or the split's where others lie beside it."""
     children: dict[str, set[str]] = {}
     for folder in folders:
         places = list(itertools.accumulate(folder.split("/"), posixpath.join)) if folder not in ("", ".") else []

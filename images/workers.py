@@ -77,8 +77,8 @@ def _cannot_send(error: Exception, _batch: object) -> None:
 def failure_of_workers(error: BaseException, *, loading: bool = False) -> str | None:
     """What to tell the user where `error` is about the worker processes; None where it is about something else.
 
-    loading: it was raised while a batch was waited for. Torch also raises in the midst of whatever the main process does
-    when a worker dies.
+    loading: it was raised while a batch was waited for. Torch also raises in the midst of whatever else the main
+    process does when a worker dies.
     """
     text = str(error)
     if not isinstance(error, RuntimeError) and not (loading and isinstance(error, OSError)):
