@@ -1,0 +1,105 @@
+"""Reading the samples of a set: in their order, under their seeds, with what could not be read reported.
+
+All of this runs in the loader's worker processes, where there are any.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import ImageDataset, IterableImageDataset
+from timm.data.readers.shared_count import SharedCount
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, default_collate
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from images.decode import open_image, reason, to_rgb
+from images.order import AUGMENT, STREAM, Key, seeded
+from images.tars import ImageTar
+
+MAX_IN_A_ROW = 100  # unreadable images in a row: beyond this the disk is broken, not an image
+
+Sample = tuple[Tensor | None, int, str | None]  # image (3, H, W) float32, label, what could not be read
+
+
+class Images(Dataset[Sample]):
+    """A set of (PIL image, label) read and then transformed under the sample's own seed.
+
+    An unreadable image is replaced by the next readable one, up to `attempts` images in all, and reported.
+    """
+
+    def __init__(self, source: Any, transform: transforms.Compose, seed: int, attempts: int) -> None:
+        self._source, self._transform, self._seed, self._attempts = source, transform, seed, attempts
+
+    def __getitem__(self, key: Key) -> Sample:
+        first, position, epoch = key
+        problem = None
+        for index in (i % len(self._source) for i in range(first, first + self._attempts)):
+            try:
+                image, target = self._read(index)
+            except Exception as error:  # Pillow has no list of what it raises for a damaged file
+                problem = problem or f"{self._name(index)} cannot be read ({reason(error)})"
+                continue
+            with seeded(self._seed, AUGMENT, epoch, position):
+                return self._transform(image), target, problem
+        return None, -1, problem
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        if isinstance(self._source, ImageDataset):  # past timm's own reading, which replaces unreadable images unasked
+            stream, target = self._source.reader[index]
+            with stream:
+                return open_image(stream), int(target)
+        image, target = self._source[index]
+        return to_rgb(image), int(target)
+
+    def _name(self, index: int) -> str:
+        if isinstance(self._source, ImageFolder):
+            return self._source.samples[index][0]
+        if isinstance(self._source, ImageTar):
+            return self._source.filename(index)
+        if isinstance(self._source, ImageDataset):
+            name = self._source.filename(index, absolute=True) or f"image {index}"
+            return os.path.join(self._source.reader.root or "", name)
+        return f"image {index} of {type(self._source).__name__}"
+
+
+class Stream(IterableDataset[Sample]):
+    """A stream of timm's; augmentation is a function of (run seed, epoch, worker, place in the worker's stream)."""
+
+    def __init__(self, source: IterableImageDataset, transform: transforms.Compose, seed: int, rank: int) -> None:
+        self._source, self._transform, self._seed, self._rank = source, transform, seed, rank
+        self._name = getattr(source.reader, "root", None) or type(source.reader).__name__
+        self._epoch = SharedCount()  # shared memory, for workers that outlive an epoch
+
+    def begin(self, epoch: int, start: int) -> None:
+        self._epoch.value = epoch  # a stream cannot be entered in its middle, so `start` is not used
+        self._source.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Sample]:
+        info = torch.utils.data.get_worker_info()
+        worker = self._rank * info.num_workers + info.id if info else self._rank
+        images = enumerate(self._source)
+        while True:
+            try:
+                position, (image, target) = next(images)
+                image = to_rgb(image)
+            except StopIteration:
+                return
+            except Exception as error:  # whatever the packages behind timm raise; no image follows
+                yield None, -1, f"The stream {self._name} cannot be read any further ({reason(error)})"
+                return
+            with seeded(self._seed, STREAM, self._epoch.value, worker, position):
+                sample = self._transform(image), int(target), None
+            yield sample
+
+
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str], int]:
+    """Images (B, 3, H, W), labels (B,), what could not be read, and how many images the batch lacks for it."""
+    found = [(image, target) for image, target, _ in samples if image is not None]
+    images, targets = default_collate(found) if found else (torch.empty(0), torch.empty(0, dtype=torch.int64))
+    return images, targets, [problem for *_, problem in samples if problem], len(samples) - len(found)
