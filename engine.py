@@ -15,6 +15,7 @@ from record.checkpoint import LAST
 from training.ends import Lockstep, Stopped, StopSignal, TrainingError
 from training.passes import EVALUATION_POSITION, PROBE_POSITION, forward_backward, seed_step, seek_noise
 from training.run import Run
+from training.state import EvaluationState
 from training.step import settle, train_step
 
 __all__ = [
@@ -95,7 +96,7 @@ def log_step(run: Run, images_per_s: float) -> None:
 
 @torch.no_grad()
 def evaluate(
-    run: Run, model: nn.Module, max_batches: int | None = None, stop: StopSignal | None = None
+    run: EvaluationState, model: nn.Module, max_batches: int | None = None, stop: StopSignal | None = None
 ) -> dict[str, float]:
     """Loss, top-1 and top-5 accuracy in % of `model` over the evaluation set, exact on any number of processes.
 
@@ -121,7 +122,7 @@ def evaluate(
     return {"loss": loss_sum / images_seen, "top1": 100 * top1 / images_seen, "top5": 100 * top5 / images_seen}
 
 
-def _scores(run: Run, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+def _scores(run: EvaluationState, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     """Sums over a batch, (4,) float64: loss, images right at first, images right among five, images."""
     with run.autocast():
         logits = model(images)

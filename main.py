@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,8 +24,9 @@ from record.checkpoint import BEST, LAST, find_last, load_checkpoint
 from record.manifest import manifest
 from record.metrics import missing_final
 from record.runlog import RunLog, check_new, mend_best
-from record.weights import load_weights, restore_model
-from training.build import build_run, pick_device
+from record.weights import load_weights
+from training.build import build_evaluation, build_run, pick_device
+from training.given import as_trained, fit
 from training.processes import Processes, leave
 
 SMOKE_STEPS, SMOKE_BATCH = 2, 2
@@ -38,15 +39,23 @@ def resume_path(cfg: Config, output_dir: Path) -> Path | None:
     return None if cfg.run.resume is None else Path(cfg.run.resume)
 
 
-def evaluate_only(cfg: Config, run: Run) -> None:
-    """--eval: print loss and accuracy of a checkpoint's weights; writes nothing."""
-    path = resume_path(cfg, run.log.output_dir) or (Path(cfg.run.finetune) if cfg.run.finetune else None)
-    if path is None:
-        raise UserError("--eval needs weights to evaluate; pass --resume CHECKPOINT.")
-    restore_model(run.model, load_weights(path), path)
-    figures = evaluate(run, run.model)
+def evaluate_only(
+    cfg: Config, own: Mapping[str, Any] | None, path: Path, processes: Processes, device: torch.device
+) -> None:
+    """--eval: print loss and accuracy of a checkpoint's weights and, with --model-ema, of their moving average; writes
+    nothing. own: the checkpoint's configuration, if it has one."""
+    run = build_evaluation(cfg, rank=processes.rank, world_size=processes.world_size, device=device)
+    figures: dict[str, float] = {}
+    for prefix in ["", "ema_"] if cfg.model_ema.enabled else [""]:
+        resampled = fit(run.model, load_weights(path, average=bool(prefix)), path, own, cfg.model.img_size)
+        if resampled and not prefix and run.rank == 0:
+            print(f"note: {path} is resampled to images of {cfg.model.img_size} pixels.", file=sys.stderr)
+        figures |= {f"{prefix}{name}": value for name, value in evaluate(run, run.model).items()}
     if run.rank == 0:
-        print(f"{path}: {describe(figures)} on {run.data.eval_size} images")
+        stabilizer = "" if cfg.stabilizer.kind == "none" else f", stabilizer.kind {cfg.stabilizer.kind}"
+        print(
+            f"{path}: {describe(figures)} on {run.data.eval_size} images, quant.scheme {cfg.quant.scheme}{stabilizer}"
+        )
 
 
 def describe(figures: dict[str, float]) -> str:
@@ -81,11 +90,8 @@ def describe_run(run: Run, resumed_from: Path | None) -> dict[str, Any]:
 def run_training(
     cfg: Config, output_dir: Path, *, rank: int, world_size: int, device: torch.device, smoke: bool
 ) -> None:
-    """A run from its configuration to its last epoch: fresh, resumed, or evaluation alone."""
+    """A run from its configuration to its last epoch, fresh or resumed."""
     run = build_run(cfg, output_dir, rank=rank, world_size=world_size, device=device)
-    if cfg.run.eval:
-        evaluate_only(cfg, run)
-        return
     resume = resume_path(cfg, output_dir)
     here = resume is not None and resume.resolve().parent == output_dir.resolve()
     state = None
@@ -236,6 +242,16 @@ def main(argv: Sequence[str] | None = None, processes: Processes | None = None) 
     device = pick_device(cfg)
     name = run_name(options.config) if options.config else cfg.model.name
     output_dir = Path(cfg.run.output_dir or Path("runs") / name)
+    if cfg.run.eval:
+        path = resume_path(cfg, output_dir) or (Path(cfg.run.finetune) if cfg.run.finetune else None)
+        if path is None:
+            raise UserError("--eval needs weights to evaluate; pass --resume CHECKPOINT.")
+        cfg, own, said = as_trained(path, options.config, overrides, source="the command line")
+        for sentence in said if rank == 0 else []:
+            print(f"note: {sentence}", file=sys.stderr)
+        with processes.group(device):
+            evaluate_only(cfg, own, path, processes, device)
+        return
     with processes.group(device), tempfile.TemporaryDirectory() as scratch:
         output_dir = Path(scratch) / "smoke" if options.smoke else output_dir
         run_training(cfg, output_dir, rank=rank, world_size=world_size, device=device, smoke=options.smoke)

@@ -139,7 +139,13 @@ class _Probe(Form):
     figures: tuple[Annotated[int, Field(ge=-1, le=MOST)], dict[str, float]]
 
 
-class Checkpoint(Form):
+class WithConfig(Form):
+    """A file that says how it was trained."""
+
+    config: Annotated[str, AfterValidator(_config)]
+
+
+class Checkpoint(WithConfig):
     """last.pt and best.pt: the state of a run."""
 
     format: Many
@@ -154,7 +160,6 @@ class Checkpoint(Form):
     passes: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of one process; positions of noise beyond are evaluation's
     best_top1: Annotated[float, Field(ge=-1, le=100, allow_inf_nan=False)]
     meter: dict[str, Annotated[list[Finite], Field(min_length=2, max_length=2)]]
-    config: Annotated[str, AfterValidator(_config)]
 
     @model_validator(mode="after")
     def _one_moment(self) -> Checkpoint:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,13 +23,14 @@ from quantization.layers.clock import NoiseClock
 from quantization.stabilizers import Plan, Stabilizer, build_stabilizer
 from quantization.watch.probe import OscillationProbe, Probe
 from record.runlog import RunLog
-from record.weights import finetune_from, load_weights
+from record.weights import finetune_from
+from training.given import load_rest, starting_weights
 from training.graphs import GraphedPasses, leave_default_stream
 from training.losses import build_loss
 from training.passes import PROBE_POSITION
 from training.processes import environment_number
 from training.run import Run
-from training.state import Setup
+from training.state import EvaluationState, Setup
 
 MAX_BATCH = 256  # samples of one process at a time, where the configuration leaves it open
 
@@ -154,7 +154,7 @@ def fixed_images(data: Data, count: int) -> Tensor:
 
 def build_probe(cfg: Config, model: nn.Module, plan: Plan, data: Data, amp: torch.dtype | None) -> Probe:
     """The probe of the `probes` section."""
-    if not cfg.probes.enabled or cfg.run.eval:
+    if not cfg.probes.enabled:
         return Probe()
     device = next(model.parameters()).device
     images = fixed_images(data, cfg.probes.images).to(device)
@@ -174,12 +174,30 @@ def build_model(cfg: Config, num_classes: int, *, rank: int, device: torch.devic
     return model
 
 
-def load_rest(model: nn.Module, weights: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
-    """Of the `names` that a file could not fill before, load those that the model has now. Returns the others."""
-    own = model.state_dict()
-    fit = [name for name in names if name in own and name in weights and own[name].shape == weights[name].shape]
-    model.load_state_dict({name: weights[name] for name in fit}, strict=False)
-    return [name for name in names if name not in fit]
+def stabilize(cfg: Config, model: nn.Module, plan: Plan) -> Stabilizer:
+    """The stabilizer, and in the model what it keeps there. Raises UserError."""
+    try:
+        return build_stabilizer(cfg.stabilizer, model, plan)
+    except ValueError as error:
+        raise UserError(f"{error}; see quant and stabilizer in the configuration.") from None
+
+
+def autocast_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
+    """bfloat16, or None for no autocast."""
+    return torch.bfloat16 if cfg.run.amp == "bfloat16" or (cfg.run.amp == "auto" and device.type == "cuda") else None
+
+
+def build_evaluation(cfg: Config, *, rank: int, world_size: int, device: torch.device) -> EvaluationState:
+    """The evaluation set and the model, with random weights: what --eval needs, and no more of the recipe."""
+    check_carrier(cfg, device)
+    batch_size = cfg.data.batch_size or max(1, min(MAX_BATCH, cfg.optim.global_batch // world_size))
+    data = build_data(cfg, rank=rank, world_size=world_size, batch_size=batch_size)
+    model = build_model(cfg, data.num_classes, rank=rank, device=device)
+    stabilize(cfg, model, Plan(1, 1))
+    if cfg.run.compile:
+        model.compile()
+    setup = Setup(cfg, rank, world_size, device, autocast_dtype(cfg, device), batch_size, 1, 1)
+    return EvaluationState(setup=setup, model=model, data=data)
 
 
 def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, device: torch.device) -> Run:
@@ -200,23 +218,19 @@ def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, devi
     if not steps_per_epoch:
         raise UserError(f"The training set has fewer images than the global batch of {cfg.optim.global_batch}.")
     mixup = build_mixup(cfg, data.num_classes)
-    amp = torch.bfloat16 if cfg.run.amp == "bfloat16" or (cfg.run.amp == "auto" and device.type == "cuda") else None
-    setup = Setup(cfg, rank, world_size, device, amp, batch_size, accumulation, steps_per_epoch)
+    setup = Setup(cfg, rank, world_size, device, autocast_dtype(cfg, device), batch_size, accumulation, steps_per_epoch)
 
     # 3. The model, with the weights that training starts from.
     model = build_model(cfg, data.num_classes, rank=rank, device=device)
     weights, not_loaded = {}, []
-    if cfg.run.finetune and not cfg.run.eval:
-        weights = load_weights(cfg.run.finetune)
+    if cfg.run.finetune:
+        weights = starting_weights(cfg)
         not_loaded = finetune_from(model, weights, cfg.run.finetune)
 
     # 4. What begins as a copy of those weights: a stabilizer's shadows, unless the file has them, and the moving
     #    average. The teacher's random initialisation draws after the model's.
     plan = Plan(steps_per_epoch, cfg.schedule.epochs * steps_per_epoch)
-    try:
-        stabilizer = build_stabilizer(cfg.stabilizer, model, plan)
-    except ValueError as error:
-        raise UserError(f"{error}; see quant and stabilizer in the configuration.") from None
+    stabilizer = stabilize(cfg, model, plan)
     not_loaded = load_rest(model, weights, not_loaded)
     loss = build_loss(cfg, model, num_classes=data.num_classes, mixed_targets=mixup is not None, device=device)
     ema = ModelEmaV3(model, decay=cfg.model_ema.decay) if cfg.model_ema.enabled else None
@@ -240,7 +254,7 @@ def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, devi
         mixup=mixup,
         ema=ema,
         stabilizer=stabilizer,
-        probe=build_probe(cfg, model, plan, data, amp),
+        probe=build_probe(cfg, model, plan, data, setup.amp),
         log=RunLog(output_dir, enabled=False),
         graphs=GraphedPasses(list(model.parameters())) if graphed else None,
         not_loaded=not_loaded,

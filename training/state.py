@@ -68,23 +68,41 @@ class Step:
 def _held_by(record: str, name: str) -> property:
     """`run.NAME` for `run.RECORD.NAME`."""
 
-    def write(state: TrainingState, value: object) -> None:
+    def write(state: EvaluationState, value: object) -> None:
         setattr(getattr(state, record), name, value)
 
     return property(lambda state: getattr(getattr(state, record), name), write)
 
 
-@dataclass
-class TrainingState:
-    """All that a step reads and changes. What `setup` and `progress` hold is an attribute here too, as `run.step`."""
+@dataclass(kw_only=True)
+class EvaluationState:
+    """All that an evaluation reads. What `setup` holds is an attribute here too, as `run.device`."""
 
     setup: Setup
     model: nn.Module  # the bare model
-    wrapped: nn.Module  # the same under DistributedDataParallel where there are several processes
+    data: Data
+
+    cfg = _held_by("setup", "cfg")
+    rank = _held_by("setup", "rank")
+    world_size = _held_by("setup", "world_size")
+    device = _held_by("setup", "device")
+    amp = _held_by("setup", "amp")
+    batch_size = _held_by("setup", "batch_size")
+    accumulation = _held_by("setup", "accumulation")
+    steps_per_epoch = _held_by("setup", "steps_per_epoch")
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+
+@dataclass(kw_only=True)
+class TrainingState(EvaluationState):
+    """All that a step reads and changes. What `progress` holds is an attribute here too, as `run.step`."""
+
+    wrapped: nn.Module  # the model, under DistributedDataParallel where there are several processes
     loss: Loss
     optimizer: torch.optim.Optimizer
     schedule: Scheduler
-    data: Data
     mixup: Mixup | None
     ema: ModelEmaV3 | None
     stabilizer: Stabilizer
@@ -96,14 +114,6 @@ class TrainingState:
     progress: Progress = field(default_factory=Progress)
     in_flight: Step | None = None  # the last step, until `settle` has looked at its figures
 
-    cfg = _held_by("setup", "cfg")
-    rank = _held_by("setup", "rank")
-    world_size = _held_by("setup", "world_size")
-    device = _held_by("setup", "device")
-    amp = _held_by("setup", "amp")
-    batch_size = _held_by("setup", "batch_size")
-    accumulation = _held_by("setup", "accumulation")
-    steps_per_epoch = _held_by("setup", "steps_per_epoch")
     epoch = _held_by("progress", "epoch")
     step = _held_by("progress", "step")
     best_top1 = _held_by("progress", "best_top1")
@@ -125,9 +135,6 @@ class TrainingState:
         device); None with another carrier."""
         counted = blocks_below_window(self.model)
         return None if counted is None else counted - self.progress.blocks_undone
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
     def last_good(self) -> str:
         """Which checkpoint a failed run can go back to, in words."""
