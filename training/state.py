@@ -62,7 +62,7 @@ class Step:
     lr: float
     figures: Tensor  # on the host once `ready`: loss, gradient norm, signals heard; means over the processes
     ready: torch.cuda.Event | None
-    micro_batches: list[tuple[Tensor, Tensor]]
+    fed: list[tuple[Tensor, Tensor]] | None  # its micro-batches of a stream; others can be drawn again
 
 
 def _held_by(record: str, name: str) -> property:
