@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import IO
 
@@ -74,15 +75,17 @@ def reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)) and text:
         return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    kind = type(error)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return f"{name}: {text}" if text else name
 
 
 def _what_is_it(head: bytes) -> str:
     """What a file that starts so is, if no image that can be opened."""
     Image.init()
     for name, (_, accept) in Image.OPEN.items():
-        if accept is not None and accept(head) is True:
-            if name in FORMATS:
-                return f"not a {name} image that can be decoded"
-            return f"{name}, which is none of {', '.join(FORMATS)}"
+        with contextlib.suppress(Exception):  # too little of a file for some
+            if accept is not None and accept(head) is True:
+                other = f"{name}, which is none of {', '.join(FORMATS)}"
+                return f"not a {name} image that can be decoded" if name in FORMATS else other
     return "not an image"

@@ -72,6 +72,8 @@ def plan_batches(cfg: Config, world_size: int) -> tuple[int, int]:
     Raises UserError where the global batch is not a multiple of processes x batch size.
     """
     global_batch, batch_size = cfg.optim.global_batch, cfg.data.batch_size
+    if cfg.run.eval:  # nothing is added up to a global batch
+        return batch_size or min(MAX_BATCH, max(1, global_batch // world_size)), 1
     if global_batch % world_size:
         raise UserError(f"The global batch of {global_batch} does not divide among {world_size} processes.")
     share = global_batch // world_size
@@ -190,7 +192,7 @@ def autocast_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
 def build_evaluation(cfg: Config, *, rank: int, world_size: int, device: torch.device) -> EvaluationState:
     """The evaluation set and the model, with random weights: what --eval needs, and no more of the recipe."""
     check_carrier(cfg, device)
-    batch_size = cfg.data.batch_size or max(1, min(MAX_BATCH, cfg.optim.global_batch // world_size))
+    batch_size, _ = plan_batches(cfg, world_size)
     data = build_data(cfg, rank=rank, world_size=world_size, batch_size=batch_size)
     model = build_model(cfg, data.num_classes, rank=rank, device=device)
     stabilize(cfg, model, Plan(1, 1))

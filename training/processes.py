@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from config import UserError
+from datasets import failure_of_workers
 from training.ends import TrainingError
 
 _FIRST_SPEAKS_WITHIN = datetime.timedelta(seconds=5)
@@ -104,6 +105,8 @@ def _sentence(error: Exception) -> tuple[int, str]:
             f"error: The device has too little memory ({reason}); choose a smaller --batch-size, or --no-cuda-graphs, "
             "which leaves evaluation the memory of training.\n"
         )
+    if isinstance(error, RuntimeError) and (said := failure_of_workers(error)) is not None:
+        return 2, f"error: {said}\n"
     return 1, "".join(traceback.format_exception(error))
 
 
