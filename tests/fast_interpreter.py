@@ -29,7 +29,22 @@ def patch_once(patch_lang: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return patch
 
 
+def made_once(kind: type) -> Callable[..., None]:
+    """The constructor of block types, of which there are few, which computes each once."""
+    init, made = kind.__init__, {}
+
+    def construct(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (id(element_ty), *(getattr(size, "value", size) for size in shape))
+        if key not in made:
+            init(self, element_ty, shape)
+            made[key] = dict(self.__dict__)
+        self.__dict__.update(made[key])  # it keeps element_ty alive, and with it the id
+
+    return construct
+
+
 def install() -> None:
+    tl.block_type.__init__ = made_once(tl.block_type)
     interpreter._patch_lang = patch_once(interpreter._patch_lang)
     assert not interpreter.interpreter_builder.options.debug  # with it, overflow would be heard of
     TritonSemantic.binary_op_sanitize_overflow_impl = lambda *_: None
