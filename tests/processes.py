@@ -1,4 +1,4 @@
-"""Functions in two processes of one group: the environment is torchrun's, without its seconds of start.
+"""Functions in processes of their own, also in two of one group, without the seconds that a start takes.
 
 Processes are forked off one that has imported the program, once for all tests; with GPUs, whose drivers bear no fork,
 each is started anew.
@@ -10,11 +10,13 @@ import functools
 import multiprocessing
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,38 +33,46 @@ def _context() -> BaseContext:
     return context
 
 
-def _enter(work: Callable[[Path], None], folder: Path, rank: int, port: int) -> None:
-    output = os.open(folder / f"output{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+def _enter(work: Callable[..., object], args: tuple[Any, ...], output: Path, environment: dict[str, str]) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ |= environment
     torch.set_num_threads(1)
-    work(folder)
-    sys.stdout.flush()
+    work(*args)
 
 
-def run_in_two(work: Callable[[Path], None], folder: Path, seconds: float = 400) -> None:
-    """Call work(folder) in both and wait for them. An end with another exit code than 0, or none within `seconds`,
-    fails, with what they wrote. `work` is a function of a module.
+def start(work: Callable[..., object], *args: Any, output: Path, **environment: str) -> BaseProcess:
+    """A process that calls work(*args), a function of a module, and writes what it says into the file `output`."""
+    path = [TESTS.parent, TESTS, TESTS.parent / "benchmarks"]
+    with pytest.MonkeyPatch.context() as patch:  # for the process that it is forked off
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, path)))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        process = _context().Process(target=_enter, args=(work, args, output, environment))
+        process.start()
+    return process
+
+
+def run_in_two(work: Callable[[Path], object], folder: Path, seconds: float = 400) -> None:
+    """Call work(folder) in two processes of one group and wait for them. An end with another exit code than 0, or none
+    within `seconds`, fails, with what they wrote.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = _context()
-    with pytest.MonkeyPatch.context() as patch:  # for the process that they are forked off
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS.parent), str(TESTS), str(TESTS.parent / "benchmarks")]))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        processes = [context.Process(target=_enter, args=(work, folder, rank, port)) for rank in (0, 1)]
-        for process in processes:
-            process.start()
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    outputs = [folder / f"output{rank}.txt" for rank in (0, 1)]
+    processes = [
+        start(work, folder, output=output, RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        for rank, output in enumerate(outputs)
+    ]
     end = time.monotonic() + seconds
     try:
         while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
             assert time.monotonic() < end, f"no end within {seconds} s"
-            processes[0].join(0.02) if processes[0].is_alive() else processes[1].join(0.02)
-        outputs = [(folder / f"output{rank}.txt").read_text(errors="replace")[-5000:] for rank in (0, 1)]
-        assert [p.exitcode for p in processes] == [0, 0], "\n".join(outputs)
+            wait([p.sentinel for p in processes if p.is_alive()], timeout=1)
+        said = "\n".join(output.read_text(errors="replace")[-5000:] for output in outputs)
+        assert [p.exitcode for p in processes] == [0, 0], said
     finally:
         for process in processes:
             process.kill()
