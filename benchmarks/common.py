@@ -23,10 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config import UserError, load_config  # noqa: E402
+from config.explain import fail  # noqa: E402
 from engine import Run, train_step  # noqa: E402
 from main import build_run  # noqa: E402
 from models import ZOO  # noqa: E402
-from record.runlog import git_state  # noqa: E402
+from record.manifest import git_state  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results.csv"
 MODELS = tuple(dict.fromkeys(model.column for model in ZOO))
@@ -96,11 +97,9 @@ def command(benchmark: Callable[[Sequence[str] | None], None]) -> NoReturn:
     try:
         benchmark(None)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(error)
     except torch.OutOfMemoryError as error:
-        print(f"error: Out of device memory, so choose smaller sizes: {str(error).split('. ')[0]}.", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(f"Out of device memory, so choose smaller sizes: {str(error).split('. ')[0]}.")
     raise SystemExit(0)
 
 

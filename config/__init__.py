@@ -1,6 +1,8 @@
 """What a run is told: every key, how files and flags fold into one configuration, the rows of the paper's tables."""
 
-from config.fold import UserError, dump_config, load_config, read_yaml, recipe_differences
+from config.explain import UserError
+from config.files import read_yaml
+from config.fold import dump_config, load_config, recipe_differences
 from config.schema import Config, iter_keys, sections_in
 
 __all__ = [

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic.fields import FieldInfo
 
-from config import UserError
+from config.explain import UserError
 from config.schema import Config, iter_keys, sections_in
 
 

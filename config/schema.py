@@ -1,7 +1,7 @@
 """The schema of a configuration: every section and key with its type, range, default, help text and DeiT's flag.
 
 A key stands here once: its validation (pydantic), its flag (flags.py), its line in --help and the name it is misspelt
-from follow from the same field. config.py builds a `Config` from files and flags.
+from follow from the same field. fold.py builds a `Config` from files and flags.
 """
 
 from __future__ import annotations
@@ -343,6 +343,9 @@ class Config(_Section):
     run: RunConfig = RunConfig()
     probes: ProbesConfig = ProbesConfig()
     paper: PaperConfig | None = None
+
+
+TAGS = {"quant": "scheme", "stabilizer": "kind"}  # sections whose other keys depend on this one
 
 
 def sections_in(annotation: Any) -> list[type[_Section]]:

@@ -6,10 +6,9 @@ in full precision, whose weights are not quantized, there are rates of change al
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,35 +16,14 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from config import Config, UserError, load_config
-from quantization import PRESETS, resolve
+from config import UserError, load_config
 from quantization.oscillation import OSCILLATING
 from record.runlog import CONFIG, PROBES
+from results.style import COLOURS, DPI, STYLES, labels, line_styles, method_name, picture
 
-# Okabe and Ito's palette, told apart by colour-blind readers, with line styles for print.
-COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 THRESHOLD = {"color": "#999999", "linestyle": ":", "linewidth": 0.8}
-PRINT = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "legend.frameon": False}
-NAMES = {"full_precision": "full precision", "tetrajet": "TetraJet", "microscaling": "Microscaling", "int4": "INT4"}
-NAMES |= {"mx": "MXFP4", "qema": "Q-EMA", "qramping": "Q-Ramping", "dampen": "Dampen", "freeze": "Freeze"}
 FOLLOWED, JUMP = 3, 0.1  # of Figure 3: weights in a panel; a step of w / S that no optimizer makes
 CONFIDENCE_SHOWN, FLAT = 10, 0.1  # of Figure 5: bins, and by how much its axis exceeds an even distribution at least
-DPI = 150
-
-
-def method_name(cfg: Config) -> str:
-    """The method of a configuration by the name of its preset; `mx` for a recipe that is none of them."""
-    recipe = resolve(cfg.quant)
-    name = next((name for name, preset in PRESETS.items() if preset == recipe), cfg.quant.scheme)
-    return name if cfg.stabilizer.kind == "none" else f"{name}_{cfg.stabilizer.kind}"
-
-
-def spoken(method: str) -> str:
-    """The method as the paper writes it: TetraJet + Q-EMA."""
-    scheme = next(name for name in NAMES if method.startswith(name))
-    stabilizer = method.removeprefix(scheme).lstrip("_")
-    return NAMES[scheme] + (f" + {NAMES[stabilizer]}" if stabilizer else "")
 
 
 @dataclass(frozen=True)
@@ -82,22 +60,9 @@ def read_recordings(directory: Path) -> ProbedRun:
     return ProbedRun(directory, method_name(load_config(directory / CONFIG)), recordings)
 
 
-def labels(runs: Sequence[ProbedRun]) -> list[str]:
-    """The methods as the paper writes them, with the directory where two runs have the same."""
-    methods = [run.method for run in runs]
-    return [spoken(run.method) + (f" ({run.directory.name})" if methods.count(run.method) > 1 else "") for run in runs]
-
-
 def styles(runs: Sequence[ProbedRun]) -> list[dict[str, Any]]:
-    """Colour and line style of each run, the same in every picture; a dot for a run of one recording."""
-    return [
-        {
-            "color": COLOURS[n % len(COLOURS)],
-            "linestyle": STYLES[n % len(STYLES)],
-            "marker": "o" if len(run.recordings) == 1 else None,
-        }
-        for n, run in enumerate(runs)
-    ]
+    """Colour and line style of each run."""
+    return line_styles([len(run.recordings) for run in runs])
 
 
 def series(recordings: Sequence[dict[str, np.ndarray]], name: str) -> tuple[list[int], list[float]]:
@@ -372,7 +337,7 @@ def table3(figure: Any, runs: Sequence[ProbedRun]) -> Rows | None:
     return rows
 
 
-FIGURES = {
+PICTURES = {
     "figure2": figure2,
     "figure3": figure3,
     "figure4": figure4,
@@ -380,22 +345,6 @@ FIGURES = {
     "figure6": figure6,
     "table3": table3,
 }
-
-
-@contextlib.contextmanager
-def picture() -> Iterator[Any]:
-    """A figure that is drawn off screen, in the style of a printed page, and closed afterwards."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(PRINT):
-        figure = plt.figure(layout="constrained")
-        try:
-            yield figure
-        finally:
-            plt.close(figure)
 
 
 def write_figures(directories: Sequence[Path], out: Path) -> None:
@@ -416,7 +365,7 @@ def write_figures(directories: Sequence[Path], out: Path) -> None:
         raise missing[0]
     for error in missing:
         print(f"left out: {error}", file=sys.stderr)
-    for name, draw in FIGURES.items():
+    for name, draw in PICTURES.items():
         with picture() as figure:
             rows = draw(figure, runs)
             if rows is None:

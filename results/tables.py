@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError, load_config, recipe_differences
-from config.rows import FIGURES, ROOT, Cell, all_cells, epochs_done, shown
-from record.runlog import CONFIG, MANIFEST, read_metrics
+from config.rows import QUANTITIES, ROOT, Cell, all_cells, shown
+from record.epochs import finished_epochs
+from record.manifest import MANIFEST
+from record.runlog import CONFIG
 
 RUNS = ROOT / "runs"
-METRICS = {name: f"eval.{name}" for name in FIGURES}  # what runs call the paper's figures
+METRICS = {name: f"eval.{name}" for name in QUANTITIES}  # what runs call the paper's figures
 IMAGENET = {"classes": 1000, "images": 1_281_167}
 GAP = "-"
 HEADER = ["table", "row", "model", "figure", "published", "ours", "spread", "seeds", "difference", "epochs"]
@@ -63,11 +65,9 @@ class TableRun:
 
 def read_table_run(directory: Path) -> TableRun:
     """Raises UserError where a file of the run cannot be read."""
-    epochs = epochs_done(directory)
-    data: dict[str, Any] = {}
-    for line in read_metrics(directory) if epochs else []:
-        if line["step"] in ((epochs - 1,), ()):  # the last epoch's summary and the run's
-            data |= line["data"]
+    epochs = finished_epochs(directory, required=False)
+    last = max(epochs, default=0)
+    data = epochs.get(last, {})
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_bytes()) if path.is_file() else {}
@@ -76,7 +76,7 @@ def read_table_run(directory: Path) -> TableRun:
     return TableRun(
         directory=directory,
         configs=[load_config(path).model_dump(mode="json") for path in sorted(directory.glob("resolved*.yaml"))],
-        epochs=epochs,
+        epochs=last,
         figures={name: data[key] for name, key in METRICS.items() if key in data},
         manifest=manifest,
     )

@@ -15,10 +15,11 @@ import pytest
 import yaml
 from helpers import exit_code, undisturbed
 
-from config import Config, UserError, dump_config, load_config, rows
+from config import Config, UserError, dump_config, load_config
 from config.rows import Cell, all_cells, find_cell, run_name
 from quantization import resolve
 from record.runlog import RunLog
+from studies.plan import listing, runs_to_start
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests/data"
@@ -393,16 +394,16 @@ def test_a_mistake_in_a_table(table: Path, old: str, new: str, message: str) -> 
 
 def test_every_cell_is_planned_as_its_run() -> None:
     for cell in CELLS:
-        assert rows.plan(cell.table, [cell.row, cell.column], [], Path("none")) == [cell.run_reference]
+        assert runs_to_start(cell.table, [cell.row, cell.column], [], Path("none")) == [cell.run_reference]
 
 
 def test_all_of_a_table_is_every_run_once() -> None:
     for number in range(1, 11):
         wanted = {cell.run: cell.run_reference for cell in CELLS if cell.table == number}
-        assert rows.plan(number, ["all"], [], Path("none")) == list(wanted.values())
-    assert len(rows.plan(8, ["all"], [], Path("none"))) == 21  # of 25 cells
-    assert len(rows.plan(8, ["all", "swin_small"], [], Path("none"))) == 4
-    assert len(rows.plan(8, ["qema_tuned"], [], Path("none"))) == 5
+        assert runs_to_start(number, ["all"], [], Path("none")) == list(wanted.values())
+    assert len(runs_to_start(8, ["all"], [], Path("none"))) == 21  # of 25 cells
+    assert len(runs_to_start(8, ["all", "swin_small"], [], Path("none"))) == 4
+    assert len(runs_to_start(8, ["qema_tuned"], [], Path("none"))) == 5
 
 
 def test_all_leaves_out_what_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -416,22 +417,24 @@ def test_all_leaves_out_what_is_complete(tmp_path: Path, capsys: pytest.CaptureF
     make("deit_tiny_tetrajet", "data.path=/imagenet", "run.device=cuda")
     make("table7_e2m1_e3m0_deit_tiny", epochs=89)
     make("table7_e3m0_e2m1_deit_tiny", "run.seed=1")  # complete, but another run
-    everything = rows.plan(7, ["all"], [], Path("none"))
+    everything = runs_to_start(7, ["all"], [], Path("none"))
     assert [path.rpartition("/")[2] for path in everything] == ["deit_tiny_tetrajet.yaml", *["deit_tiny"] * 3]
-    assert rows.plan(7, ["all"], [], tmp_path) == everything[1:]
+    assert runs_to_start(7, ["all"], [], tmp_path) == everything[1:]
     assert capsys.readouterr().err == f"{tmp_path / 'deit_tiny_tetrajet'} is complete.\n"
-    assert rows.plan(7, ["all"], ["--epochs", "91"], tmp_path) == everything
-    assert rows.plan(7, ["all"], ["--epochs", "89"], tmp_path) == everything[2:]
+    assert runs_to_start(7, ["all"], ["--epochs", "91"], tmp_path) == everything
+    assert runs_to_start(7, ["all"], ["--epochs", "89"], tmp_path) == everything[2:]
     for flag in (["--smoke"], ["--print-config"], ["--eval"]):  # they write no run
-        assert rows.plan(7, ["all"], flag, tmp_path) == everything
-    assert rows.plan(7, ["e2m1/e2m1"], [], tmp_path) == everything[:1]  # asked for by name: main.py says what is done
+        assert runs_to_start(7, ["all"], flag, tmp_path) == everything
+    assert (
+        runs_to_start(7, ["e2m1/e2m1"], [], tmp_path) == everything[:1]
+    )  # asked for by name: main.py says what is done
     (tmp_path / "deit_tiny_tetrajet/resolved.yaml").unlink()
-    assert rows.plan(7, ["all"], [], tmp_path) == everything
+    assert runs_to_start(7, ["all"], [], tmp_path) == everything
 
 
 def test_the_listing_names_every_cell() -> None:
     for number in range(1, 11):
-        lines = rows.listing(number).splitlines()
+        lines = listing(number).splitlines()
         for cell in (c for c in CELLS if c.table == number):
             [line] = [line for line in lines if line.split()[:2] == [cell.row, cell.column]]
             figures = [float(word) for word in line.split()[2 : 2 + len(cell.published)]]

@@ -13,10 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-import report
 from config import UserError, dump_config, load_config
 from record.runlog import RunLog
-from report import curves_table, draw_curves, labels, main, method_name, read_run
+from report import main
+from results.curves import curves_table, draw_curves, read_run
+from results.style import COLOURS, labels, method_name
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -122,10 +123,10 @@ def test_the_table(runs: list[Path]) -> None:
 def test_runs_of_one_method_are_told_apart_by_their_directories(runs: list[Path], tmp_path: Path) -> None:
     again = make_run(tmp_path / "a_directory_with_quite_a_long_name", "run.seed=1")
     figures = [read_run(run) for run in (*runs, again)]
-    assert labels(figures) == ["full_precision", "tetrajet (tj)", "tetrajet (a_directory_with_quite_a_long_name)"]
+    assert labels(figures, str) == ["full_precision", "tetrajet (tj)", "tetrajet (a_directory_with_quite_a_long_name)"]
     lines = curves_table(figures).splitlines()
     assert len({len(line) for line in lines}) == 1  # the columns stand below each other
-    assert [line.split("  ")[0] for line in lines[1:]] == labels(figures)
+    assert [line.split("  ")[0] for line in lines[1:]] == labels(figures, str)
 
 
 def test_a_long_run_keeps_its_columns(runs: list[Path]) -> None:
@@ -158,8 +159,8 @@ def test_the_picture_shows_every_run_in_both_halves_and_nothing_is_cut_off(runs:
     picture = pixels(tmp_path / "new" / "a.png")
     assert picture.shape == (600, 1500, 3) and margin_is_white(picture)
     for half in (picture[:, :750], picture[:, 750:]):
-        assert has_colour(half, report.COLOURS[1]) and has_colour(half, report.COLOURS[2])
-        assert not has_colour(half, report.COLOURS[3])  # there is no fourth run
+        assert has_colour(half, COLOURS[1]) and has_colour(half, COLOURS[2])
+        assert not has_colour(half, COLOURS[3])  # there is no fourth run
 
 
 def test_a_label_that_is_cut_off_would_be_seen(runs: list[Path], tmp_path: Path, monkeypatch: Any) -> None:
@@ -213,7 +214,7 @@ def test_curves_differ_in_colour_and_line_style(tmp_path: Path, figures: list[Fi
 def test_a_run_of_one_epoch_is_seen(tmp_path: Path) -> None:
     draw_curves([read_run(make_run(tmp_path / "run", epochs=[0]))], tmp_path / "a.png")
     middle = pixels(tmp_path / "a.png")[50:520, 380:450]  # of the left half, without its frame
-    assert has_colour(middle, report.COLOURS[0])
+    assert has_colour(middle, COLOURS[0])
 
 
 @pytest.mark.parametrize("name", ["a.PNG", "a", "a.pdf"])

@@ -18,7 +18,8 @@ from stabilizer_helpers import FLAGS, SMALL
 from config import UserError
 from report import main
 from results import figures as report_figures
-from results.figures import COLOURS, around_one_threshold, early_and_late, labels, read_recordings, spoken
+from results.figures import around_one_threshold, early_and_late, read_recordings
+from results.style import COLOURS, labels, spoken
 
 NAMES = ["figure2", "figure3", "figure4", "figure5", "figure6", "table3"]
 RUNS = {"fp": ["--quant.scheme", "none"], "tetrajet": [], "qema": FLAGS["qema"]}

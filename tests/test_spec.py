@@ -2,12 +2,15 @@
 
 import dataclasses
 import itertools
+import typing
 
 import pytest
 
-from config import UserError, load_config
+from config import UserError, iter_keys, load_config
+from quantization.formats import FORMATS
 from quantization.layers.int4 import Int4Recipe
-from quantization.spec import PRESETS, QUANTIZERS, LinearRecipe, QuantizerSpec, build_recipe, resolve
+from quantization.recipes import PRESETS, build_recipe, resolve
+from quantization.spec import QUANTIZERS, LinearRecipe, QuantizerSpec
 
 AXES = {"q1": -1, "q2": -1, "q3": -1, "q4": 0, "q5": 0, "q6": 0}  # of the stored tensor: SPEC, section 1
 
@@ -192,3 +195,45 @@ def test_int4_resolves_to_its_switches():
 def test_a_configuration_refuses_what_a_spec_refuses():
     with pytest.raises(UserError, match="scale_rule"):
         load_config(overrides=["quant.scheme=mx", "quant.scale_rule=ceil"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The configuration, which imports no torch, writes the same choices down again
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def taken_by(cls, name, values):
+    """Those of `values` that a field of a spec or a recipe takes."""
+    taken = set()
+    for value in values:
+        try:
+            cls(**{name: value})
+        except ValueError:
+            continue
+        taken.add(value)
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("key", "cls", "name"),
+    [
+        ("quant.element.activation_weight", QuantizerSpec, "element"),
+        ("quant.element.gradient", QuantizerSpec, "element"),
+        ("quant.rounding.forward", QuantizerSpec, "rounding"),
+        ("quant.rounding.backward", QuantizerSpec, "rounding"),
+        ("quant.scale_rule", QuantizerSpec, "scale_rule"),
+        ("quant.backward_operands", LinearRecipe, "backward_operands"),
+        ("quant.carrier", LinearRecipe, "carrier"),
+    ],
+)
+def test_a_key_has_the_choices_of_its_quantizer(key, cls, name):
+    choices = set(typing.get_args(dict(iter_keys())[key].annotation))
+    hint = typing.get_type_hints(cls)[name]
+    known = set(FORMATS) if name == "element" else set(typing.get_args(hint))
+    assert choices == known == taken_by(cls, name, choices | known | {"another", ""})
+
+
+def test_the_quantizers_that_a_configuration_can_name_are_those_of_a_recipe():
+    (quantizer, _) = typing.get_args(dict(iter_keys())["quant.active"].annotation)
+    named = typing.get_args(quantizer)
+    assert named == QUANTIZERS == tuple(f.name for f in dataclasses.fields(LinearRecipe) if f.name.startswith("q"))

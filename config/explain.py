@@ -1,0 +1,81 @@
+"""Mistakes of the user, one sentence each: the exception, its wording, and how a program ends with it."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from config.schema import TAGS, Config, iter_keys, sections_in
+
+
+class UserError(Exception):
+    """A mistake the user can mend: shown as one sentence, without a traceback, and exit code 2."""
+
+
+def fail(sentence: object, code: int = 2) -> NoReturn:
+    """End the program with a sentence on stderr and an exit code; 2 is that of a mistake of the user."""
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """The nearest valid name, or all of them."""
+    names = list(valid)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}."
+
+
+def _nearest(dotted: str, keys: Iterable[str]) -> str | None:
+    """The key of the same name in another section; else the one of a like name in its own or, if very like, in any."""
+    scope, _, name = dotted.rpartition(".")
+    anywhere = {key.rpartition(".")[2]: key for key in keys}
+    inside = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == scope}
+    near = difflib.get_close_matches(name, inside, n=1) if name not in anywhere else []
+    if near:
+        return inside[near[0]]
+    near = difflib.get_close_matches(name, anywhere, n=1, cutoff=0.8)
+    return anywhere[near[0]] if near else None
+
+
+def explain(error: Any, origins: dict[str, str]) -> str:
+    """One sentence for a pydantic error: where, which key, what is wrong and what was expected."""
+    loc = [str(part) for part in error["loc"]]
+    tag = None
+    if len(loc) > 1 and loc[0] in TAGS and len(sections_in(Config.model_fields[loc[0]].annotation)) > 1:
+        tag = loc.pop(1)  # pydantic puts the tag of a union into the location; it is not part of the key
+    if loc[:2] == ["model", "kwargs"]:
+        del loc[3:]  # and the first of the types that a value may have
+    if error["type"] == "union_tag_invalid":
+        loc.append(TAGS[loc[0]])
+    dotted = ".".join(loc)
+    known = [".".join(loc[:n]) for n in range(len(loc), 0, -1) if ".".join(loc[:n]) in origins]
+    where = origins[known[0]] if known else "the configuration"
+    given, message = error.get("input"), error["msg"]
+    shown = "null" if given is None else str(given).lower() if isinstance(given, bool) else repr(given)
+    if error["type"] in ("extra_forbidden", "invalid_key"):
+        keys = {name for name, _ in iter_keys()}
+        if any(f"{key}.".startswith(f"{dotted}.") for key in keys):
+            return f"{where}: {dotted} does not apply while {loc[0]}.{TAGS[loc[0]]} is {tag}."
+        if near := _nearest(dotted, sorted(keys | Config.model_fields.keys())):
+            return f"{where}: there is no key {dotted}; did you mean {near}?"
+        scope = "".join(f"{part}." for part in loc[:-1])
+        valid = sorted({key.removeprefix(scope).split(".")[0] for key in keys if key.startswith(scope)})
+        return f"{where}: there is no key {dotted}; valid keys here: {', '.join(valid)}."
+    if error["type"] == "missing":
+        if loc[-1].isdigit():
+            return f"{where}: {'.'.join(loc[:-1])} is {shown}: it needs more values."
+        return f"{where}: {dotted} is missing."
+    if error["type"] == "union_tag_invalid":
+        return f"{where}: {dotted} is {error['ctx']['tag']!r}: input should be one of {error['ctx']['expected_tags']}."
+    if error["type"] == "value_error":
+        return f"{where}: {dotted}: {error['ctx']['error']}."
+    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        message = "a mapping of keys to values was expected"
+    elif loc[:2] == ["model", "kwargs"]:
+        message = "true, false, a number, a text or a list of whole numbers was expected"
+    elif error["type"] == "string_type" and given is not None and not isinstance(given, list | dict):
+        message += "; put it in quotes"
+    message = message[0].lower() + message[1:].replace(" after validation", "")
+    return f"{where}: {dotted} is {shown}: {message.replace('tuple', 'list')}."  # a tuple is a list in YAML

@@ -1,0 +1,77 @@
+"""How runs are named, told apart and drawn: the same in every table and picture."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from config import Config
+from quantization import PRESETS, resolve
+
+# Okabe and Ito's palette, told apart by colour-blind readers, with line styles for print.
+COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+PRINT = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "legend.frameon": False}
+NAMES = {"full_precision": "full precision", "tetrajet": "TetraJet", "microscaling": "Microscaling", "int4": "INT4"}
+NAMES |= {"mx": "MXFP4", "qema": "Q-EMA", "qramping": "Q-Ramping", "dampen": "Dampen", "freeze": "Freeze"}
+DPI = 150
+
+
+class NamedRun(Protocol):
+    """A run directory and the name of its method."""
+
+    @property
+    def directory(self) -> Path: ...
+
+    @property
+    def method(self) -> str: ...
+
+
+def method_name(cfg: Config) -> str:
+    """The method of a configuration by the name of its preset; `mx` for a recipe that is none of them."""
+    recipe = resolve(cfg.quant)
+    name = next((name for name, preset in PRESETS.items() if preset == recipe), cfg.quant.scheme)
+    return name if cfg.stabilizer.kind == "none" else f"{name}_{cfg.stabilizer.kind}"
+
+
+def spoken(method: str) -> str:
+    """The method as the paper writes it: TetraJet + Q-EMA."""
+    scheme = next(name for name in NAMES if method.startswith(name))
+    stabilizer = method.removeprefix(scheme).lstrip("_")
+    return NAMES[scheme] + (f" + {NAMES[stabilizer]}" if stabilizer else "")
+
+
+def labels(runs: Sequence[NamedRun], spell: Callable[[str], str] = spoken) -> list[str]:
+    """The methods, as the paper writes them or by another spelling; with the directory where two runs have the same."""
+    methods = [run.method for run in runs]
+    return [spell(run.method) + (f" ({run.directory.name})" if methods.count(run.method) > 1 else "") for run in runs]
+
+
+def line_styles(points: Sequence[int]) -> list[dict[str, Any]]:
+    """Colour and line style of each run, the same in every picture; a dot for a run of one point, which has no line."""
+    return [
+        {
+            "color": COLOURS[n % len(COLOURS)],
+            "linestyle": STYLES[n % len(STYLES)],
+            "marker": "o" if count == 1 else None,
+        }
+        for n, count in enumerate(points)
+    ]
+
+
+@contextlib.contextmanager
+def picture(settings: Mapping[str, Any] = PRINT) -> Iterator[Any]:
+    """A matplotlib figure that is drawn off screen, in the style of a printed page, and closed afterwards."""
+    import matplotlib  # here and not above: tables need none
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(dict(settings)):
+        figure = plt.figure(layout="constrained")
+        try:
+            yield figure
+        finally:
+            plt.close(figure)
