@@ -9,7 +9,7 @@ from packaging.specifiers import SpecifierSet
 from PIL import Image
 
 from config import load_config
-from datasets import train_transform
+from images.transforms import train_transform
 from models import PATCHES
 from timm_patches import Patch, apply_patches
 
