@@ -1,23 +1,23 @@
-"""Kills runs of main.py at chosen moments, for test_faults.py.
-
-Run as a script: `python fault_helpers.py PLAN.json RESULT.json` works through a list of {"argv": [...], "die": number
-or null}, each in a process forked for it, which is ready at once and dies by SIGKILL as a whole process does. A result
-is {"status": as of os.waitpid, "moments": the names of the moments met, in their order}.
-"""
+"""Kills runs of main.py at chosen moments, for test_faults.py."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
-import json
 import os
 import signal
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
+from helpers import replace
+from processes import start
+
+import engine
+import main
+from record.runlog import RunLog
 
 WRITES = ("half a checkpoint", "half a line", "before fsync", "after fsync", "before replace", "after replace")
 
@@ -51,13 +51,6 @@ class Moments:
 
 def watch(moments: Moments) -> None:
     """Let this process meet moments: within writes, and between the acts of a run."""
-    import pytest
-    import torch
-    from helpers import replace
-
-    import engine
-    from record.runlog import RunLog
-
     save, write = torch.save, RunLog._write
 
     def save_watched(state: Any, file: Any) -> None:
@@ -80,38 +73,17 @@ def watch(moments: Moments) -> None:
     replace(patch, engine.evaluate, moments.around(engine.evaluate, "evaluation"))
 
 
-def work(argv: list[str], die: int | None, path: Path) -> None:
-    import torch
-
-    import main
-
-    torch.set_num_threads(1)
+def run_watched(argv: list[str], die: int | None, path: Path) -> None:
     watch(Moments(path, die))
-    code = 70
-    try:
-        main.command(argv)
-    except SystemExit as end:
-        code = end.code or 0
-    except BaseException:
-        traceback.print_exc()
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
+    main.command(argv)
 
 
-def main_program(plan: Path, result: Path) -> None:
-    import main  # noqa: F401 (before the forks; nothing has been computed yet, which would start threads)
-
-    found = []
-    for job in json.loads(plan.read_text()):
-        moments = result.with_suffix(".moments")
-        if (pid := os.fork()) == 0:
-            work(job["argv"], job["die"], moments)
-        _, status = os.waitpid(pid, 0)
-        found.append({"status": status, "moments": moments.read_text().splitlines()})
-    result.write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main_program(Path(sys.argv[1]), Path(sys.argv[2]))
+def run_until(argv: list[str], die: int | None, folder: Path) -> tuple[int, list[str], str]:
+    """A run in a process of its own that dies at moment `die`, or does not: its exit code, the names of the moments
+    that it met, and what it wrote."""
+    moments, output = folder / "moments.txt", folder / "output.txt"
+    process = start(run_watched, argv, die, moments, output=output)
+    process.join(300)
+    process.kill()
+    process.join()
+    return process.exitcode, moments.read_text().splitlines(), output.read_text()

@@ -6,11 +6,13 @@ Runs are those of main.py on a tiny model (tests/helpers.py).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,8 @@ from helpers import (
     exit_code,
     outcome,
     replace,
-    started,
     tiny,
     train,
-    wait_for,
 )
 
 import engine
@@ -173,6 +173,25 @@ def test_under_torchrun_a_later_signal_is_immediate(monkeypatch: pytest.MonkeyPa
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@contextlib.contextmanager
+def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that does not outlive the test."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def children(pid: int) -> list[int]:
