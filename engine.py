@@ -129,4 +129,4 @@ def _scores(run: EvaluationState, model: nn.Module, images: Tensor, targets: Ten
     logits = logits.float()
     loss = F.cross_entropy(logits, targets, reduction="sum")
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets.unsqueeze(1)
-    return torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), torch.tensor(len(targets), device=run.device)])
+    return torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), torch.full((), len(targets), device=run.device)])

@@ -23,6 +23,7 @@ from helpers import (
     before_step,
     column,
     differences,
+    exit_code,
     in_two_processes,
     metrics,
     outcome,
@@ -30,6 +31,7 @@ from helpers import (
     tiny,
     train,
 )
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import engine
@@ -305,3 +307,39 @@ def test_top_1_and_top_5_count_what_they_say() -> None:
 def test_an_evaluation_set_without_images_is_a_failure() -> None:
     with pytest.raises(TrainingError, match="no image"):
         evaluate(fixed_run([]), Fixed())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations computed again
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["none", "qema", "qramping", "int4"])
+def test_a_run_that_computes_its_activations_again_is_the_same_bit_for_bit(method: str, tmp_path: Path) -> None:
+    flags = [*FULL, "--epochs", "1", "--batch-size", "8", *METHODS.get(method, [])]
+    outcomes, calls = [], []
+    for name, more in {"kept": [], "computed": ["--grad-checkpointing"]}.items():
+        called: list[int] = []
+
+        def count(run: Run, called: list[int] = called) -> None:
+            run.model.blocks[0].attn.qkv.register_forward_hook(
+                lambda layer, *_: called.append(1) if layer.training else None
+            )
+
+        with pytest.MonkeyPatch.context() as patch:
+            replace(patch, engine.train_step, before_step(0, count))
+            outcomes.append(outcome(train(tmp_path / name, *flags, *more)))
+        calls.append(len(called))
+    assert differences(*outcomes) == []
+    assert calls[1] == 2 * calls[0] > 0
+
+
+def test_a_model_that_cannot_compute_its_activations_again_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(model: nn.Module, enable: bool = True) -> None:
+        assert not enable, "gradient checkpointing not supported"  # as timm's models do
+
+    monkeypatch.setattr(VisionTransformer, "set_grad_checkpointing", refuse)
+    assert exit_code(tiny(tmp_path / "run", "--grad-checkpointing")) == 2
+    assert "cannot compute its activations again; leave --grad-checkpointing away" in capsys.readouterr().err

@@ -184,6 +184,16 @@ def stabilize(cfg: Config, model: nn.Module, plan: Plan) -> Stabilizer:
         raise UserError(f"{error}; see quant and stabilizer in the configuration.") from None
 
 
+def checkpoint_activations(cfg: Config, model: nn.Module) -> None:
+    """Let each block's activations be computed again in the backward pass. Raises UserError where timm cannot."""
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise UserError(
+            f"The model {cfg.model.name} cannot compute its activations again; leave --grad-checkpointing away."
+        ) from None
+
+
 def autocast_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
     """bfloat16, or None for no autocast."""
     return torch.bfloat16 if cfg.run.amp == "bfloat16" or (cfg.run.amp == "auto" and device.type == "cuda") else None
@@ -240,7 +250,9 @@ def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, devi
     # 5. The optimizer, by the stabilizer's choice, on the parameters of the bare model; then its schedule.
     optimizer = build_optimizer(cfg, model, stabilizer, device)
 
-    # 6. Compiled in place, then wrapped: processes meet here, all or none.
+    # 6. Passes: what they keep, compiled in place, then wrapped: processes meet here, all or none.
+    if cfg.run.grad_checkpointing:
+        checkpoint_activations(cfg, model)
     if cfg.run.compile:
         model.compile()
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model

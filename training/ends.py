@@ -79,7 +79,7 @@ class Lockstep:
         self._told = [float(has_batch), float(self.stop.heard)]
         if self.world_size == 1:
             return
-        told = torch.tensor(self._told, device=self.device)
+        told = torch.stack([torch.full((), value, device=self.device) for value in self._told])  # waits for nothing
         dist.all_reduce(told)
         self._told = told.to("cpu", non_blocking=True)
         if self.device.type == "cuda":

@@ -81,16 +81,22 @@ class Processes:
     def end_failed(self, error: Exception) -> NoReturn:
         """End with the exit code of a failure, said once and by one process. Raises SystemExit."""
         code, said = _sentence(error)
-        if self._store is not None:
-            if self.rank:  # where all meet the same mistake, the first process speaks
-                with contextlib.suppress(dist.DistError):
-                    self._store.wait(["exit code"], _FIRST_SPEAKS_WITHIN)
-            if self._store.add("failures", 1) > 1:
-                code, said = int(self._store.get("exit code")), ""
-            else:
-                self._store.set("exit code", str(code))
+        with contextlib.suppress(dist.DistError):  # without the store each speaks for itself
+            if self._store is not None and (first := self._first_code(self._store, code)) is not None:
+                code, said = first, ""
         print(said, end="", file=sys.stderr)
         raise SystemExit(code) from None
+
+    def _first_code(self, store: dist.Store, code: int) -> int | None:
+        """The exit code of the process that failed first; None where it is this one. Where all meet the same mistake,
+        process 0 is given the time to be the first."""
+        if self.rank:
+            with contextlib.suppress(dist.DistError):
+                store.wait(["exit code"], _FIRST_SPEAKS_WITHIN)
+        if store.add("failures", 1) > 1:
+            return int(store.get("exit code"))
+        store.set("exit code", str(code))
+        return None
 
 
 def _sentence(error: Exception) -> tuple[int, str]:
