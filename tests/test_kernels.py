@@ -209,6 +209,7 @@ if not INTERPRETED:
 
     def test_without_triton_a_demand_for_it_is_refused(monkeypatch):
         # What an import then raises is ImportError.
+        monkeypatch.setattr(choose, "_kernels", choose._kernels.__wrapped__)
         monkeypatch.setitem(sys.modules, "quantization.backends.gpu.launch", None)
         monkeypatch.delattr("quantization.backends.gpu.launch", raising=False)
         with pytest.raises(ValueError, match="needs the package triton"):
