@@ -23,7 +23,7 @@ import pytest
 import torch
 from operand_helpers import job_of
 
-from quantization import PRESETS, LinearRecipe, QuantizerSpec, fake_quantize
+from quantization import PRESETS, LinearRecipe, QuantizerSpec, build_recipe, fake_quantize
 from quantization.backends import choose, reference
 from quantization.formats import FORMATS, ElementFormat
 from quantization.job import (
@@ -42,7 +42,7 @@ from quantization.job import (
     window,
 )
 from quantization.noise import Noise, uniform
-from quantization.operands import prepare, values_of
+from quantization.operands import LinearJobs, X, prepare, values_of
 from quantization.spec import QUANTIZERS, ROUNDINGS, SCALE_RULES
 from quantization.stabilizers import qramping
 
@@ -209,6 +209,7 @@ if not INTERPRETED:
 
     def test_without_triton_a_demand_for_it_is_refused(monkeypatch):
         # What an import then raises is ImportError.
+        monkeypatch.setattr(choose, "_kernels", choose._kernels.__wrapped__)
         monkeypatch.setitem(sys.modules, "quantization.backends.gpu.launch", None)
         monkeypatch.delattr("quantization.backends.gpu.launch", raising=False)
         with pytest.raises(ValueError, match="needs the package triton"):
@@ -484,3 +485,19 @@ else:
         *expected, expected_counts = ramped_steps(qramping._step_in_chunks, torch.device("cpu"), betas, guarded)
         torch.testing.assert_close(floats, expected, rtol=2e-6, atol=1e-6, equal_nan=True)
         assert all(map(torch.equal, counts, expected_counts))
+
+
+def test_plans_are_kept_by_value_and_not_without_end():
+    launch = pytest.importorskip("quantization.backends.gpu.launch")
+    launch._plan.cache_clear()
+    launch._plan_expand.cache_clear()
+    recipes = [build_recipe() for _ in range(40)]
+    jobs = [LinearJobs(recipe, (48, 64)).of(X, torch.ones(8, 64), torch.float32) for recipe in recipes]
+    assert len({id(launch._plan(job, 8, 64, torch.float32)) for job in jobs}) == 1
+    assert launch._plan.cache_info().currsize == 1
+    for plan, key in ((launch._plan, jobs[0]), (launch._plan_expand, recipes[0].q6)):
+        for rows in range(1, launch.PLANS + 50):
+            plan(key, rows, 64, torch.float32)
+        assert plan.cache_info().currsize == launch.PLANS
+    launch._plan.cache_clear()
+    launch._plan_expand.cache_clear()
