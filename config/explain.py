@@ -20,6 +20,12 @@ def fail(sentence: object, code: int = 2) -> NoReturn:
     raise SystemExit(code) from None
 
 
+def shorten(text: str) -> str:
+    """For a sentence: on one line, and of a long text its beginning."""
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= 200 else f"{text[:150]} ... ({len(text)} characters)"
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """The nearest valid name, or all of them."""
     names = list(valid)
@@ -49,14 +55,18 @@ def explain(error: Any, origins: dict[str, str]) -> str:
         del loc[3:]  # and the first of the types that a value may have
     if error["type"] == "union_tag_invalid":
         loc.append(TAGS[loc[0]])
-    dotted = ".".join(loc)
-    known = [".".join(loc[:n]) for n in range(len(loc), 0, -1) if ".".join(loc[:n]) in origins]
+    dotted = shorten(".".join(loc))
+    known = [name for n in range(len(loc), 0, -1) if (name := ".".join(loc[:n])) in origins]
     where = origins[known[0]] if known else "the configuration"
     given, message = error.get("input"), error["msg"]
-    shown = "null" if given is None else str(given).lower() if isinstance(given, bool) else repr(given)
+    shown = "null" if given is None else str(given).lower() if isinstance(given, bool) else shorten(repr(given))
     if error["type"] in ("extra_forbidden", "invalid_key"):
         keys = {name for name, _ in iter_keys()}
-        if any(f"{key}.".startswith(f"{dotted}.") for key in keys):
+        is_key = any(f"{key}.".startswith(f"{dotted}.") for key in keys)
+        if is_key and (written := next((part for part in loc if "." in part), None)):
+            nested = written.replace(".", ": {") + ": ..." + "}" * written.count(".")
+            return f"{where}: {written} has a dot, as flags have; in a file write {nested}."
+        if is_key and loc[0] in TAGS:
             return f"{where}: {dotted} does not apply while {loc[0]}.{TAGS[loc[0]]} is {tag}."
         if near := _nearest(dotted, sorted(keys | Config.model_fields.keys())):
             return f"{where}: there is no key {dotted}; did you mean {near}?"

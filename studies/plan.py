@@ -48,7 +48,7 @@ def _complete(directory: Path, reference: str, overrides: Sequence[str]) -> bool
     except UserError:
         return False
     differences = recipe_differences(given.model_dump(mode="json"), cfg.model_dump(mode="json"))
-    return all(d.startswith("schedule.epochs ") for d in differences)
+    return given.run.finetune == cfg.run.finetune and all(d.startswith("schedule.epochs ") for d in differences)
 
 
 def runs_to_start(number: int, words: Sequence[str], flags: Sequence[str], runs: Path) -> list[str]:
