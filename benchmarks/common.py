@@ -27,7 +27,7 @@ from config.explain import fail  # noqa: E402
 from engine import Run, train_step  # noqa: E402
 from main import build_run  # noqa: E402
 from models import ZOO  # noqa: E402
-from record.runlog import git_state  # noqa: E402
+from record.manifest import git_state  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results.csv"
 MODELS = tuple(dict.fromkeys(model.column for model in ZOO))

@@ -1,1 +1,1 @@
-"""What a run leaves in its folder: checkpoints, metrics, manifest, progress."""
+"""What a run leaves in its folder: checkpoints, metrics, manifest, progress; and weights read from files."""

@@ -1,27 +1,23 @@
 """Checkpoints: written atomically, read without running code, and refused with one sentence where they do not fit.
 
     save_checkpoint(output_dir / LAST, {"model": model.state_dict(), "optimizer": ..., "epoch": 3})
-    state = load_checkpoint(output_dir / LAST)                  # --resume: the whole state
-    restore_model(model, load_weights(path), path)              # --eval, teachers: weights that must fit exactly
-    finetune_from(model, load_weights(path), path)              # --finetune: other image size, classes
+    state = load_checkpoint(output_dir / LAST)   # --resume: the whole state
 
-Files of other programs are read too: timm's and DeiT's layouts, bare state dicts and safetensors.
+weights.py takes weights alone, from these files and those of other programs.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import inspect
 import os
 import pickle
 import pickletools
 import re
-import sys
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,8 +31,7 @@ FORMAT = 1  # of the files written here; raised when an older reader would misun
 LAST = "last.pt"
 BEST = "best.pt"
 
-_EXPECTED = "expected a checkpoint of this repository, or plain weights (.pt, .pth or .safetensors)"
-_HEADS = ("head.", "head_dist.")  # the classifiers of DeiT, its distilled form and Swin (head.fc)
+EXPECTED = "expected a checkpoint of this repository, or plain weights (.pt, .pth or .safetensors)"
 _PLAIN = (Tensor, nn.Parameter, bool, int, float, str, type(None))
 
 
@@ -116,7 +111,7 @@ def _names_code(path: Path) -> bool:
     return False
 
 
-def _read(path: Path, map_location: Any = "cpu") -> Any:
+def read_file(path: Path, map_location: Any = "cpu") -> Any:
     """What a file holds, without running any code in it. Raises UserError."""
     if path.is_dir():
         raise UserError(
@@ -139,15 +134,15 @@ def _read(path: Path, map_location: Any = "cpu") -> Any:
         raise  # says nothing about the file
     except Exception as error:  # damaged files come out of the readers as nearly every kind of error, OSError included
         if isinstance(error, pickle.UnpicklingError) and _names_code(path):
-            raise UserError(f"{path} would run code when loaded and was not loaded; {_EXPECTED}.") from None
-        raise UserError(f"{path} is truncated, damaged or not a checkpoint at all; {_EXPECTED}.") from None
+            raise UserError(f"{path} would run code when loaded and was not loaded; {EXPECTED}.") from None
+        raise UserError(f"{path} is truncated, damaged or not a checkpoint at all; {EXPECTED}.") from None
 
 
 def load_checkpoint(
     path: str | Path, map_location: Any = "cpu", *, required: Sequence[str] = ("model", "optimizer")
 ) -> dict[str, Any]:
     """The state `save_checkpoint` wrote, which must have the keys `required`. Raises UserError, one sentence each."""
-    state = _read(Path(path), map_location)
+    state = read_file(Path(path), map_location)
     if not isinstance(state, dict) or type(state.get("format")) is not int or any(key not in state for key in required):
         raise UserError(
             f"{path} is no training checkpoint of this repository; if it holds weights only, use --finetune to start "
@@ -159,82 +154,3 @@ def load_checkpoint(
             "update the repository."
         )
     return state
-
-
-def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """Model weights on the CPU from a checkpoint of ours, a timm or DeiT file, a bare state dict or safetensors.
-
-    Prefixes that DDP ("module.") and torch.compile ("_orig_mod.") add to names are taken off. Raises UserError.
-    """
-    weights = _read(Path(path))
-    for key in ("model", "state_dict"):
-        if isinstance(weights, Mapping) and isinstance(weights.get(key), Mapping):
-            weights = weights[key]
-    entries = weights.items() if isinstance(weights, Mapping) else []
-    if not entries or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in entries):
-        raise UserError(f"{path} holds no model weights; {_EXPECTED}.")
-    return {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in entries}
-
-
-def _differences(own: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(name, what differs) for every entry that is missing, too much or of another shape, the model's own first."""
-    for name, value in own.items():
-        shape, other = (getattr(v, "shape", None) for v in (value, given.get(name)))
-        if name not in given:
-            yield name, f"{name} is not in the file"
-        elif shape != other:
-            here, there = ("x".join(map(str, s or ())) or "a scalar" for s in (shape, other))
-            yield name, f"{name} is {here} here and {there} in the file"
-    for name in given:
-        if name not in own:
-            yield name, f"{name} is only in the file"
-
-
-def restore_model(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load weights that must fit exactly. Raises UserError with the first difference and leaves the model untouched."""
-    for _, difference in _differences(model.state_dict(), weights):
-        raise UserError(
-            f"{path} is the checkpoint of another model: {difference}; check --model, or start from its weights with "
-            "--finetune."
-        )
-    model.load_state_dict(weights)
-
-
-def finetune_from(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> list[str]:
-    """Load weights trained at another image size, patch size or class count, resampled by timm's own filters.
-
-    Returns the names that were not loaded: a classifier that is missing or has another class count, which keeps its
-    initialisation, and quantizer state that only one side keeps beside a layer's weight (a shadow, a learned step).
-    Any other difference is a UserError, with the model untouched.
-    """
-    own = model.state_dict()
-    given = dict(weights)
-
-    def misfit(difference: str) -> UserError:
-        return UserError(
-            f"The weights in {path} do not fit the model: {difference}; check that --model is the model they belong to."
-        )
-
-    for cls in type(model).__mro__:  # timm keeps the filter of a model family in the module of its classes
-        family = sys.modules[cls.__module__]
-        if cls.__module__.startswith("timm.models.") and hasattr(family, "checkpoint_filter_fn"):
-            resample = family.checkpoint_filter_fn
-            # DeiT III's first files name their layer scales gamma_1 and gamma_2.
-            gamma = {"adapt_layer_scale": True} if "adapt_layer_scale" in inspect.signature(resample).parameters else {}
-            try:
-                given = resample(given, model, **gamma)
-            except Exception as error:  # the filters assume a file of their own family
-                names = (text for name, text in _differences(own, given) if (name in own) != (name in given))
-                difference = next(names, f"they cannot be resampled ({' '.join(str(error).split())})")
-                raise misfit(difference) from None
-            break
-    left = []
-    for name, difference in _differences(own, given):
-        layer, _, leaf = name.rpartition(".")
-        weight = f"{layer}.weight"
-        beside_weight = leaf != "bias" and weight in own and weight in given and not (name in own and name in given)
-        if not name.startswith(_HEADS) and not beside_weight:
-            raise misfit(difference)
-        left.append(name)
-    model.load_state_dict({name: value for name, value in given.items() if name not in left}, strict=False)
-    return left

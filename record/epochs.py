@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from record.runlog import METRICS, read_metrics
+from record.metrics import METRICS, read_metrics
 
 
 def finished_epochs(output_dir: Path, *, required: bool = True) -> dict[int, dict[str, Any]]:

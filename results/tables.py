@@ -21,7 +21,8 @@ from config import UserError, load_config, recipe_differences
 from config.fold import mixes, precision
 from config.rows import QUANTITIES, ROOT, Cell, all_cells, shown
 from record.epochs import finished_epochs
-from record.runlog import CONFIG, MANIFEST
+from record.manifest import MANIFEST
+from record.runlog import CONFIG
 
 RUNS = ROOT / "runs"
 METRICS = {name: f"eval.{name}" for name in QUANTITIES}  # what runs call the paper's figures

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import typing
@@ -28,7 +27,7 @@ import main
 from engine import Run
 from quantization.watch.probe import OscillationProbe, Recording
 from record.checkpoint import load_checkpoint
-from record.runlog import read_metrics
+from record.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,17 +98,13 @@ class Box:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """For runs in this process: one thread, which is faster for tiny tensors; and the signal handlers, which a run
-    takes over, are put back."""
-    threads, numbers = torch.get_num_threads(), (signal.SIGTERM, signal.SIGINT)
-    handlers = [signal.getsignal(number) for number in numbers]
+    """For runs in this process: one thread, which is faster for tiny tensors."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        for number, handler in zip(numbers, handlers, strict=True):
-            signal.signal(number, handler)
 
 
 def tiny(output_dir: Path, *flags: str) -> list[str]:
@@ -129,6 +124,15 @@ def train(output_dir: Path, *flags: str) -> Path:
     """A tiny run that has to succeed; returns its folder."""
     assert exit_code(tiny(output_dir, *flags)) == 0
     return output_dir
+
+
+def replace(patch: pytest.MonkeyPatch, function: Any, by: Any) -> None:
+    """Let the whole program, wherever it has `function` by an import of its own, use `by`."""
+    for module in list(sys.modules.values()):
+        file = Path(getattr(module, "__file__", None) or "/")
+        if ROOT in file.parents and ROOT / "tests" not in file.parents:
+            for name in [name for name, value in vars(module).items() if value is function]:
+                patch.setattr(module, name, by)
 
 
 def before_step(number: int, action: Callable[[Run], object]) -> Callable[..., dict[str, float]]:
@@ -162,7 +166,7 @@ def killed(monkeypatch: pytest.MonkeyPatch, folder: Path, step: int, *flags: str
         rehearsals.clear()
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(engine, "train_step", kill)
+        replace(patch, engine.train_step, kill)
         patch.setattr(Run, "rehearse", note)
         main.main(tiny(folder, *flags))
 
@@ -292,10 +296,11 @@ def _work(folder: Path) -> None:
             report["recordings"].append(hashlib.sha256(arrays).hexdigest())
             return recording
 
-        engine.train_step, OscillationProbe._record = record, note
-        if run.get("rank") == rank:
-            engine.train_step = before_step(run["step"], ACTIONS[run["action"]])
-        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as stderr:
+            replace(patch, engine.train_step, record)
+            patch.setattr(OscillationProbe, "_record", note)
+            if run.get("rank") == rank:
+                replace(patch, engine.train_step, before_step(run["step"], ACTIONS[run["action"]]))
             code = exit_code(run["argv"])
         reports.append({"code": code, "stderr": stderr.getvalue(), **report})
     (folder / f"rank{rank}.json").write_text(json.dumps(reports))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FULL, train
+from helpers import FULL, replace, train
 from torch import Tensor, nn
 
 import main
@@ -105,6 +105,6 @@ def captured(monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: str) -> Run:
     """The run as main.py makes it, before its first step."""
     runs: list[Run] = []
     with monkeypatch.context() as patch:
-        patch.setattr(main, "train", lambda run, max_steps=None: runs.append(run))
+        replace(patch, main.train, lambda run, max_steps=None: runs.append(run))
         train(folder, *flags)
     return runs[0]

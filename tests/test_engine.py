@@ -26,20 +26,21 @@ from helpers import (
     in_two_processes,
     metrics,
     outcome,
+    replace,
     tiny,
     train,
 )
 from torch import Tensor, nn
 
 import engine
-import main
 from config import Config, load_config
 from datasets import build_data
 from engine import Run, TrainingError, evaluate
 from models import create_model
-from quantization.stabilizers import Plan, Stabilizer
-from record.checkpoint import load_checkpoint, load_weights
-from record.runlog import read_metrics
+from quantization.stabilizers import Plan, Stabilizer, build_stabilizer
+from record.checkpoint import load_checkpoint
+from record.metrics import read_metrics
+from record.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -62,7 +63,7 @@ def test_no_two_forward_passes_share_their_draws(tmp_path: Path, monkeypatch: py
             lambda *_: drawn.append(random_states(run.model)) if run.model.training else None
         )
 
-    monkeypatch.setattr(engine, "train_step", before_step(0, watch))
+    replace(monkeypatch, engine.train_step, before_step(0, watch))
     train(tmp_path / "run", *FULL, "--batch-size", "8")
     assert len(drawn) == 16  # two micro-batches in each of two times four steps
     assert [len(set(states)) for states in zip(*drawn, strict=True)] == [16, 16, 16, 16]
@@ -94,7 +95,7 @@ def test_the_moving_average_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         weight = run.model.blocks[0].attn.qkv.weight
         run.optimizer.register_step_post_hook(lambda *_: weights.append(weight.detach().clone()))
 
-    monkeypatch.setattr(engine, "train_step", before_step(0, start))
+    replace(monkeypatch, engine.train_step, before_step(0, start))
     train(tmp_path / "run", "--model-ema", "--model-ema-decay", "0.9")
     average = weights[0]  # timm's begins with the weights after the first step
     for weight in weights[1:]:
@@ -122,7 +123,7 @@ def test_a_stabilizer_is_called_at_every_step_of_the_run(tmp_path: Path, monkeyp
         def after_step(self, step: int) -> None:
             heard.append(("after_step", step))
 
-    monkeypatch.setattr(main, "build_stabilizer", Spy)
+    replace(monkeypatch, build_stabilizer, Spy)
     train(tmp_path / "run", "--batch-size", "8")
     points = ("before_step", "after_backward", "after_step")
     assert heard == [(point, step) for step in range(8) for point in points]

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FULL, Box, before_step, break_weight, differences, exit_code, tiny
+from helpers import FULL, Box, before_step, break_weight, differences, exit_code, replace, tiny
 from torch import Tensor, nn
 
 import engine
-import main
+from datasets import build_data
 from engine import Run
 from record.checkpoint import load_checkpoint
 
@@ -81,7 +81,7 @@ def test_a_value_that_is_not_finite_stops_the_run_and_is_named(
         saved.append((tmp_path / "run" / "last.pt").read_bytes())
         action(run)
 
-    monkeypatch.setattr(engine, "train_step", before_step(6, act))
+    replace(monkeypatch, engine.train_step, before_step(6, act))
     assert exit_code(tiny(tmp_path / "run", "--quant.scheme", quant)) == 1
     last = tmp_path / "run" / "last.pt"
     assert names(capsys.readouterr().err, named, last)
@@ -94,14 +94,14 @@ def test_a_value_that_is_not_finite_stops_the_run_and_is_named(
 def test_the_first_step_may_fail_before_there_is_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build = main.build_data
+    build = build_data
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         data = build(*args, **kwargs)
         break_input(Box(data=data))
         return data
 
-    monkeypatch.setattr(main, "build_data", broken)
+    replace(monkeypatch, build_data, broken)
     assert exit_code(tiny(tmp_path / "run")) == 1
     err = capsys.readouterr().err
     assert re.search(r"Step 0 of epoch 0: the loss is nan .*; the first that is not finite is the input; ", err)
@@ -116,7 +116,7 @@ def test_a_failed_step_is_repeated_on_what_it_was_fed(tmp_path: Path, monkeypatc
         run.model.head.register_forward_hook(lambda _m, _i, output: seen.append(output.detach().clone()))
         break_gradient_of_parameter(run)
 
-    monkeypatch.setattr(engine, "train_step", before_step(2, act))
+    replace(monkeypatch, engine.train_step, before_step(2, act))
     assert exit_code(tiny(tmp_path / "run", *FULL, "--batch-size", "8")) == 1
     first, again = seen[:4], seen[4:]  # the input and the output of two micro-batches
     assert differences(first, again) == []
@@ -129,7 +129,7 @@ def test_a_step_that_breaks_a_weight_leaves_the_checkpoint_as_it_was(
     def overflow(run: Run) -> None:  # loss and gradients of this step are finite, and there may be no other step
         run.optimizer.register_step_post_hook(lambda *_: break_weight(run))
 
-    monkeypatch.setattr(engine, "train_step", before_step(2, overflow))
+    replace(monkeypatch, engine.train_step, before_step(2, overflow))
     assert exit_code(tiny(tmp_path / "run", "--save-every", "1")) == 1
     last = tmp_path / "run" / "last.pt"
     assert capsys.readouterr().err == (
@@ -144,7 +144,7 @@ def test_a_step_that_breaks_a_weight_leaves_the_checkpoint_as_it_was(
 def test_data_that_ends_early_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(engine, "to_device", lambda *_: iter(()))
+    replace(monkeypatch, engine.to_device, lambda *_: iter(()))
     assert exit_code(tiny(tmp_path / "run")) == 1
     assert capsys.readouterr().err == "error: The training data ended after 0 of the 4 steps of epoch 0.\n"
 
@@ -153,7 +153,7 @@ def test_data_that_ends_early_in_a_rehearsal_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As a stream may that has fewer images than it says: here 3 of the 4 batches of every epoch."""
-    build = main.build_data
+    build = build_data
 
     def short(*args: Any, **kwargs: Any) -> Any:
         data = build(*args, **kwargs)
@@ -161,7 +161,7 @@ def test_data_that_ends_early_in_a_rehearsal_is_a_failure(
         data.train_batches = lambda epoch, start=0: itertools.islice(batches(epoch, start), max(3 - start, 0))
         return data
 
-    monkeypatch.setattr(main, "build_data", short)
+    replace(monkeypatch, build_data, short)
     flags = ["--quant.scheme", "mx", "--model.kwargs", "{embed_dim: 16, depth: 1, num_heads: 2}"]
     flags += ["--stabilizer.kind", "qramping", "--stabilizer.detect_steps"]
     assert exit_code(tiny(tmp_path / "run", *flags, "19")) == 1  # has 6 epochs to draw from

@@ -11,21 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FULL, METHODS, before_step, differences, exit_code, outcome, stop_itself, tiny, train
+from helpers import FULL, METHODS, before_step, differences, exit_code, outcome, replace, stop_itself, tiny, train
 from test_engine_failures import BROKEN, names
 from torch import Tensor
 
 import engine
-import main
 from engine import Run
 from record.checkpoint import load_checkpoint
+from training.build import build_optimizer
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 def use_fused_optimizer(patch: pytest.MonkeyPatch, deferred: bool) -> None:
     """Runs get torch's fused AdamW on the CPU, with or without `found_inf`."""
-    build = main.build_optimizer
+    build = build_optimizer
 
     def fused(*args: Any) -> torch.optim.Optimizer:
         optimizer = build(*args)
@@ -35,7 +35,7 @@ def use_fused_optimizer(patch: pytest.MonkeyPatch, deferred: bool) -> None:
             optimizer.found_inf = torch.zeros(())
         return optimizer
 
-    patch.setattr(main, "build_optimizer", fused)
+    replace(patch, build_optimizer, fused)
 
 
 def note_what_is_late(patch: pytest.MonkeyPatch) -> list[bool]:
@@ -48,7 +48,7 @@ def note_what_is_late(patch: pytest.MonkeyPatch) -> list[bool]:
         late.append(run.in_flight is not None)
         return figures
 
-    patch.setattr(engine, "train_step", note)
+    replace(patch, engine.train_step, note)
     return late
 
 
@@ -94,7 +94,7 @@ def test_a_step_that_fails_is_named_a_step_later_and_changes_no_weight(
         weights.append({name: p.detach().clone() for name, p in run.model.named_parameters()})
 
     use_fused_optimizer(monkeypatch, deferred=True)
-    monkeypatch.setattr(engine, "train_step", before_step(6, act))
+    replace(monkeypatch, engine.train_step, before_step(6, act))
     late = note_what_is_late(monkeypatch)
     assert exit_code(tiny(tmp_path / "run", "--quant.scheme", "mx", *flags, "--log-every", "9")) == 1
     assert late[-1]  # the step that failed had been launched, and its failure was seen in the next one
@@ -114,7 +114,7 @@ def test_without_the_guard_a_failed_step_would_spoil_the_weights(
         run.optimizer.register_step_pre_hook(lambda optimizer, *_: setattr(optimizer, "found_inf", torch.zeros(())))
 
     use_fused_optimizer(monkeypatch, deferred=True)
-    monkeypatch.setattr(engine, "train_step", before_step(6, act))
+    replace(monkeypatch, engine.train_step, before_step(6, act))
     assert exit_code(tiny(tmp_path / "run", "--quant.scheme", "mx", "--log-every", "9")) == 1
     assert "the first that is not finite is the parameter " in capsys.readouterr().err
 
@@ -125,7 +125,7 @@ def test_a_stopped_run_saves_the_step_after_the_signal_and_goes_on_bit_for_bit(
     use_fused_optimizer(monkeypatch, deferred=True)
     straight = train(tmp_path / "straight", *FULL)
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "train_step", before_step(5, stop_itself))
+        replace(patch, engine.train_step, before_step(5, stop_itself))
         assert exit_code(tiny(tmp_path / "run", *FULL, "--log-every", "9")) == 128 + 15
     state = load_checkpoint(tmp_path / "run" / "last.pt")
     assert (state["epoch"], state["step"]) == (1, 3)  # step 5 has been launched when it is heard, and step 6 ends it
@@ -137,7 +137,7 @@ def test_a_checkpoint_of_another_device_is_resumed_with_this_one_s_optimizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "train_step", before_step(5, stop_itself))
+        replace(patch, engine.train_step, before_step(5, stop_itself))
         assert exit_code(tiny(tmp_path / "run")) == 128 + 15
     (group, *_) = load_checkpoint(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"]
     assert not group["fused"]
@@ -152,7 +152,7 @@ def test_nothing_is_recorded_of_an_epoch_whose_last_step_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_fused_optimizer(monkeypatch, deferred=True)
-    monkeypatch.setattr(engine, "train_step", before_step(7, BROKEN["gradient of a parameter"][0]))
+    replace(monkeypatch, engine.train_step, before_step(7, BROKEN["gradient of a parameter"][0]))
     flags = ["--quant.scheme", "mx", "--probes", "--probes.steps", "2", "--log-every", "9"]
     assert exit_code(tiny(tmp_path / "run", *flags)) == 1
     assert [path.name for path in sorted((tmp_path / "run" / "probes").iterdir())] == ["epoch_0001.npz"]

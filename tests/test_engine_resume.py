@@ -30,6 +30,7 @@ from helpers import (
     exit_code,
     killed,
     outcome,
+    replace,
     tiny,
     train,
 )
@@ -107,7 +108,7 @@ def test_another_seed_is_another_run(straight: dict[str, Path], tmp_path: Path) 
 def test_without_its_position_a_resumed_run_would_differ(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, part, lambda *_: None)
+    replace(monkeypatch, getattr(engine, part), lambda *_: None)
     torch.manual_seed(0)
     resumed = killed_then_resumed(monkeypatch, tmp_path / "run", 4)
     torch.manual_seed(0)
@@ -118,7 +119,7 @@ def test_what_a_checkpoint_holds_is_needed(
     straight: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = main.load_checkpoint
-    monkeypatch.setattr(main, "load_checkpoint", lambda path: {**load(path), "ema": None})
+    replace(monkeypatch, main.load_checkpoint, lambda path: {**load(path), "ema": None})
     resumed = killed_then_resumed(monkeypatch, tmp_path / "run", 4)
     found = differences(outcome(straight["epoch"]), outcome(resumed))
     assert found and all("ema" in where for where in found)
@@ -136,7 +137,7 @@ def test_a_signal_ends_the_run_after_its_step_with_the_state_saved(
 ) -> None:
     flags = [*FULL, "--schedule.step_on", "iteration"]
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "train_step", before_step(step, lambda _: os.kill(os.getpid(), number)))
+        replace(patch, engine.train_step, before_step(step, lambda _: os.kill(os.getpid(), number)))
         assert exit_code(tiny(tmp_path / "run", *flags)) == 128 + number
     epoch, done = divmod(step, 4)
     last = tmp_path / "run" / "last.pt"
@@ -156,8 +157,15 @@ def test_a_second_signal_is_immediate(tmp_path: Path, monkeypatch: pytest.Monkey
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         assert signal.getsignal(signal.SIGINT) == run.stop._remember
 
-    monkeypatch.setattr(engine, "train_step", before_step(0, signalled_twice))
+    replace(monkeypatch, engine.train_step, before_step(0, signalled_twice))
     assert exit_code(tiny(tmp_path / "run")) == 143
+
+
+def test_a_run_leaves_the_process_s_handlers_as_it_found_them(tmp_path: Path) -> None:
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    train(tmp_path / "run", "--epochs", "1")
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 @contextlib.contextmanager
@@ -221,7 +229,7 @@ def test_another_length_of_epoch_is_refused_in_mid_epoch(
 ) -> None:
     killed(monkeypatch, tmp_path / "run", 3, "--save-every", "2")
     load = main.load_checkpoint
-    monkeypatch.setattr(main, "load_checkpoint", lambda path: {**load(path), "steps_per_epoch": 5})  # more images then
+    replace(monkeypatch, main.load_checkpoint, lambda path: {**load(path), "steps_per_epoch": 5})  # more images then
     assert exit_code(tiny(tmp_path / "run", "--resume", "auto")) == 2
     assert "stopped inside an epoch of 5 steps and this run's have 4; resume it with the same data set" in (
         capsys.readouterr().err

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import before_step, metrics, train
+from helpers import before_step, metrics, replace, train
 from stabilizer_helpers import (
     FLAGS,
     GRID,
@@ -184,7 +184,7 @@ def test_frozen_weights_of_a_run_stay_where_they_are(tmp_path: Path, monkeypatch
 
         run.stabilizer.after_step = note
 
-    monkeypatch.setattr(engine, "train_step", before_step(0, watch))
+    replace(monkeypatch, engine.train_step, before_step(0, watch))
     folder = train(tmp_path / "run", *SMALL, *FLAGS["freeze"])
     state = last(folder)
     for name, saved in state["stabilizer"].items():

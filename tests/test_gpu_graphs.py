@@ -21,6 +21,7 @@ from helpers import (
     exit_code,
     in_two_processes,
     outcome,
+    replace,
     stop_itself,
     tiny,
     train,
@@ -29,7 +30,7 @@ from torch import nn
 
 import engine
 from quantization import QuantLinear, build_recipe
-from quantization.noise import NoiseClock
+from quantization.layers.clock import NoiseClock
 from training.graphs import WARM_UP, GraphedPasses
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("in_this_process")]
@@ -90,7 +91,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
 ) -> None:
     straight = train(tmp_path / "straight", *LONG, *FULL)
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "train_step", before_step(step, stop_itself))
+        replace(patch, engine.train_step, before_step(step, stop_itself))
         assert exit_code(tiny(tmp_path / "run", *LONG, *FULL)) == 128 + 15
     train(tmp_path / "run", *LONG, *FULL, "--resume", "auto")
     assert len(recorded) >= 2
@@ -100,7 +101,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
 def test_a_recorded_step_that_fails_is_named(
     recorded: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(engine, "train_step", before_step(17, break_weight))
+    replace(monkeypatch, engine.train_step, before_step(17, break_weight))
     assert exit_code(tiny(tmp_path / "run", *LONG, *MX)) == 1
     assert recorded
     error = capsys.readouterr().err
@@ -119,7 +120,7 @@ def test_a_step_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: pytest
             torch.cuda.set_sync_debug_mode("default")
             late.append(run.in_flight is not None)
 
-    monkeypatch.setattr(engine, "train_step", watched)
+    replace(monkeypatch, engine.train_step, watched)
     train(tmp_path / "run", *LONG, *MX, "--mixup", "0", "--cutmix", "0")
     assert late == [False] + [True] * 23  # and no step waits for its own figures
 

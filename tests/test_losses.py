@@ -10,14 +10,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import FULL, before_step, column, differences, train
+from helpers import FULL, before_step, column, differences, replace, train
 from torch import Tensor, nn
 
 import engine
 from config import UserError, load_config
 from engine import Run
 from models import create_model
-from record.checkpoint import load_weights
+from record.weights import load_weights
 from training.losses import Loss, build_loss
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -119,7 +119,7 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_a_distilled_model_trains(kind: str, teacher_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
     runs: list[Run] = []
-    monkeypatch.setattr(engine, "train_step", before_step(0, runs.append))
+    replace(monkeypatch, engine.train_step, before_step(0, runs.append))
     flags = [*FULL, *DISTILLED, "--epochs", "1", "--distillation-type", kind, "--teacher-path", str(teacher_file)]
     train(tmp_path / "run", *flags)
     model, teacher = runs[0].model, runs[0].loss.teacher

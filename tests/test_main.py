@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import TINY, column, exit_code, metrics, tiny, train, tree
+from helpers import TINY, column, exit_code, metrics, replace, tiny, train, tree
 from torch import nn
 
 import engine
@@ -19,7 +19,9 @@ import main
 from config import Config, load_config
 from config.flags import build_parser
 from quantization.layers.int4 import Int4Linear, hadamard
-from record.checkpoint import load_checkpoint, load_weights
+from record.checkpoint import load_checkpoint
+from record.weights import load_weights
+from training.losses import build_loss
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -85,7 +87,7 @@ def test_the_best_checkpoint_is_that_of_the_best_epoch(tmp_path: Path) -> None:
 def test_a_run_that_never_gets_an_image_right_has_a_best_checkpoint_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(main, "evaluate", lambda *_: {"loss": 1.0, "top1": 0.0, "top5": 0.0})
+    replace(monkeypatch, main.evaluate, lambda *_: {"loss": 1.0, "top1": 0.0, "top5": 0.0})
     train(tmp_path / "run", "--epochs", "1")
     assert load_checkpoint(tmp_path / "run" / "best.pt")["best_top1"] == 0.0
 
@@ -174,13 +176,13 @@ def test_fine_tuning_starts_from_weights_of_another_class_count(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[dict[str, torch.Tensor]] = []
-    build = main.build_loss
+    build = build_loss
 
     def note(cfg: Config, model: nn.Module, **kwargs: Any) -> Any:
         started.append({name: value.clone() for name, value in model.state_dict().items()})
         return build(cfg, model, **kwargs)
 
-    monkeypatch.setattr(main, "build_loss", note)
+    replace(monkeypatch, build_loss, note)
     flags = ["--nb-classes", "7", "--epochs", "1", "--finetune", str(finished / "last.pt")]
     train(tmp_path / "run", *flags)
     given, ended = load_weights(finished / "last.pt"), load_weights(tmp_path / "run" / "last.pt")
@@ -196,7 +198,7 @@ def test_fine_tuning_in_int4_takes_its_steps_from_the_weights_that_were_loaded(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[engine.Run] = []
-    monkeypatch.setattr(main, "train", lambda run, max_steps=None: runs.append(run))
+    replace(monkeypatch, main.train, lambda run, max_steps=None: runs.append(run))
     train(tmp_path / "run", "--quant.scheme", "int4", "--finetune", str(finished / "last.pt"))
     train(tmp_path / "fresh", "--quant.scheme", "int4")
     tuned, fresh = (dict(run.model.named_modules()) for run in runs)
@@ -300,7 +302,7 @@ def test_a_smoke_test_needs_no_data_and_leaves_nothing(
     flags = words(TINY | {"--data-set": "imagenet", "--global-batch": "1024", "--quant.scheme": "mx"})
     taken: list[int] = []
     step = engine.train_step
-    monkeypatch.setattr(engine, "train_step", lambda run, batches: taken.append(run.step) or step(run, batches))
+    replace(monkeypatch, engine.train_step, lambda run, batches: taken.append(run.step) or step(run, batches))
     assert exit_code([*flags, "--smoke", *more]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "smoke test passed: 2 training steps and 1 evaluation batch of deit_tiny_patch16_224"

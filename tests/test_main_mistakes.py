@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import column, exit_code, tiny, train, tree
+from helpers import column, exit_code, replace, tiny, train, tree
 from PIL import Image
 
 import engine
-import main
 from config import UserError, load_config
-from record.checkpoint import load_weights
+from record.weights import load_weights
+from training.build import check_carrier
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -274,11 +274,11 @@ def test_fp8_products_need_a_gpu_that_has_them(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     fp8, bf16 = (load_config(None, ["quant.scheme=mx", f"quant.carrier={carrier}"]) for carrier in ("fp8", "bf16"))
     with pytest.raises(UserError, match="NVIDIA A100 has no FP8 products"):
-        main.check_carrier(fp8, cuda)
-    main.check_carrier(bf16, cuda)
-    main.check_carrier(fp8, torch.device("cpu"))
+        check_carrier(fp8, cuda)
+    check_carrier(bf16, cuda)
+    check_carrier(fp8, torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    main.check_carrier(fp8, cuda)
+    check_carrier(fp8, cuda)
 
 
 def test_too_little_device_memory_is_said_in_one_sentence(
@@ -287,7 +287,7 @@ def test_too_little_device_memory_is_said_in_one_sentence(
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 TiB. GPU 0 has")
 
-    monkeypatch.setattr(engine, "train_step", full)
+    replace(monkeypatch, engine.train_step, full)
     assert exit_code(tiny(tmp_path / "run")) == 2
     said = "error: The device has too little memory (CUDA out of memory); choose a smaller --batch-size, or "
     assert capsys.readouterr().err.startswith(said)

@@ -14,10 +14,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import main
 from config import Config, UserError, load_config
-from main import build_optimizer, build_schedule, plan_batches
 from models import create_model
 from quantization.stabilizers import Plan, build_stabilizer
 from record.checkpoint import load_checkpoint
+from training.build import build_optimizer, build_schedule, plan_batches
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import column, differences, exit_code, in_two_processes, killed, outcome, tiny, train, undisturbed
+from helpers import column, differences, exit_code, in_two_processes, killed, outcome, replace, tiny, train, undisturbed
 from stabilizer_helpers import FLAGS, SMALL, captured
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import engine
-import main
 from engine import Run
 from quantization import PRESETS, Int4Linear, QuantizerSpec, build_recipe, convert_linears
 from quantization.formats import FORMATS
+from quantization.layers import int4
 from quantization.oscillation import (
     OSCILLATING,
     latent_weight,
@@ -151,7 +151,7 @@ def test_a_run_stopped_behind_a_recording_still_reports_it(
         return step(run, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "train_step", last_of_the_epoch)
+        replace(patch, engine.train_step, last_of_the_epoch)
         assert exit_code(tiny(tmp_path / "run", *SMALL, *PROBES)) == 128 + 15
     resumed = train(tmp_path / "run", *SMALL, *PROBES, "--resume", "auto")
     assert column(resumed, "eval.r_WQ", words=1) == column(straight, "eval.r_WQ", words=1)
@@ -254,7 +254,7 @@ def watched(folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> tuple
         return figures
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "train_step", train_step)
+        replace(patch, engine.train_step, train_step)
         train(folder, *flags)
     return seen, runs[0]
 
@@ -358,7 +358,7 @@ def test_int4_is_watched_in_the_basis_that_is_quantized(tmp_path: Path, monkeypa
     assert arrays["numel"][0] == 48 * 32 and rate_of_change(q).item() > 0
     layer = next(iter(run.probe.layers.values()))
     assert isinstance(layer, Int4Linear)
-    latent = (layer.recipe.basis(layer.weight.detach()) / layer.step_w).detach()
+    latent = (int4.basis(layer.weight.detach(), layer.recipe) / layer.step_w).detach()
     counts = np.histogram(latent.clamp(-8, 7.99).numpy(), arrays["latent_edges"])[0]
     assert np.abs(counts - arrays["latent_counts"][0]).sum() <= 4  # division may round over an edge
     assert arrays["grid"].tolist() == list(range(-8, 8))
@@ -448,7 +448,7 @@ def test_a_model_without_transformer_blocks_is_refused() -> None:
 def test_it_is_off_unless_asked_for_and_in_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(captured(monkeypatch, tmp_path / "a", *SMALL).probe) is Probe
     run = train(tmp_path / "b", *SMALL)
-    monkeypatch.setattr(main, "OscillationProbe", None)
+    replace(monkeypatch, OscillationProbe, None)
     assert exit_code(tiny(run, *SMALL, *PROBES, "--resume", str(run / "last.pt"), "--eval")) == 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import before_step, differences, exit_code, metrics, tiny, train
+from helpers import before_step, differences, exit_code, metrics, replace, tiny, train
 from stabilizer_helpers import FLAGS, GRID, SMALL, block, build, captured, last, layer_of, normal, put, scale_by_hand
 from torch import Tensor, nn
 
@@ -182,7 +182,7 @@ def test_shadows_are_saved_with_the_model_and_follow_the_weights_of_the_run(
 
         run.optimizer.register_step_post_hook(follow)
 
-    monkeypatch.setattr(engine, "train_step", before_step(0, start))
+    replace(monkeypatch, engine.train_step, before_step(0, start))
     state = last(train(tmp_path / "run", *SMALL, *FLAGS["qema"]))
     names = [f"blocks.0.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
     assert list(averages) == names

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import PLAIN, differences, metrics, train
+from helpers import PLAIN, differences, metrics, replace, train
 from stabilizer_helpers import FLAGS, SMALL, block, build, captured, last, layer_of, stabilized
 from torch import Tensor, nn
 
@@ -113,7 +113,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, Any]]:
         return loss
 
     monkeypatch.setattr(Run, "rehearse", note_rehearsal)
-    monkeypatch.setattr(engine, "forward_backward", note)
+    replace(monkeypatch, engine.forward_backward, note)
     return passes
 
 

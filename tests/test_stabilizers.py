@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, before_step, differences, environment, exit_code, killed, outcome, tiny, train
+from helpers import ROOT, before_step, differences, environment, exit_code, killed, outcome, replace, tiny, train
 from stabilizer_helpers import FLAGS, KINDS, SMALL, block, build, last, layer_of, normal, stabilized
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -175,7 +175,7 @@ def test_what_a_stabilizer_saves_is_needed(
         return state
 
     killed(monkeypatch, tmp_path / "run", 4, *SMALL, *FLAGS[kind])
-    monkeypatch.setattr(main, "load_checkpoint", without)
+    replace(monkeypatch, main.load_checkpoint, without)
     train(tmp_path / "run", *SMALL, *FLAGS[kind], "--resume", "auto")
     assert differences(last(straight(kind))["model"], last(tmp_path / "run")["model"])
 
@@ -204,7 +204,7 @@ def test_a_stabilizer_is_called_once_an_optimizer_step(
         run.model.register_forward_hook(lambda model, *_: passes.append(1) if model.training else None)
 
     monkeypatch.setitem(STABILIZERS, "qema", Counting)
-    monkeypatch.setattr(engine, "train_step", before_step(0, count))
+    replace(monkeypatch, engine.train_step, before_step(0, count))
     train(tmp_path / "run", *SMALL, *FLAGS["qema"], "--batch-size", str(batch_size))
     assert len(passes) == 8 * 8 // batch_size
     assert called == [(point, step) for step in range(8) for point in ("before", "gradients", "after")]

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from engine import Run
+from training.passes import forward_backward, position_of
+from training.state import TrainingState
 
 
-def first_non_finite(
-    run: Run, micro_batches: list[tuple[Tensor, Tensor]], forward_backward: Callable[..., Tensor]
-) -> str:
+def first_non_finite(run: TrainingState, micro_batches: list[tuple[Tensor, Tensor]]) -> str:
     """Name what first became NaN or Inf in a failed step, by repeating it on the weights that the optimizer left alone.
 
     A stabilizer's shadow or newly frozen weights may be a step or two further; that does not bring a value back.
     The order is that of computation: parameters, input, activations, gradients of activations, gradients of parameters.
-    forward_backward: the engine's, which imports this module.
     """
     found: list[str] = []
     if run.graphs is not None:
@@ -45,7 +41,7 @@ def first_non_finite(
     for micro, (images, targets) in enumerate(micro_batches):
         look("the input", images)
         if not found:
-            forward_backward(run, run.model, images, targets, run.global_step * run.accumulation + micro)
+            forward_backward(run, run.model, images, targets, position_of(run, micro))
     for name, parameter in run.model.named_parameters():
         look(f"the gradient of {name}", parameter.grad)
     for handle in handles:

@@ -9,7 +9,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import Tensor, nn
 
 from config import Config, UserError
-from record.checkpoint import load_weights, restore_model
+from record.weights import load_weights, restore_model
 
 
 class Loss(nn.Module):

@@ -1,0 +1,45 @@
+"""Small models and the sentences of refusals, for the tests of checkpoints and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from config import UserError
+
+DISTILLED = "deit_tiny_distilled_patch16_224"
+
+
+def small_vit(name: str = "deit_tiny_patch16_224", **kwargs: Any) -> nn.Module:
+    torch.manual_seed(kwargs.pop("seed", 0))
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return timm.create_model(name, **{**size, **kwargs})
+
+
+def small_swin(**kwargs: Any) -> nn.Module:
+    torch.manual_seed(kwargs.pop("seed", 0))
+    size = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}
+    return timm.create_model("swin_tiny_patch4_window7_224", **{**size, "num_classes": 5, **kwargs})
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def refused(call: Callable[[], Any]) -> str:
+    """The message of the UserError `call` must raise: one sentence, without a chain of tracebacks."""
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert message.endswith(".") and "\n" not in message and len(message) < 400
+    assert caught.value.__cause__ is None and (caught.value.__context__ is None or caught.value.__suppress_context__)
+    return message

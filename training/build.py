@@ -1,0 +1,235 @@
+"""A run at the start of training, from its configuration: device, batches, data, model and all that trains it."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import re
+from pathlib import Path
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
+
+from config import Config, UserError
+from datasets import Data, build_data, build_mixup
+from models import create_model
+from quantization.layers.clock import NoiseClock
+from quantization.stabilizers import Plan, Stabilizer, build_stabilizer
+from quantization.watch.probe import OscillationProbe, Probe
+from record.runlog import RunLog
+from record.weights import finetune_from, load_weights
+from training.graphs import GraphedPasses, leave_default_stream
+from training.losses import build_loss
+from training.passes import PROBE_POSITION
+from training.run import Run
+from training.state import Setup
+
+MAX_BATCH = 256  # samples of one process at a time, where the configuration leaves it open
+
+
+def pick_device(cfg: Config) -> torch.device:
+    """The device of this process; one GPU for each local rank."""
+    name = cfg.run.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d\d?)?", name):
+        raise UserError(f"--device is {name!r}; expected auto, cpu, cuda or one GPU as in cuda:1.")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device is cuda and torch sees no CUDA device; use --device cpu or auto.")
+        index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"Process {index} of this node has no GPU: torch sees {torch.cuda.device_count()}; start at most one "
+                "process a GPU."
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def check_carrier(cfg: Config, device: torch.device) -> None:
+    """Raises UserError where products are to be in FP8 on a GPU that has none."""
+    if cfg.quant.scheme != "mx" or cfg.quant.carrier != "fp8" or device.type != "cuda":
+        return
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"quant.carrier is fp8 and {name} has no FP8 products; use --quant.carrier bf16.")
+
+
+def plan_batches(cfg: Config, world_size: int) -> tuple[int, int]:
+    """(samples of one process at a time, micro-batches of an optimizer step) for the recipe's global batch.
+
+    Raises UserError where the global batch is not a multiple of processes x batch size.
+    """
+    global_batch, batch_size = cfg.optim.global_batch, cfg.data.batch_size
+    if global_batch % world_size:
+        raise UserError(f"The global batch of {global_batch} does not divide among {world_size} processes.")
+    share = global_batch // world_size
+    if batch_size is None:
+        batch_size = next(b for b in range(min(share, MAX_BATCH), 0, -1) if share % b == 0)
+    if share % batch_size:
+        raise UserError(
+            f"The global batch of {global_batch} is not a multiple of {world_size} process(es) x {batch_size} samples; "
+            f"choose a --batch-size that divides {share}, or another --global-batch."
+        )
+    return batch_size, share // batch_size
+
+
+def build_optimizer(
+    cfg: Config, model: nn.Module, stabilizer: Stabilizer, device: torch.device
+) -> torch.optim.Optimizer:
+    """timm's optimizer with its parameter groups: no weight decay on biases, norms and what the model names."""
+    o = cfg.optim
+    lr = o.lr if o.unscale_lr else o.lr * o.global_batch / 512
+    try:
+        name = stabilizer.optimizer_name(o.opt)
+        fused = True if device.type == "cuda" and name in ("adamw", "qrampingadamw") else None
+        options = {"betas": o.betas, "eps": o.eps, "fused": fused}
+        optimizer = create_optimizer_v2(
+            model,
+            opt=name,
+            lr=lr,
+            weight_decay=o.weight_decay,
+            momentum=o.momentum,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+        if fused:
+            optimizer.found_inf = torch.zeros((), device=device)  # it updates nothing where this is 1
+        if getattr(optimizer, "is_second_order", False):
+            raise ValueError("it needs second derivatives, which this program does not compute")
+    except (ValueError, AssertionError, TypeError, IndexError) as error:
+        raise UserError(
+            f"The optimizer {o.opt} cannot be made: {error}; check --opt, --opt-betas and --opt-eps."
+        ) from None
+    stabilizer.bind(optimizer)
+    return optimizer
+
+
+def build_schedule(cfg: Config, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
+    """timm's schedule; once an epoch as DeiT has it, or every iteration as Swin has it."""
+    s = cfg.schedule
+    if s.warmup_prefix and s.warmup_epochs >= s.epochs:
+        raise UserError(
+            f"With schedule.warmup_prefix the warm-up of {s.warmup_epochs} epochs must be shorter than the "
+            f"{s.epochs} epochs of training; lower --warmup-epochs or raise --epochs."
+        )
+    return create_scheduler_v2(
+        optimizer,
+        sched=s.sched,
+        num_epochs=s.epochs - (s.warmup_epochs if s.warmup_prefix else 0),
+        decay_epochs=s.decay_epochs,
+        decay_rate=s.decay_rate,
+        min_lr=s.min_lr,
+        warmup_lr=s.warmup_lr,
+        warmup_epochs=s.warmup_epochs,
+        warmup_prefix=s.warmup_prefix,
+        step_on_epochs=s.step_on == "epoch",
+        updates_per_epoch=steps_per_epoch,
+    )[0]
+
+
+def fixed_images(data: Data, count: int) -> Tensor:
+    """`count` evaluation images spread over the whole set, the same on all processes; of a stream its first ones."""
+    images = data.eval_loader.dataset
+    if isinstance(images, IterableDataset):
+        samples = itertools.islice(images, count)
+    else:
+        count = min(count, data.eval_size)
+        samples = (images[index, index, 0] for index in (n * data.eval_size // count for n in range(count)))
+    readable = [image for image, *_ in samples if image is not None]
+    if not readable:
+        raise UserError("The probe found no evaluation image that can be read; check data.path.")
+    return torch.stack(readable)
+
+
+def build_probe(cfg: Config, model: nn.Module, plan: Plan, data: Data, amp: torch.dtype | None) -> Probe:
+    """The probe of the `probes` section."""
+    if not cfg.probes.enabled or cfg.run.eval:
+        return Probe()
+    device = next(model.parameters()).device
+    images = fixed_images(data, cfg.probes.images).to(device)
+    autocast = functools.partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
+    try:
+        return OscillationProbe(cfg.probes, model, plan, images=images, autocast=autocast, position=PROBE_POSITION)
+    except ValueError as error:
+        raise UserError(f"{error}; see probes in the configuration.") from None
+
+
+def build_model(cfg: Config, num_classes: int, *, rank: int, device: torch.device) -> tuple[nn.Module, list[str]]:
+    """The model on its device with the weights that training starts from, and what --finetune found no weights for."""
+    torch.manual_seed(cfg.run.seed)  # the same initial weights on all processes
+    model = create_model(cfg, num_classes).to(device)
+    if isinstance(clock := getattr(model, "noise", None), NoiseClock):
+        clock.reseed(cfg.run.seed, rank)
+    if cfg.run.finetune is None or cfg.run.eval:
+        return model, []
+    return model, finetune_from(model, load_weights(Path(cfg.run.finetune)), Path(cfg.run.finetune))
+
+
+def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, device: torch.device) -> Run:
+    """Data, model, stabilizer, optimizer and the rest, at the start of training; nothing is written yet.
+
+    The order of its stages matters. Raises UserError.
+    """
+    # 1. The device's stream, on which all that follows is made: what another one has made cannot be recorded.
+    check_carrier(cfg, device)
+    graphed = cfg.run.cuda_graphs and device.type == "cuda"
+    if graphed:
+        leave_default_stream(device)
+
+    # 2. Data, which tells how many classes and steps there are.
+    batch_size, accumulation = plan_batches(cfg, world_size)
+    data = build_data(cfg, rank=rank, world_size=world_size, batch_size=batch_size)
+    steps_per_epoch = data.batches_per_epoch // accumulation
+    if not steps_per_epoch:
+        raise UserError(f"The training set has fewer images than the global batch of {cfg.optim.global_batch}.")
+    mixup = build_mixup(cfg, data.num_classes)
+    amp = torch.bfloat16 if cfg.run.amp == "bfloat16" or (cfg.run.amp == "auto" and device.type == "cuda") else None
+    setup = Setup(cfg, rank, world_size, device, amp, batch_size, accumulation, steps_per_epoch)
+
+    # 3. The model, with the weights that training starts from.
+    model, not_loaded = build_model(cfg, data.num_classes, rank=rank, device=device)
+
+    # 4. What begins as a copy of those weights: a stabilizer's shadows, the moving average. The teacher's random
+    #    initialisation draws after the model's.
+    plan = Plan(steps_per_epoch, cfg.schedule.epochs * steps_per_epoch)
+    try:
+        stabilizer = build_stabilizer(cfg.stabilizer, model, plan)
+    except ValueError as error:
+        raise UserError(f"{error}; see quant and stabilizer in the configuration.") from None
+    loss = build_loss(cfg, model, num_classes=data.num_classes, mixed_targets=mixup is not None, device=device)
+    ema = ModelEmaV3(model, decay=cfg.model_ema.decay) if cfg.model_ema.enabled else None
+
+    # 5. The optimizer, by the stabilizer's choice, on the parameters of the bare model; then its schedule.
+    optimizer = build_optimizer(cfg, model, stabilizer, device)
+
+    # 6. Compiled in place, then wrapped: processes meet here, all or none.
+    if cfg.run.compile:
+        model.compile()
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
+
+    return Run(
+        setup=setup,
+        model=model,
+        wrapped=wrapped,
+        loss=loss,
+        optimizer=optimizer,
+        schedule=build_schedule(cfg, optimizer, steps_per_epoch),
+        data=data,
+        mixup=mixup,
+        ema=ema,
+        stabilizer=stabilizer,
+        probe=build_probe(cfg, model, plan, data, amp),
+        log=RunLog(output_dir, enabled=False),
+        graphs=GraphedPasses(list(model.parameters())) if graphed else None,
+        not_loaded=not_loaded,
+    )

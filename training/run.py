@@ -1,0 +1,103 @@
+"""A run: what it trains with, and its state as a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import ValidationError
+
+from config import Config, UserError, dump_config, recipe_differences
+from record.checkpoint import save_checkpoint
+from record.weights import restore_model
+from training.ends import TrainingError
+from training.rehearsal import rehearse
+from training.state import TrainingState
+
+
+class Run(TrainingState):
+    """Everything a run trains with, and how far it has come; made by `training.build.build_run`."""
+
+    def rehearse(self, steps: int, observe: Callable[[], None]) -> None:
+        """Train for `steps` optimizer steps, call `observe` after each, and put everything back bit for bit."""
+        rehearse(self, steps, observe)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs: schedule, data order and noise follow from the steps done."""
+        blocks = self.blocks_below_window()
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "stabilizer": self.stabilizer.state_dict(),
+            "probe": self.probe.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "steps_per_epoch": self.steps_per_epoch,
+            "best_top1": self.best_top1,
+            "meter": self.meter.state_dict(),
+            "config": dump_config(self.cfg),
+            **({} if blocks is None else {"blocks_below_window": int(blocks)}),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
+        """Raises UserError where the checkpoint is of another recipe or its epochs have another length.
+
+        The number of epochs may change: a finished run can be given more of them.
+        """
+        given = yaml.safe_load(state["config"])
+        with contextlib.suppress(ValidationError):  # keys that are newer than the checkpoint get their defaults
+            given = Config.model_validate(given).model_dump(mode="json")
+        differences = recipe_differences(given, self.cfg.model_dump(mode="json"))
+        differences = [d for d in differences if not d.startswith("schedule.epochs ")]
+        if differences:
+            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+            raise UserError(
+                f"{path} was trained with {', '.join(differences[:3])}{more}; resume with the same recipe, or choose "
+                "another --output_dir and start from its weights with --finetune."
+            )
+        if state["steps_per_epoch"] != self.steps_per_epoch and state["step"]:
+            raise UserError(
+                f"{path} stopped inside an epoch of {state['steps_per_epoch']} steps and this run's have "
+                f"{self.steps_per_epoch}; resume it with the same data set and global batch."
+            )
+        restore_model(self.model, state["model"], path)
+        saved, groups = state["optimizer"], self.optimizer.param_groups
+        if len(saved["param_groups"]) == len(groups):  # how it is computed is this device's and not the checkpoint's
+            own = [{key: group[key] for key in ("fused", "foreach") if key in group} for group in groups]
+            saved = {**saved, "param_groups": [{**g, **o} for g, o in zip(saved["param_groups"], own, strict=True)]}
+        try:
+            self.optimizer.load_state_dict(saved)
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"The optimizer state in {path} does not fit --opt {self.cfg.optim.opt}: {error}."
+            ) from None
+        if self.ema is not None:
+            restore_model(self.ema.module, state["ema"] or state["model"], path)
+        self.stabilizer.load_state_dict(state["stabilizer"])
+        self.probe.load_state_dict(state.get("probe", {}))
+        self.epoch, self.step, self.best_top1 = state["epoch"], state["step"], state["best_top1"]
+        self.meter.load_state_dict(state["meter"])
+        self.progress.blocks_undone = -state.get("blocks_below_window", 0)
+        # As DeiT: the rate of an epoch is the one its predecessor's end set, the first two share the start of warm-up.
+        self.schedule.step(max(self.epoch - 1, 0))
+        self.schedule.step_update(max(self.global_step - 1, 0))
+
+    def save(self, *names: str) -> None:
+        """Write the state to the run's folder under each of `names`; on the first process alone.
+
+        Raises TrainingError, on all processes and with the files as they were, where the last step broke a weight.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise TrainingError(
+                    f"Step {self.global_step} of the run left the parameter {name} not finite; {self.last_good()}."
+                )
+        if self.log.enabled:
+            state = self.state_dict()
+            for name in names:
+                save_checkpoint(self.log.output_dir / name, state)
