@@ -42,6 +42,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from config import Config, UserError
+from images.policies import check_policy
 from images.sets import count_classes, open_sets
 
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, tarfile.TarError, Image.DecompressionBombError)
@@ -113,6 +114,7 @@ def build_data(cfg: Config, *, rank: int, world_size: int, batch_size: int) -> D
 
     Raises UserError for what the user can mend: paths, missing packages, class counts, a batch that does not fit.
     """
+    check_policy(cfg)
     if batch_size % 2 and _mixes(cfg):
         raise UserError(f"mixup pairs the images of a batch, so data.batch_size must be even, not {batch_size}.")
     eval_batch_size = max(1, int(1.5 * batch_size))  # evaluation keeps no activations, so more fits

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
+import sys
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -15,6 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic.fields import FieldInfo
 
+from config.deit import without_deits_own
 from config.explain import UserError
 from config.schema import Config, iter_keys, sections_in
 
@@ -110,7 +113,12 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """(namespace with config, print_config and smoke; the other flags as "section.key=value" overrides).
 
     `-` and `_` are alike in the names of flags. Lists are given as in YAML, [q1,q3], or as several words, q1 q3.
+    Flags that only DeiT needs are left out, with a line on stderr from the first process.
     """
+    argv, notes = without_deits_own(argv)
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
     parser = build_parser()
     canonical = {name.replace("_", "-"): name for name in parser._option_string_actions}
     words = []

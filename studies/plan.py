@@ -11,6 +11,7 @@ from config import UserError, load_config, recipe_differences
 from config.explain import did_you_mean
 from config.flags import parse_flags
 from config.rows import QUANTITIES, shown, table_cells
+from record.epochs import finished_epochs
 
 
 def listing(number: int) -> str:
@@ -33,10 +34,6 @@ def listing(number: int) -> str:
 
 def _complete(directory: Path, reference: str, overrides: Sequence[str]) -> bool:
     """Whether a folder holds the finished run of a configuration, and not of another recipe."""
-    if not directory.is_dir():
-        return False
-    from record.epochs import finished_epochs  # here, because it imports torch, which takes seconds
-
     epochs = finished_epochs(directory, required=False)
     if not epochs:
         return False

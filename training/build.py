@@ -122,6 +122,11 @@ def build_schedule(cfg: Config, optimizer: torch.optim.Optimizer, steps_per_epoc
             f"With schedule.warmup_prefix the warm-up of {s.warmup_epochs} epochs must be shorter than the "
             f"{s.epochs} epochs of training; lower --warmup-epochs or raise --epochs."
         )
+    peak = max(cfg.optim.lr, optimizer.param_groups[0]["lr"])  # --smoke and small batches scale it down below any end
+    if s.sched == "cosine" and s.min_lr > peak:
+        raise UserError(
+            f"The schedule would rise from optim.lr {cfg.optim.lr:g} to schedule.min_lr {s.min_lr:g}; lower --min-lr."
+        )
     return create_scheduler_v2(
         optimizer,
         sched=s.sched,
