@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import sys
 from collections.abc import Iterable
@@ -18,6 +19,22 @@ def fail(sentence: object, code: int = 2) -> NoReturn:
     """End the program with a sentence on stderr and an exit code; 2 is that of a mistake of the user."""
     print(f"error: {sentence}", file=sys.stderr)
     raise SystemExit(code) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are UserErrors, so that every program reports every mistake in the same way."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments:"):
+            flag = message.split(":", 1)[1].split()[0].split("=")[0]
+            parsers = [self, *(p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values())]
+            near = difflib.get_close_matches(flag, [f for p in parsers for f in p._option_string_actions], n=1)
+            hint = f"did you mean {near[0]}?" if near else "see --help."
+            raise UserError(f"There is no flag {shorten(flag)}; {hint}") from None
+        raise UserError(f"Command line: {shorten(message)}; see --help.") from None
 
 
 def shorten(text: str) -> str:

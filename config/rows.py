@@ -183,14 +183,19 @@ def row_config(reference: str) -> dict[str, Any]:
 def table_cells(number: int, folder: Path = TABLES) -> list[Cell]:
     """The cells of one table, row by row."""
     file = folder / f"table{number}.yaml"
+    if not file.exists() and (numbers := _numbers(folder)):
+        raise UserError(f"There is no table {number}; there are {', '.join(map(str, numbers))}.")
     table = _read_table(file)
     return [_cell(file, table, name, column) for name in table.rows for column in table.columns]
 
 
 def all_cells(folder: Path = TABLES) -> list[Cell]:
     """The cells of all tables, table by table and row by row."""
-    numbers = sorted(int(path.stem.removeprefix("table")) for path in folder.glob("table*.yaml"))
-    return [cell for number in numbers for cell in table_cells(number, folder)]
+    return [cell for number in _numbers(folder) for cell in table_cells(number, folder)]
+
+
+def _numbers(folder: Path) -> list[int]:
+    return sorted(int(path.stem.removeprefix("table")) for path in folder.glob("table*.yaml"))
 
 
 def run_name(reference: str | Path) -> str:

@@ -18,7 +18,7 @@ _SECTIONS = {
         **{"inc": _SWITCH, "t": "weights|3aw|3a"},
     },
     "augmix": {"m": _WHOLE, "w": "[1-9][0-9]?", "d": "[1-9][0-9]?", "a": _REAL, "b": _SWITCH, "mstd": _REAL},
-    **dict.fromkeys(("original", "originalr", "v0", "v0r", "3a"), {"mstd": _REAL}),
+    **{kind: {"mstd": _REAL} for kind in ("original", "originalr", "v0", "v0r", "3a")},
 }
 
 
@@ -35,9 +35,7 @@ def check_policy(cfg: Config) -> None:
         unknown = [s for s in sections if not any(re.fullmatch(f"{name}({form})", s) for name, form in forms.items())]
         names = [re.match("[a-z]*", section)[0] for section in sections]
         if unknown:
-            reason = (
-                f"it has no section {unknown[0]!r}; the sections of {kind} are {', '.join(forms)}, with a value each"
-            )
+            reason = f"it has no section {unknown[0]!r}; those of {kind} are {', '.join(forms)}, with a value each"
         elif len(set(names)) < len(names):
             reason = "a section is given twice"
         else:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from config import UserError, load_config
-from record.epochs import finished_epochs
+from record.epochs import figure_of, finished_epochs
 from record.runlog import CONFIG
 from results.style import DPI, labels, line_styles, method_name, picture
+
+PARTS = ("train", "eval")  # of an epoch
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,10 @@ def read_run(directory: Path) -> RunFigures:
         directory=directory,
         method=method_name(load_config(directory / CONFIG)),
         epochs=list(finished),
-        train_loss=[data["train.loss"] for data in epochs],
-        eval_loss=[data["eval.loss"] for data in epochs],
-        top1=[data["eval.top1"] for data in epochs],
-        seconds=sum(data["train.seconds"] + data["eval.seconds"] for data in epochs),
+        train_loss=[figure_of(data, "train.loss") for data in epochs],
+        eval_loss=[figure_of(data, "eval.loss") for data in epochs],
+        top1=[figure_of(data, "eval.top1") for data in epochs],
+        seconds=sum(filter(math.isfinite, (figure_of(data, f"{part}.seconds") for data in epochs for part in PARTS))),
     )
 
 

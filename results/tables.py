@@ -11,6 +11,7 @@ import csv
 import functools
 import io
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from typing import Any
 from config import UserError, load_config, recipe_differences
 from config.fold import mixes, precision
 from config.rows import QUANTITIES, ROOT, Cell, all_cells, shown
-from record.epochs import finished_epochs
+from record.epochs import figure_of, finished_epochs
 from record.manifest import MANIFEST
 from record.runlog import CONFIG
 
@@ -123,7 +124,7 @@ def read_table_run(directory: Path) -> TableRun:
         directory=directory,
         configs=[load_config(path).model_dump(mode="json") for path in sorted(directory.glob("resolved*.yaml"))],
         epochs=last,
-        figures={name: data[key] for name, key in METRICS.items() if key in data},
+        figures={name: value for name, key in METRICS.items() if math.isfinite(value := figure_of(data, key))},
         manifest=manifest,
     )
 

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
 from config import Config, UserError
+from config.batches import plan_batches
 from datasets import Data, build_data, build_mixup
 from models import create_model
 from quantization.layers.clock import NoiseClock
@@ -30,8 +31,6 @@ from training.losses import build_loss
 from training.passes import PROBE_POSITION
 from training.run import Run
 from training.state import Setup
-
-MAX_BATCH = 256  # samples of one process at a time, where the configuration leaves it open
 
 
 def pick_device(cfg: Config) -> torch.device:
@@ -63,25 +62,6 @@ def check_carrier(cfg: Config, device: torch.device) -> None:
     if torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device)
         raise UserError(f"quant.carrier is fp8 and {name} has no FP8 products; use --quant.carrier bf16.")
-
-
-def plan_batches(cfg: Config, world_size: int) -> tuple[int, int]:
-    """(samples of one process at a time, micro-batches of an optimizer step) for the recipe's global batch.
-
-    Raises UserError where the global batch is not a multiple of processes x batch size.
-    """
-    global_batch, batch_size = cfg.optim.global_batch, cfg.data.batch_size
-    if global_batch % world_size:
-        raise UserError(f"The global batch of {global_batch} does not divide among {world_size} processes.")
-    share = global_batch // world_size
-    if batch_size is None:
-        batch_size = next(b for b in range(min(share, MAX_BATCH), 0, -1) if share % b == 0)
-    if share % batch_size:
-        raise UserError(
-            f"The global batch of {global_batch} is not a multiple of {world_size} process(es) x {batch_size} samples; "
-            f"choose a --batch-size that divides {share}, or another --global-batch."
-        )
-    return batch_size, share // batch_size
 
 
 def build_optimizer(
