@@ -95,7 +95,8 @@ def explain(error: Any, origins: dict[str, str]) -> str:
             return f"{where}: {'.'.join(loc[:-1])} is {shown}: it needs more values."
         return f"{where}: {dotted} is missing."
     if error["type"] == "union_tag_invalid":
-        return f"{where}: {dotted} is {error['ctx']['tag']!r}: input should be one of {error['ctx']['expected_tags']}."
+        shown = shorten(repr(error["ctx"]["tag"]))
+        return f"{where}: {dotted} is {shown}: input should be one of {error['ctx']['expected_tags']}."
     if error["type"] == "value_error":
         return f"{where}: {dotted}: {error['ctx']['error']}."
     if error["type"] in ("model_type", "model_attributes_type", "dict_type"):

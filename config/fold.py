@@ -131,7 +131,7 @@ def _fold_file(path: Path, origins: dict[str, str], read: list[Path], chain: tup
 
     read: every file so far; chain: those that lead to this one.
     """
-    if path in chain or os.path.realpath(path) in map(os.path.realpath, chain):
+    if "\0" not in str(path) and os.path.realpath(path) in map(os.path.realpath, chain):
         raise UserError(f"{path} extends itself by way of {' -> '.join(p.name for p in chain)}.")
     read.append(path)
     if len(read) > MAX_FILES:

@@ -59,7 +59,7 @@ def _path(value: str | None, info: ValidationInfo) -> str | None:
     # Sets of timm may be elsewhere, and the file of a teacher that is not wanted is not looked at.
     elsewhere = "/" in info.data.get("set", "") or info.data.get("type") == "none"
     if re.match(r"[A-Za-z][\w+.-]*://", value) and not elsewhere:
-        raise ValueError(f"{value} is a URL and a path was expected; download what is there and give the path of that")
+        raise ValueError(f"{value[:100]} is a URL and a path was expected; download it and give the path of the copy")
     return value
 
 
