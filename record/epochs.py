@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,3 @@ def finished_epochs(output_dir: Path, *, required: bool = True) -> dict[int, dic
         return {}
     summaries = (line for line in read_metrics(output_dir) if len(line["step"]) == 1)
     return {line["step"][0] + 1: line["data"] for line in summaries if "eval.top1" in line["data"]}
-
-
-def figure_of(data: dict[str, Any], name: str) -> float:
-    """A figure of an epoch; NaN where it is missing or no number."""
-    value = data.get(name)
-    return float(value) if isinstance(value, int | float) else math.nan

@@ -23,7 +23,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from config import UserError
-from quantization.watch.probe import Recording
+from quantization.watch.recording import Recording
 from record.checkpoint import LAST, atomic_write
 from record.manifest import MANIFEST, add_session
 from record.metrics import METRICS, open_metrics, plain

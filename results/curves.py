@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import UserError, load_config
-from record.epochs import figure_of, finished_epochs
+from record.epochs import finished_epochs
 from record.runlog import CONFIG
 from results.style import DPI, labels, line_styles, method_name, picture
 
@@ -26,6 +26,12 @@ class RunFigures:
     eval_loss: list[float]
     top1: list[float]
     seconds: float
+
+
+def figure_of(data: dict[str, Any], name: str) -> float:
+    """A figure of an epoch; NaN where it is missing or no number."""
+    value = data.get(name)
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def read_run(directory: Path) -> RunFigures:

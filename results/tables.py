@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config import UserError, load_config, recipe_differences
+from config import UserError, load_config, read_yaml, recipe_differences
 from config.fold import mixes, precision
 from config.rows import QUANTITIES, ROOT, Cell, all_cells, shown
-from record.epochs import figure_of, finished_epochs
+from record.epochs import finished_epochs
 from record.manifest import MANIFEST
 from record.runlog import CONFIG
 
@@ -106,6 +106,14 @@ def _is_manifest(value: Any) -> bool:
     )
 
 
+def _resolved(path: Path) -> dict[str, Any]:
+    """The configuration of a run; one that does not even say what was trained is not that of the defaults."""
+    given = read_yaml(path)
+    if missing := [name for name in ("model", "quant", "optim", "schedule", "data", "run") if name not in given]:
+        raise UserError(f"{path} is no resolved configuration: {missing[0]} is missing.")
+    return load_config(path).model_dump(mode="json")
+
+
 def read_table_run(directory: Path) -> TableRun:
     """Raises UserError where a file of the run cannot be read."""
     epochs = finished_epochs(directory, required=False)
@@ -122,7 +130,7 @@ def read_table_run(directory: Path) -> TableRun:
         raise UserError(f"{path} is not the manifest of a run.")
     return TableRun(
         directory=directory,
-        configs=[load_config(path).model_dump(mode="json") for path in sorted(directory.glob("resolved*.yaml"))],
+        configs=[_resolved(path) for path in sorted(directory.glob("resolved*.yaml"))],
         epochs=last,
         figures={name: value for name, key in METRICS.items() if math.isfinite(value := figure_of(data, key))},
         manifest=manifest,

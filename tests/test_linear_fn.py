@@ -18,6 +18,7 @@ from quantization.operands import LinearJobs
 from quantization.spec import BACKWARD_OPERANDS, QUANTIZERS
 
 STREAM = 8 * 5  # of the layer under test
+LOST = torch.zeros((), dtype=torch.int64)  # blocks below fp8's window, counted
 OPERANDS = ("requantized", "original")
 SINGLES = [(name,) for name in QUANTIZERS]
 PAIRS = [("q1", "q6"), ("q2", "q4"), ("q3", "q5"), ("q1", "q2"), ("q3", "q4"), ("q5", "q6"), ("q2", "q6"), ("q1", "q4")]
@@ -82,12 +83,11 @@ def call_of(recipe, W, stream=STREAM):
     return Call(LinearJobs(recipe, W.shape), stream)
 
 
-def by_function(X, W, b, G, recipe, noise_state=None, stream=STREAM, *, shadow=None, autocast=False, lost=None):
+def by_function(X, W, b, G, recipe, noise=None, *, shadow=None, autocast=False):
     X, W, b = (t.clone().requires_grad_() for t in (X, W, b))
+    noise_state, stream = noise or Noise(state(), STREAM)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output = QuantLinearFunction.apply(
-            X, W, b, call_of(recipe, W, stream), state() if noise_state is None else noise_state, shadow, lost
-        )
+        output = QuantLinearFunction.apply(X, W, b, call_of(recipe, W, stream), noise_state, shadow, LOST)
     output.backward(G.to(output.dtype))
     return {"output": output.detach(), "grad_input": X.grad, "grad_weight": W.grad, "grad_bias": b.grad}
 
@@ -218,7 +218,7 @@ def test_the_gradient_of_the_bias_sums_g_unquantized():
 def test_noise_is_that_of_the_position_and_of_the_stream_of_the_layer(position, stream):
     data = tensors((64,), 48, 40)
     recipe = recipe_of(QUANTIZERS, "requantized", "stochastic")
-    actual = by_function(*data, recipe, state(position), stream)
+    actual = by_function(*data, recipe, Noise(state(position), stream))
     assert_equal(actual, by_hand(*data, recipe, state(position), stream))
     for other in (
         by_hand(*data, recipe, state(position + 1), stream),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from quantization.layers.recompute import computed_again, may_be_checkpointed, noise_of_call
 from quantization.noise import LAP, LAPS, LAYERS, WORD, signed
@@ -38,7 +39,9 @@ class NoiseClock(nn.Module):
     @staticmethod
     def unlike_others() -> NoiseClock:
         """A clock with a seed drawn from torch's default generator, so that no two that are made share their noise."""
-        return NoiseClock(int(torch.randint(WORD + 1, ())))
+        if _get_current_dispatch_mode() is not None:  # under FakeTensorMode, say, where no number can be drawn
+            return NoiseClock()
+        return NoiseClock(int(torch.randint(WORD + 1, (), device="cpu")))
 
     @property
     def rank(self) -> int:

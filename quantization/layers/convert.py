@@ -18,7 +18,11 @@ BLOCK_LINEARS = re.compile(r"(^|\.)blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2)
 
 
 def convert_linears(
-    model: nn.Module, recipe: LinearRecipe | Int4Recipe, names: Iterable[str] | None = None
+    model: nn.Module,
+    recipe: LinearRecipe | Int4Recipe,
+    names: Iterable[str] | None = None,
+    *,
+    seed: int | None = None,
 ) -> list[str]:
     """Replace linear layers of `model` in place by quantized layers that keep their parameters.
 
@@ -26,6 +30,8 @@ def convert_linears(
         recipe: a LinearRecipe makes QuantLinear layers, an Int4Recipe makes Int4Linear layers.
         names: qualified names of the layers; None takes qkv, proj, fc1 and fc2 of every transformer block and leaves
             patch embedding, patch merging, norms and head in full precision.
+        seed: of the noise of stochastic rounding, from 0 to 2^32 - 1; None draws one from torch's default generator, so
+            that no two models, or parts of one converted in two calls, share their noise.
 
     Returns the names of the converted layers in the model's order.
     Raises ValueError where there is nothing to convert or a name is not that of a linear layer in the model.
@@ -50,7 +56,8 @@ def convert_linears(
 
     clock = getattr(model, "noise", None)
     if not isinstance(clock, NoiseClock):
-        clock = NoiseClock.unlike_others().to(next(iter(linears.values())).weight.device)
+        clock = NoiseClock.unlike_others() if seed is None else NoiseClock(seed)
+        clock.to(next(iter(linears.values())).weight.device)
         clock.attach(model)
     kind = Int4Linear if isinstance(recipe, Int4Recipe) else QuantLinear
     converted = [name for name in linears if name in wanted]

@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,23 +44,12 @@ from quantization.oscillation import (
     signed_grid,
 )
 from quantization.stabilizers.base import Plan
+from quantization.watch.recording import Recording
 
 BLOCKS = re.compile(r"(^|\.)blocks\.\d+$")  # of all stages, in the model's order
 DEFAULT_BLOCK = 9  # of the paper's Table 3
 LATENT_BINS = 16  # a unit of the grid: every threshold is an edge
 CONFIDENCE_BINS = 50
-
-
-@dataclass(frozen=True)
-class Recording:
-    """One recording: figures of the whole model and arrays, those of layers in the order of the array `layers`.
-
-    `name` is that of its file. Arrays hold numbers and text alone, so that they load without pickle.
-    """
-
-    name: str
-    figures: dict[str, float]
-    arrays: dict[str, np.ndarray]
 
 
 class Probe:
