@@ -24,6 +24,7 @@ from config.rows import QUANTITIES, ROOT, Cell, all_cells, shown
 from record.epochs import finished_epochs
 from record.manifest import MANIFEST
 from record.runlog import CONFIG
+from results.curves import figure_of
 
 RUNS = ROOT / "runs"
 METRICS = {name: f"eval.{name}" for name in QUANTITIES}  # what runs call the paper's figures
@@ -108,10 +109,11 @@ def _is_manifest(value: Any) -> bool:
 
 def _resolved(path: Path) -> dict[str, Any]:
     """The configuration of a run; one that does not even say what was trained is not that of the defaults."""
+    cfg = load_config(path).model_dump(mode="json")
     given = read_yaml(path)
     if missing := [name for name in ("model", "quant", "optim", "schedule", "data", "run") if name not in given]:
         raise UserError(f"{path} is no resolved configuration: {missing[0]} is missing.")
-    return load_config(path).model_dump(mode="json")
+    return cfg
 
 
 def read_table_run(directory: Path) -> TableRun:

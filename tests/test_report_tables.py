@@ -265,15 +265,22 @@ LINE = 'DLLL {"type": "LOG", "step": %s, "data": %s}'
 GARBAGE = {
     "resolved.yaml": ["", "text", "[1]", "a: &a [*a]\n", "\0", "optim: {lr: many}\n", "optim.lr: 3\n", "run: 3\n"],
     "manifest.json": [
-        *("", "[]", "3", "null", '{"classes": "x"}', '{"sessions": 3}', '{"sessions": [3]}', '{"batch": 3}', "[" * 9999),
+        *("", "[]", "3", "null", "[" * 9999, '{"classes": "x"}', '{"sessions": 3}', '{"sessions": [3]}'),
         *('{"steps_per_epoch": null}', '{"autocast": 3}', '{"batch": {"process": []}}', '{"steps_per_epoch": [1]}'),
+        '{"batch": 3}',
     ],
     "metrics.log": [
         *('DLLL {"type": "LOG", "step": [89]}', "DLLL 3", "\0\0", "[" * 9999, LINE % (3, "{}")),
-        *(LINE % (step, '{"eval.top1": 3}') for step in ('["a"]', "[{}]", "[null]", "[-5]", "[[1]]", "[1e999]", "[true]")),
-        *(LINE % ("[89]", data) for data in ("3", "[]", '{"eval.top1": "x"}', '{"eval.top1": NaN}', '{"eval.top1": []}')),
+        *(
+            LINE % (step, '{"eval.top1": 3}')
+            for step in ('["a"]', "[{}]", "[null]", "[-5]", "[[1]]", "[1e9]", "[1e999]")
+        ),
+        *(
+            LINE % ("[89]", data)
+            for data in ("3", "[]", *(json.dumps({"eval.top1": value}) for value in ("x", float("nan"), [], {})))
+        ),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in GARBAGE.items() for text in texts])
