@@ -70,6 +70,8 @@ def runs_to_start(number: int, words: Sequence[str], flags: Sequence[str], runs:
     if {"-h", "--help"} & {*flags}:
         return list(wanted.values())[:1]
     options, overrides = parse_flags(flags, notes=False)
+    for reference in list(wanted.values())[:1]:
+        load_config(reference, overrides, source="the command line")  # a mistake is the same for every run
     one_folder = os.environ.get("OUTPUT_DIR") or any(o.startswith("run.output_dir=") for o in overrides)
     if one_folder and (row == "all" or len(wanted) > 1):
         raise UserError("OUTPUT_DIR and --output_dir are the folder of one run; RUNS_DIR is that of several.")
