@@ -173,6 +173,8 @@ def load_config(
     Raises UserError, one sentence that names the file (or `source`), the key and the nearest valid key.
     """
     origins: dict[str, str] = {}
+    if isinstance(path, str) and "://" in path:
+        raise UserError(f"{shorten(str(path))} is a URL and a configuration file was expected; download it first.")
     folded = _fold_file(Path(path), origins, []) if path is not None else {}
     folded = _merge(folded, _fold_overrides(overrides, origins, source))
     model = folded.get("model")

@@ -35,7 +35,10 @@ def listing(number: int) -> str:
 
 def _complete(directory: Path, reference: str, overrides: Sequence[str]) -> bool:
     """Whether a folder holds the finished run of a configuration, and not of another recipe."""
-    epochs = finished_epochs(directory, required=False)
+    try:
+        epochs = finished_epochs(directory, required=False)
+    except UserError:  # main.py's to say, when it is asked to go on with such a run
+        return False
     if not epochs:
         return False
     cfg = load_config(reference, overrides, source="the command line")

@@ -145,6 +145,11 @@ def test_a_name_with_a_nul_is_no_file(write: Write) -> None:
     assert "cannot be read: embedded null byte" in mistake(lambda: load_config(path))
 
 
+def test_a_url_is_no_file() -> None:
+    said = mistake(lambda: load_config("https://a.b/c.yaml"))
+    assert said == "https://a.b/c.yaml is a URL and a configuration file was expected; download it first."
+
+
 def test_files_that_extend_ever_more_files_are_counted(write: Write) -> None:
     """Two for each: 2^30 in the end."""
     for n in range(30):

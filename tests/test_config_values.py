@@ -205,6 +205,7 @@ def test_timms_policies_are_taken(policy: str) -> None:
         (["--aa", "garbage"], "aug.aa garbage is not one of timm's"),
         (["--lr", "1e-6"], "The schedule would rise from optim.lr 1e-06 to schedule.min_lr 1e-05; lower --min-lr."),
         (["--min-lr", "1"], "The schedule would rise"),
+        (["--warmup-lr", "1", "--warmup-epochs", "1"], "The warm-up would fall from schedule.warmup_lr 1 to optim.lr"),
         (
             ["--quant.scheme", "mx", "--stabilizer.kind", "freeze", "--stabilizer.threshold_end", "0.5"],
             "Freeze's threshold falls, so threshold_start (0.1) must be at least threshold_end (0.5);",

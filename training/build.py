@@ -107,6 +107,11 @@ def build_schedule(cfg: Config, optimizer: torch.optim.Optimizer, steps_per_epoc
         raise UserError(
             f"The schedule would rise from optim.lr {cfg.optim.lr:g} to schedule.min_lr {s.min_lr:g}; lower --min-lr."
         )
+    if s.warmup_epochs and s.warmup_lr > peak:
+        raise UserError(
+            f"The warm-up would fall from schedule.warmup_lr {s.warmup_lr:g} to optim.lr {cfg.optim.lr:g}; lower "
+            "--warmup-lr."
+        )
     return create_scheduler_v2(
         optimizer,
         sched=s.sched,
