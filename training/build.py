@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
 from config import Config, UserError
+from config.batches import MAX_BATCH, plan_batches
 from datasets import Data, build_data, build_mixup
 from models import create_model
 from quantization.layers.clock import clock_of
@@ -31,8 +32,6 @@ from training.passes import PROBE_POSITION
 from training.processes import environment_number
 from training.run import Run
 from training.state import EvaluationState, Setup
-
-MAX_BATCH = 256  # samples of one process at a time, where the configuration leaves it open
 
 
 def pick_device(cfg: Config) -> torch.device:
@@ -64,27 +63,6 @@ def check_carrier(cfg: Config, device: torch.device) -> None:
     if torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device)
         raise UserError(f"quant.carrier is fp8 and {name} has no FP8 products; use --quant.carrier bf16.")
-
-
-def plan_batches(cfg: Config, world_size: int) -> tuple[int, int]:
-    """(samples of one process at a time, micro-batches of an optimizer step) for the recipe's global batch.
-
-    Raises UserError where the global batch is not a multiple of processes x batch size.
-    """
-    global_batch, batch_size = cfg.optim.global_batch, cfg.data.batch_size
-    if cfg.run.eval:  # nothing is added up to a global batch
-        return batch_size or min(MAX_BATCH, max(1, global_batch // world_size)), 1
-    if global_batch % world_size:
-        raise UserError(f"The global batch of {global_batch} does not divide among {world_size} processes.")
-    share = global_batch // world_size
-    if batch_size is None:
-        batch_size = next(b for b in range(min(share, MAX_BATCH), 0, -1) if share % b == 0)
-    if share % batch_size:
-        raise UserError(
-            f"The global batch of {global_batch} is not a multiple of {world_size} process(es) x {batch_size} samples; "
-            f"choose a --batch-size that divides {share}, or another --global-batch."
-        )
-    return batch_size, share // batch_size
 
 
 def build_optimizer(
@@ -124,6 +102,16 @@ def build_schedule(cfg: Config, optimizer: torch.optim.Optimizer, steps_per_epoc
         raise UserError(
             f"With schedule.warmup_prefix the warm-up of {s.warmup_epochs} epochs must be shorter than the "
             f"{s.epochs} epochs of training; lower --warmup-epochs or raise --epochs."
+        )
+    peak = max(cfg.optim.lr, optimizer.param_groups[0]["lr"])  # --smoke and small batches scale it down below any end
+    if s.sched == "cosine" and s.min_lr > peak:
+        raise UserError(
+            f"The schedule would rise from optim.lr {cfg.optim.lr:g} to schedule.min_lr {s.min_lr:g}; lower --min-lr."
+        )
+    if s.warmup_epochs and s.warmup_lr > peak:
+        raise UserError(
+            f"The warm-up would fall from schedule.warmup_lr {s.warmup_lr:g} to optim.lr {cfg.optim.lr:g}; lower "
+            "--warmup-lr."
         )
     return create_scheduler_v2(
         optimizer,
@@ -202,7 +190,7 @@ def autocast_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
 def build_evaluation(cfg: Config, *, rank: int, world_size: int, device: torch.device) -> EvaluationState:
     """The evaluation set and the model, with random weights: what --eval needs, and no more of the recipe."""
     check_carrier(cfg, device)
-    batch_size, _ = plan_batches(cfg, world_size)
+    batch_size = cfg.data.batch_size or max(1, min(MAX_BATCH, cfg.optim.global_batch // world_size))
     data = build_data(cfg, rank=rank, world_size=world_size, batch_size=batch_size)
     model = build_model(cfg, data.num_classes, rank=rank, device=device)
     stabilize(cfg, model, Plan(1, 1))
