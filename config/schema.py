@@ -356,6 +356,7 @@ class RunConfig(_Section):
     finetune: str | None = _key(
         None, "checkpoint or safetensors file whose weights the training starts from", "--finetune"
     )
+    use_ema: bool = _key(False, "with --finetune, start from the file's moving average of the weights", "--use-ema")
     save_every: Int | None = _key(None, "also checkpoint every so many optimizer steps", "--save-every", ge=1)
     log_every: Int = _key(50, "optimizer steps between logged lines", "--log-every", ge=1)
 

@@ -39,7 +39,9 @@ def load_weights(path: str | Path, *, average: bool = False) -> dict[str, Tensor
     held = held if isinstance(held, Mapping) else {}
     plain, averaged = _find(held, _PLAIN), _find(held, _AVERAGES)
     if average and averaged is None:
-        raise UserError(f"{path} holds no moving average of the weights; leave --model-ema away to take the weights.")
+        raise UserError(
+            f"{path} holds no moving average of the weights; leave --model-ema or --use-ema away to take the weights."
+        )
     weights = averaged if average or (plain is None and averaged is not None) else held if plain is None else plain
     if not weights or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()):
         raise UserError(f"{path} holds no model weights; {EXPECTED}.")

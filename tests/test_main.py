@@ -226,7 +226,7 @@ DEIT_FLAGS = """
 --bce-loss --model-ema --model-ema-decay --distillation-type --teacher-model --teacher-path --distillation-alpha
 --distillation-tau --data-set --data-path --batch-size --num_workers --pin-mem --eval-crop-ratio --on-corrupt
 --output_dir --seed --device --amp --compile --grad-checkpointing --cuda-graphs --eval --resume --finetune
---save-every --log-every
+--use-ema --save-every --log-every
 """
 KEY_FLAGS = """
 --model.name --model.img_size --model.patch_size --model.num_classes --model.drop --model.drop_path --model.kwargs
@@ -244,14 +244,14 @@ KEY_FLAGS = """
 --distillation.alpha --distillation.tau --data.set --data.path --data.batch_size --data.num_workers --data.pin_mem
 --data.eval_crop_ratio --data.mean --data.std --data.on_corrupt --data.num_images --run.output_dir --run.seed
 --run.device --run.amp --run.compile --run.grad_checkpointing --run.cuda_graphs --run.eval --run.resume
---run.finetune --run.save_every
+--run.finetune --run.use_ema --run.save_every
 --run.log_every --quant.carrier --probes --probes.enabled --probes.steps --probes.every --probes.block --probes.images
 --probes.trajectories
 """
 SWITCHES = """
 --unscale-lr --optim.unscale_lr --schedule.warmup_prefix --ThreeAugment --aug.three_augment --bce-loss --loss.bce
 --model-ema --model_ema.enabled --pin-mem --data.pin_mem --compile --run.compile --cuda-graphs --grad-checkpointing
---run.grad_checkpointing
+--run.grad_checkpointing --use-ema --run.use_ema
 --run.cuda_graphs --eval --run.eval --quant.hadamard --quant.sampling --quant.learned_step --probes --probes.enabled
 """
 

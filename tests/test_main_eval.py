@@ -161,13 +161,20 @@ def test_it_needs_the_evaluation_set_alone_and_any_batch_will_do(
     assert f"{figures_of(folder)} on 8 images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("average", [True, False], ids=["with an average", "without"])
-def test_fine_tuning_with_a_moving_average_starts_from_the_file_s(
+@pytest.mark.parametrize("average", [True, False], ids=["the average", "the weights"])
+def test_fine_tuning_starts_from_the_weights_or_from_their_average(
     average: bool, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = trained / "last.pt"
-    if not average:
-        torch.save(load_weights(given), given := tmp_path / "weights.pt")
-    run = captured(monkeypatch, tmp_path / "run", *MX, "--model-ema", "--finetune", str(given))
-    assert differences(dict(run.model.state_dict()), load_weights(trained / "last.pt", average=average)) == []
+    flags = [*MX, "--model-ema", "--finetune", str(given), *["--use-ema"] * average]
+    run = captured(monkeypatch, tmp_path / "run", *flags)
+    assert differences(dict(run.model.state_dict()), load_weights(given, average=average)) == []
     assert differences(dict(run.ema.module.state_dict()), dict(run.model.state_dict())) == []
+
+
+def test_a_file_without_an_average_is_refused_where_it_is_to_be_tuned(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(load_weights(trained / "last.pt"), tmp_path / "weights.pt")
+    assert exit_code(tiny(tmp_path / "run", "--finetune", str(tmp_path / "weights.pt"), "--use-ema")) == 2
+    assert "holds no moving average" in capsys.readouterr().err and not (tmp_path / "run").exists()

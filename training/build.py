@@ -24,8 +24,8 @@ from quantization.layers.clock import clock_of
 from quantization.stabilizers import Plan, Stabilizer, build_stabilizer
 from quantization.watch.probe import OscillationProbe, Probe
 from record.runlog import RunLog
-from record.weights import finetune_from
-from training.given import load_rest, starting_weights
+from record.weights import finetune_from, load_weights
+from training.given import load_rest
 from training.graphs import GraphedPasses, leave_default_stream
 from training.losses import build_loss
 from training.passes import PROBE_POSITION
@@ -224,7 +224,7 @@ def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, devi
     model = build_model(cfg, data.num_classes, rank=rank, device=device)
     weights, not_loaded = {}, []
     if cfg.run.finetune:
-        weights = starting_weights(cfg)
+        weights = load_weights(cfg.run.finetune, average=cfg.run.use_ema)
         not_loaded = finetune_from(model, weights, cfg.run.finetune)
 
     # 4. What begins as a copy of those weights: a stabilizer's shadows, unless the file has them, and the moving

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from config import Config, UserError, load_config, recipe_differences
-from record.weights import finetune_from, load_weights, restore_model, saved_config
+from record.weights import finetune_from, restore_model, saved_config
 
 # What decides how given weights score, beside the model itself.
 _SCORED_BY = {"quant": None, "stabilizer": None, "data": ("mean", "std", "eval_crop_ratio")}
@@ -83,15 +83,6 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor], path: Path, own: Mappin
         if not finetune_from(model, weights, path):
             return True
     raise misfit
-
-
-def starting_weights(cfg: Config) -> dict[str, Tensor]:
-    """The weights of --finetune; with --model-ema their moving average, where the file has one. Raises UserError."""
-    path = Path(cfg.run.finetune)
-    if cfg.model_ema.enabled:
-        with contextlib.suppress(UserError):
-            return load_weights(path, average=True)
-    return load_weights(path)
 
 
 def load_rest(model: nn.Module, weights: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
