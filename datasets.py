@@ -38,7 +38,7 @@ from images.order import Key, Order
 from images.samples import MAX_IN_A_ROW, Images, Stream, collate
 from images.sets import open_sets
 from images.transforms import eval_transform, train_transform
-from images.workers import Leash, failure_of_workers
+from images.workers import CUT_OFF, Leash, failure_of_workers
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W) float32, labels (B,) int64
 
@@ -121,10 +121,11 @@ class Data:
         try:
             batches = iter(loader)
             if self.leash is not None:
-                self.leash.close_first()
+                self.leash.started()
             yield from batches
-        except (RuntimeError, OSError) as error:
-            said = failure_of_workers(error, loading=loader.num_workers > 0)
+        except (RuntimeError, OSError, EOFError) as error:
+            exit_code = self.leash and self.leash.exit_code(wait=5.0 if isinstance(error, CUT_OFF) else 0.0)
+            said = failure_of_workers(error, loading=self.leash is not None, exit_code=exit_code)
             if said is None:
                 raise
             raise UserError(said) from None
@@ -133,7 +134,7 @@ class Data:
         """Say what the last pass through a set has gone without."""
         for what, skipped in self._skipped.items():
             if skipped.unreadable:
-                _warn(f"{skipped.unreadable} of {skipped.seen} of {what} could not be read: {skipped}.")
+                _warn(f"{skipped.share} of {what} could not be read: {skipped}.")
         self._skipped.clear()
 
 
@@ -149,6 +150,10 @@ class Skipped:
         self.seen += seen
         self.unreadable += len(problems)
         self.first += problems[: 3 - len(self.first)]
+
+    @property
+    def share(self) -> str:
+        return f"{self.unreadable} of {self.seen} ({100 * self.unreadable / self.seen:.0f} %)"
 
     def __str__(self) -> str:
         more = self.unreadable - len(self.first)
