@@ -9,10 +9,9 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,9 @@ from helpers import (
     FULL,
     METHODS,
     QRAMPING,
-    ROOT,
     before_step,
     column,
     differences,
-    environment,
     exit_code,
     killed,
     outcome,
@@ -34,6 +31,7 @@ from helpers import (
     tiny,
     train,
 )
+from processes import start
 
 import engine
 import main
@@ -169,47 +167,49 @@ def test_a_run_leaves_the_process_s_handlers_as_it_found_them(tmp_path: Path) ->
 
 
 @contextlib.contextmanager
-def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A process that does not outlive the test."""
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+def started(argv: list[str], output: Path) -> Iterator[BaseProcess]:
+    """main.py as a process that does not outlive the test."""
+    process = start(main.command, argv, output=output)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: BaseProcess, output: Path) -> None:
     deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive(), output.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 def test_a_process_killed_then_terminated_then_resumed_equals_one_run_bit_for_bit(tmp_path: Path) -> None:
     flags = [*FULL, "--data.num_images", "320", "--save-every", "5", "--schedule.step_on", "iteration"]  # 20 steps
-    output_dir = tmp_path / "run"
-    main_py = [sys.executable, str(ROOT / "main.py"), *tiny(output_dir, *flags)]
+    output_dir, output = tmp_path / "run", tmp_path / "output.txt"
+    argv = tiny(output_dir, *flags)
 
     def lines(epoch: int) -> int:
         log = output_dir / "metrics.log"
         return log.read_text().count(f'"step": [{epoch}, ') if log.exists() else 0
 
-    with started(main_py) as process:
-        wait_for(lambda: (output_dir / "last.pt").exists() and lines(0) >= 7, process)
-    assert process.returncode == -signal.SIGKILL
+    with started(argv, output) as process:
+        wait_for(lambda: (output_dir / "last.pt").exists() and lines(0) >= 7, process, output)
+    assert process.exitcode == -signal.SIGKILL
     seen = lines(0)
     assert load_checkpoint(output_dir / "last.pt")["step"] in range(5, 20, 5)
 
-    with started([*main_py, "--resume", "auto"]) as process:
-        wait_for(lambda: lines(0) > seen, process)
+    with started([*argv, "--resume", "auto"], output) as process:
+        wait_for(lambda: lines(0) > seen, process, output)
         process.terminate()
-        out, err = process.communicate(timeout=120)
-    assert process.returncode == 143, err
+        process.join(120)
+        said = output.read_text()
+        assert process.exitcode == 143, said
     state = load_checkpoint(output_dir / "last.pt")
-    assert err.startswith(f"Stopped by SIGTERM at epoch {state['epoch']}, step {state['step']}; the state is in ")
-    assert re.search(r"Continuing .*last\.pt at epoch 0, step \d+\.", out)
+    stopped = f"Stopped by SIGTERM at epoch {state['epoch']}, step {state['step']}; the state is in "
+    assert re.search(f"^{re.escape(stopped)}", said, re.MULTILINE)
+    assert re.search(r"Continuing .*last\.pt at epoch 0, step \d+\.", said)
     assert state["epoch"] * 20 + state["step"] < 40
 
     train(output_dir, *flags, "--resume", "auto")

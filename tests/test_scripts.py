@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from script_helpers import ROOT, SCRIPTS, STUB, TORCHRUN, bash, clean_env, executable
@@ -211,29 +213,48 @@ def test_configuration_loads(path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def smoke(script: Path, *words: str, cwd: Path) -> None:
+def smoking(script: Path, *words: str, cwd: Path) -> subprocess.Popen[str]:
     env = clean_env(PYTHON=sys.executable, NPROC="1", OMP_NUM_THREADS="1")
-    command = ["bash", str(script), *words, "--smoke", "--device", "cpu"]
-    result = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1].startswith("smoke test passed")
+    command, pipe = ["bash", str(script), *words, "--smoke", "--device", "cpu"], subprocess.PIPE
+    return subprocess.Popen(command, env=env, cwd=cwd, stdout=pipe, stderr=pipe, text=True)
+
+
+def smoke(process: subprocess.Popen[str], cwd: Path) -> None:
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.splitlines()[-1].startswith("smoke test passed")
     assert not list(cwd.iterdir())
 
 
-@pytest.mark.parametrize("words", [["table1.sh", "q1", "deit_tiny"], ["deit_tiny_qramping.sh"], ["swin_tiny_int4.sh"]])
-def test_a_script_for_real(words: list[str], tmp_path: Path) -> None:
-    shape = "{depth: 1}" if "swin" not in words[0] else "{depths: [1, 1, 1, 1]}"
-    smoke(SCRIPTS / words[0], *words[1:], "--input-size", "32", "--model.kwargs", shape, cwd=tmp_path)
+REAL = [("table1.sh", "q1", "deit_tiny"), ("deit_tiny_qramping.sh",), ("swin_tiny_int4.sh",)]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, ...], tuple[Any, Path]]]:
+    """Those of REAL, side by side: a core is free while the other waits for Python's imports."""
+    started = {}
+    for words in REAL:
+        shape = "{depth: 1}" if "swin" not in words[0] else "{depths: [1, 1, 1, 1]}"
+        flags, cwd = ["--input-size", "32", "--model.kwargs", shape], tmp_path_factory.mktemp("real")
+        started[words] = smoking(SCRIPTS / words[0], *words[1:], *flags, cwd=cwd), cwd
+    yield started
+    for process, _ in started.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("words", REAL, ids=" ".join)
+def test_a_script_for_real(words: tuple[str, ...], real: dict[tuple[str, ...], tuple[Any, Path]]) -> None:
+    smoke(*real[words])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE_2)
 def test_every_script_of_table_2(name: str, tmp_path: Path) -> None:
-    smoke(SCRIPTS / f"{name}.sh", cwd=tmp_path)
+    smoke(smoking(SCRIPTS / f"{name}.sh", cwd=tmp_path), tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", [c for c in CELLS if not c.same], ids=lambda c: f"{c.table}-{c.row}-{c.column}")
 def test_every_row_with_a_run_of_its_own(cell: Cell, tmp_path: Path) -> None:
     """With the scripts of Table 2 all 75 runs. tests/test_paper_rows.py says that each other row starts one of them."""
-    smoke(SCRIPTS / f"table{cell.table}.sh", cell.row, cell.column, cwd=tmp_path)
+    smoke(smoking(SCRIPTS / f"table{cell.table}.sh", cell.row, cell.column, cwd=tmp_path), tmp_path)

@@ -67,7 +67,7 @@ class QuantLinear(NoisyLinear):
         """
         if self.recipe.q2 is None or self.recipe.q2.stochastic:
             raise ValueError("the weight has no quantized value: q2 is off or stochastic in this layer's recipe")
-        return fake_quantize(self.weight, self.recipe.q2, shadow=self.shadow)
+        return fake_quantize(self.weight.detach(), self.recipe.q2, shadow=self.shadow)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.recipe}"
