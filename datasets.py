@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from config import Config, UserError
 from images.classes import check_splits, class_names, count_classes
 from images.order import Key, Order
-from images.samples import MAX_IN_A_ROW, Images, Stream, collate
+from images.samples import MAX_IN_A_ROW, BrokenStream, Images, Stream, collate
 from images.sets import open_sets
 from images.transforms import eval_transform, train_transform
 from images.workers import CUT_OFF, Leash, failure_of_workers
@@ -93,8 +93,6 @@ class Data:
         where a worker has died.
         """
         for images, targets, unreadable, missing in self._loaded(loader):
-            if unreadable and isinstance(loader.dataset, Stream):
-                raise UserError(f"{unreadable[0]}: check data.set and data.path.")
             if unreadable and not self.skip_corrupt:
                 raise UserError(
                     f"{unreadable[0]}: repair or remove it, or go on without such images by data.on_corrupt=skip "
@@ -123,6 +121,9 @@ class Data:
             if self.leash is not None:
                 self.leash.started()
             yield from batches
+        except BrokenStream as error:
+            what = str(error).strip().splitlines()[-1].removeprefix(f"{BrokenStream.__module__}.BrokenStream: ")
+            raise UserError(f"The stream {what}: check data.set and data.path.") from None
         except (RuntimeError, OSError, EOFError) as error:
             exit_code = self.leash and self.leash.exit_code(wait=5.0 if isinstance(error, CUT_OFF) else 0.0)
             said = failure_of_workers(error, loading=self.leash is not None, exit_code=exit_code)
