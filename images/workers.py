@@ -119,7 +119,7 @@ def failure_of_workers(error: BaseException, *, loading: bool = False, exit_code
             "which has 64 MB, more by --shm-size=8g or --ipc=host; or lower data.num_workers (--num_workers) or "
             "data.batch_size."
         )
-    if isinstance(error, (OSError, EOFError)) and exit_code is None:
+    if isinstance(error, (OSError, EOFError)) and exit_code is None and not text.startswith("Caught "):
         return f"The loader processes cannot be started or reached ({error}): lower data.num_workers (--num_workers)."
     if not re.search(r"DataLoader worker \(pid", text):
         return None

@@ -275,6 +275,7 @@ def test_reports_on_workers_become_sentences(error, said):
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), True),
         (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nin a transform"), True),
         (LookupError("DataLoader worker (pid 7)"), True),
+        (OSError("Caught OSError in DataLoader worker process 0.\nin a transform"), True),
         (OSError(errno.ENOSPC, "No space left on device"), False),  # of a checkpoint, say
         (torch.OutOfMemoryError("CUDA out of memory"), False),
     ],
