@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset
 from config import Config, UserError
 from datasets import Data, build_data, build_mixup
 from models import create_model
-from quantization.layers.clock import NoiseClock
+from quantization.layers.clock import clock_of
 from quantization.stabilizers import Plan, Stabilizer, build_stabilizer
 from quantization.watch.probe import OscillationProbe, Probe
 from record.runlog import RunLog
@@ -170,7 +170,7 @@ def build_model(cfg: Config, num_classes: int, *, rank: int, device: torch.devic
     """The model on its device with the weights that training starts from, and what --finetune found no weights for."""
     torch.manual_seed(cfg.run.seed)  # the same initial weights on all processes
     model = create_model(cfg, num_classes).to(device)
-    if isinstance(clock := getattr(model, "noise", None), NoiseClock):
+    if (clock := clock_of(model)) is not None:
         clock.reseed(cfg.run.seed, rank)
     if cfg.run.finetune is None or cfg.run.eval:
         return model, []
