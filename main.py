@@ -20,6 +20,7 @@ import torch.distributed as dist
 from config import Config, UserError, dump_config, load_config
 from config.flags import parse_flags
 from config.rows import run_name
+from datasets import failure_of_workers
 from engine import Run, TrainingError, evaluate, train_one_epoch
 from models import PATCHES, quantizer_table
 from record.checkpoint import BEST, LAST, find_last, load_checkpoint
@@ -238,6 +239,12 @@ def command(argv: Sequence[str] | None = None) -> NoReturn:
             "which leaves evaluation the memory of training.",
             file=sys.stderr,
         )
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        said = failure_of_workers(error)
+        if said is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(0)
 

@@ -71,6 +71,8 @@ def plan_batches(cfg: Config, world_size: int) -> tuple[int, int]:
     Raises UserError where the global batch is not a multiple of processes x batch size.
     """
     global_batch, batch_size = cfg.optim.global_batch, cfg.data.batch_size
+    if cfg.run.eval:  # nothing is added up to a global batch
+        return batch_size or min(MAX_BATCH, max(1, global_batch // world_size)), 1
     if global_batch % world_size:
         raise UserError(f"The global batch of {global_batch} does not divide among {world_size} processes.")
     share = global_batch // world_size
@@ -189,7 +191,7 @@ def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, devi
     # 2. Data, which tells how many classes and steps there are.
     batch_size, accumulation = plan_batches(cfg, world_size)
     data = build_data(cfg, rank=rank, world_size=world_size, batch_size=batch_size)
-    steps_per_epoch = data.batches_per_epoch // accumulation
+    steps_per_epoch = 1 if cfg.run.eval else data.batches_per_epoch // accumulation
     if not steps_per_epoch:
         raise UserError(f"The training set has fewer images than the global batch of {cfg.optim.global_batch}.")
     mixup = build_mixup(cfg, data.num_classes)
