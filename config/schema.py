@@ -347,6 +347,9 @@ class RunConfig(_Section):
     device: str = _key("auto", "auto, cpu or cuda", "--device")
     amp: Literal["auto", "none", "bfloat16"] = _key("auto", "autocast; auto: bfloat16 on a GPU, none on a CPU", "--amp")
     compile: bool = _key(False, "run the model under torch.compile", "--compile")
+    grad_checkpointing: bool = _key(
+        False, "compute activations again in the backward pass: less memory, more time", "--grad-checkpointing"
+    )
     cuda_graphs: bool = _key(True, "on a GPU, record forward and backward pass as CUDA graphs", "--cuda-graphs")
     eval: bool = _key(False, "evaluate only (the checkpoint of --resume)", "--eval")
     resume: str | None = _key(None, "checkpoint to continue from; auto: the last one in output_dir, if any", "--resume")

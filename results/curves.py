@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError, load_config
-from record.epochs import finished_epochs
+from record.metrics import finished_epochs
 from record.runlog import CONFIG
 from results.style import DPI, labels, line_styles, method_name, picture
 

@@ -12,7 +12,6 @@ from config.batches import plan_batches
 from config.explain import did_you_mean
 from config.flags import parse_flags
 from config.rows import QUANTITIES, shown, table_cells
-from record.epochs import finished_epochs
 
 
 def listing(number: int) -> str:
@@ -35,6 +34,10 @@ def listing(number: int) -> str:
 
 def _complete(directory: Path, reference: str, overrides: Sequence[str]) -> bool:
     """Whether a folder holds the finished run of a configuration, and not of another recipe."""
+    if not directory.is_dir():
+        return False
+    from record.metrics import finished_epochs  # here, because it imports torch, which takes seconds
+
     try:
         epochs = finished_epochs(directory, required=False)
     except UserError:  # main.py's to say, when it is asked to go on with such a run

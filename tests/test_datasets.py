@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from data_helpers import assert_same, folder_config, generator_states, make_config, make_data, make_folder, spoil, stack
+from data_helpers import (
+    assert_same,
+    folder_config,
+    generator_states,
+    make_config,
+    make_data,
+    make_folder,
+    spoil,
+    stack,
+    user_error_of,
+)
 from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -250,15 +260,6 @@ def test_fewer_images_than_a_batch():
 
 
 # --- Unreadable images ------------------------------------------------------------------------------------------------
-
-
-def user_error_of(batches) -> str:
-    """What pytest.raises would keep holds a cycle with the loader, whose workers then take 5 s to notice its end."""
-    try:
-        list(batches)
-    except UserError as error:
-        return str(error)
-    return "no error"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

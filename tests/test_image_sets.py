@@ -6,7 +6,6 @@ import itertools
 import pickle
 import random
 import sys
-import tarfile
 import types
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 import timm.data
 import torch
 import torchvision
-from data_helpers import assert_same, folder_config, generator_states, make_config, make_data, make_folder, spoil, stack
+from data_helpers import assert_same, folder_config, generator_states, make_config, make_data, make_folder, stack
 from PIL import Image
 
 import datasets
@@ -71,42 +70,6 @@ def test_cifar(tmp_path, monkeypatch, name, classes):
     assert next(data.train_batches(0))[0].shape == (8, 3, 16, 16)
     with pytest.raises(UserError, match=f"{name} has {classes} classes but model.num_classes is 3"):
         make_data("model.num_classes=3", base=base)
-
-
-@pytest.mark.parametrize("one_tar_a_class", [False, True])
-def test_tar_files_give_what_the_folder_gives(tmp_path, one_tar_a_class):
-    source, packed = make_folder(tmp_path / "folder"), tmp_path / "packed"
-    packed.mkdir()
-    for split in ("train", "val"):
-        if one_tar_a_class:
-            (packed / split).mkdir()
-            for folder in (source / split).iterdir():
-                with tarfile.open(packed / split / f"{folder.name}.tar", "w") as tar:
-                    for path in folder.iterdir():
-                        tar.add(path, path.name)
-        else:
-            with tarfile.open(packed / f"{split}.tar", "w") as tar:
-                tar.add(source / split, "")
-    for workers in (0, 2):
-        a, b = (
-            make_data(f"data.num_workers={workers}", base=folder_config(root), batch_size=4)
-            for root in (source, packed)
-        )
-        colours = [{tuple(c.tolist()) for c in stack(d.eval_batches())[0][:, :, 0, 0]} for d in (a, b)]
-        assert colours[0] == colours[1] and len(colours[0]) == 8
-        assert stack(b.eval_batches())[1].bincount().tolist() == [4, 4]
-        assert len(list(b.train_batches(0))) == 3
-
-
-def test_unreadable_image_in_a_tar_is_not_replaced_unasked(tmp_path):
-    """timm's own ImageDataset takes the next image and logs a warning."""
-    source = make_folder(tmp_path / "folder")
-    spoil(source / "train/ant/2.png", "empty")
-    for split in ("train", "val"):
-        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
-            tar.add(source / split, "")
-    with pytest.raises(UserError, match=r"train\.tar/ant/2\.jpg cannot be read"):
-        list(make_data(base=folder_config(tmp_path), batch_size=4).train_batches(0))
 
 
 def test_torchvision_sets_by_timms_naming(monkeypatch, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import re
 from pathlib import Path
 
@@ -25,12 +24,14 @@ from quantization.layers.clock import clock_of
 from quantization.stabilizers import Plan, Stabilizer, build_stabilizer
 from quantization.watch.probe import OscillationProbe, Probe
 from record.runlog import RunLog
-from record.weights import finetune_from, load_weights
+from record.weights import finetune_from
+from training.given import load_rest, starting_weights
 from training.graphs import GraphedPasses, leave_default_stream
 from training.losses import build_loss
 from training.passes import PROBE_POSITION
+from training.processes import environment_number
 from training.run import Run
-from training.state import Setup
+from training.state import EvaluationState, Setup
 
 
 def pick_device(cfg: Config) -> torch.device:
@@ -44,7 +45,7 @@ def pick_device(cfg: Config) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device is cuda and torch sees no CUDA device; use --device cpu or auto.")
-        index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+        index = environment_number("LOCAL_RANK", 0) if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise UserError(
                 f"Process {index} of this node has no GPU: torch sees {torch.cuda.device_count()}; start at most one "
@@ -143,7 +144,7 @@ def fixed_images(data: Data, count: int) -> Tensor:
 
 def build_probe(cfg: Config, model: nn.Module, plan: Plan, data: Data, amp: torch.dtype | None) -> Probe:
     """The probe of the `probes` section."""
-    if not cfg.probes.enabled or cfg.run.eval:
+    if not cfg.probes.enabled:
         return Probe()
     device = next(model.parameters()).device
     images = fixed_images(data, cfg.probes.images).to(device)
@@ -154,15 +155,49 @@ def build_probe(cfg: Config, model: nn.Module, plan: Plan, data: Data, amp: torc
         raise UserError(f"{error}; see probes in the configuration.") from None
 
 
-def build_model(cfg: Config, num_classes: int, *, rank: int, device: torch.device) -> tuple[nn.Module, list[str]]:
-    """The model on its device with the weights that training starts from, and what --finetune found no weights for."""
+def build_model(cfg: Config, num_classes: int, *, rank: int, device: torch.device) -> nn.Module:
+    """The model on its device, initialised by the run's seed."""
     torch.manual_seed(cfg.run.seed)  # the same initial weights on all processes
     model = create_model(cfg, num_classes).to(device)
     if (clock := clock_of(model)) is not None:
         clock.reseed(cfg.run.seed, rank)
-    if cfg.run.finetune is None or cfg.run.eval:
-        return model, []
-    return model, finetune_from(model, load_weights(Path(cfg.run.finetune)), Path(cfg.run.finetune))
+    return model
+
+
+def stabilize(cfg: Config, model: nn.Module, plan: Plan) -> Stabilizer:
+    """The stabilizer, and in the model what it keeps there. Raises UserError."""
+    try:
+        return build_stabilizer(cfg.stabilizer, model, plan)
+    except ValueError as error:
+        raise UserError(f"{error}; see quant and stabilizer in the configuration.") from None
+
+
+def checkpoint_activations(cfg: Config, model: nn.Module) -> None:
+    """Let each block's activations be computed again in the backward pass. Raises UserError where timm cannot."""
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise UserError(
+            f"The model {cfg.model.name} cannot compute its activations again; leave --grad-checkpointing away."
+        ) from None
+
+
+def autocast_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
+    """bfloat16, or None for no autocast."""
+    return torch.bfloat16 if cfg.run.amp == "bfloat16" or (cfg.run.amp == "auto" and device.type == "cuda") else None
+
+
+def build_evaluation(cfg: Config, *, rank: int, world_size: int, device: torch.device) -> EvaluationState:
+    """The evaluation set and the model, with random weights: what --eval needs, and no more of the recipe."""
+    check_carrier(cfg, device)
+    batch_size, _ = plan_batches(cfg, world_size)
+    data = build_data(cfg, rank=rank, world_size=world_size, batch_size=batch_size)
+    model = build_model(cfg, data.num_classes, rank=rank, device=device)
+    stabilize(cfg, model, Plan(1, 1))
+    if cfg.run.compile:
+        model.compile()
+    setup = Setup(cfg, rank, world_size, device, autocast_dtype(cfg, device), batch_size, 1, 1)
+    return EvaluationState(setup=setup, model=model, data=data)
 
 
 def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, device: torch.device) -> Run:
@@ -183,26 +218,29 @@ def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, devi
     if not steps_per_epoch:
         raise UserError(f"The training set has fewer images than the global batch of {cfg.optim.global_batch}.")
     mixup = build_mixup(cfg, data.num_classes)
-    amp = torch.bfloat16 if cfg.run.amp == "bfloat16" or (cfg.run.amp == "auto" and device.type == "cuda") else None
-    setup = Setup(cfg, rank, world_size, device, amp, batch_size, accumulation, steps_per_epoch)
+    setup = Setup(cfg, rank, world_size, device, autocast_dtype(cfg, device), batch_size, accumulation, steps_per_epoch)
 
     # 3. The model, with the weights that training starts from.
-    model, not_loaded = build_model(cfg, data.num_classes, rank=rank, device=device)
+    model = build_model(cfg, data.num_classes, rank=rank, device=device)
+    weights, not_loaded = {}, []
+    if cfg.run.finetune:
+        weights = starting_weights(cfg)
+        not_loaded = finetune_from(model, weights, cfg.run.finetune)
 
-    # 4. What begins as a copy of those weights: a stabilizer's shadows, the moving average. The teacher's random
-    #    initialisation draws after the model's.
+    # 4. What begins as a copy of those weights: a stabilizer's shadows, unless the file has them, and the moving
+    #    average. The teacher's random initialisation draws after the model's.
     plan = Plan(steps_per_epoch, cfg.schedule.epochs * steps_per_epoch)
-    try:
-        stabilizer = build_stabilizer(cfg.stabilizer, model, plan)
-    except ValueError as error:
-        raise UserError(f"{error}; see quant and stabilizer in the configuration.") from None
+    stabilizer = stabilize(cfg, model, plan)
+    not_loaded = load_rest(model, weights, not_loaded)
     loss = build_loss(cfg, model, num_classes=data.num_classes, mixed_targets=mixup is not None, device=device)
     ema = ModelEmaV3(model, decay=cfg.model_ema.decay) if cfg.model_ema.enabled else None
 
     # 5. The optimizer, by the stabilizer's choice, on the parameters of the bare model; then its schedule.
     optimizer = build_optimizer(cfg, model, stabilizer, device)
 
-    # 6. Compiled in place, then wrapped: processes meet here, all or none.
+    # 6. Passes: what they keep, compiled in place, then wrapped: processes meet here, all or none.
+    if cfg.run.grad_checkpointing:
+        checkpoint_activations(cfg, model)
     if cfg.run.compile:
         model.compile()
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
@@ -218,7 +256,7 @@ def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, devi
         mixup=mixup,
         ema=ema,
         stabilizer=stabilizer,
-        probe=build_probe(cfg, model, plan, data, amp),
+        probe=build_probe(cfg, model, plan, data, setup.amp),
         log=RunLog(output_dir, enabled=False),
         graphs=GraphedPasses(list(model.parameters())) if graphed else None,
         not_loaded=not_loaded,
