@@ -107,12 +107,16 @@ def read_table_run(directory: Path) -> TableRun:
     epochs = finished_epochs(directory, required=False)
     last = max(epochs, default=0)
     data = epochs.get(last, {})
+    try:
+        manifest = read_manifest(directory)
+    except OSError as error:
+        raise UserError(f"The manifest in {directory} cannot be read ({error.strerror or error}).") from None
     return TableRun(
         directory=directory,
         configs=[_resolved(path) for path in sorted(directory.glob("resolved*.yaml"))],
         epochs=last,
         figures={name: value for name, key in METRICS.items() if math.isfinite(value := figure_of(data, key))},
-        manifest=read_manifest(directory),
+        manifest=manifest,
     )
 
 
