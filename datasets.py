@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from config import Config, UserError
 from images.classes import check_splits, class_names, count_classes
 from images.order import Key, Order
+from images.policies import check_policy
 from images.samples import MAX_IN_A_ROW, BrokenStream, Images, Stream, collate
 from images.sets import open_sets
 from images.transforms import eval_transform, train_transform
@@ -172,6 +173,7 @@ def build_data(cfg: Config, *, rank: int, world_size: int, batch_size: int) -> D
     With run.eval there is no training set, nor need there be one. Raises UserError for what the user can mend: paths,
     missing packages, class counts, a batch that does not fit.
     """
+    check_policy(cfg)
     if batch_size % 2 and _mixes(cfg) and not cfg.run.eval:
         raise UserError(f"mixup pairs the images of a batch, so data.batch_size must be even, not {batch_size}.")
     eval_batch_size = max(1, int(1.5 * batch_size))  # evaluation keeps no activations, so more fits

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
-from config import Config
+from config import Config, UserError
+from record.schema import Manifest, check
 
 MANIFEST = "manifest.json"
+LARGEST = 2**26  # bytes
 _PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "tensorboardX")
 # What the manifest keeps of every start of a run that was stopped and continued.
 _OF_A_START = ("start_time", "command_line", "git", "versions", "device", "world_size")
@@ -81,6 +83,23 @@ def manifest(
         "quantizers": {layer: dict(table) for layer, table in quantizers.items()},
         **(extra or {}),
     }
+
+
+def read_manifest(output_dir: Path) -> dict[str, Any]:
+    """manifest.json of a run, of the form schema.Manifest; empty where there is none. Raises UserError, and OSError."""
+    path = output_dir / MANIFEST
+    try:
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"{path} is larger than {LARGEST} bytes and was not read; move it away.")
+        read = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is not JSON.") from None
+    if not isinstance(read, dict):
+        raise UserError(f"{path} is not a JSON object; move it away to continue the run.")
+    check(Manifest, read, f"{path} is no manifest of a run")
+    return read
 
 
 def add_session(earlier: Mapping[str, Any], entries: Mapping[str, Any], config: str | None) -> dict[str, Any]:

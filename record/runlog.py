@@ -14,28 +14,31 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
-import time
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tensorboardX import SummaryWriter
-
-from config import UserError
+from config import Config, UserError, load_config, recipe_differences
 from quantization.watch.recording import Recording
-from record.checkpoint import LAST, atomic_write
-from record.manifest import MANIFEST, add_session
-from record.metrics import METRICS, open_metrics, plain
+from record.checkpoint import BEST, LAST, load_checkpoint
+from record.files import LOCK, FolderLock, atomic_write, refuse_links
+from record.manifest import MANIFEST, add_session, read_manifest
+from record.metrics import METRICS, VOID, finished_epochs, is_void, open_metrics, plain, read_metrics
 from record.progress import Progress
+from record.recordings import PROBES, set_aside_recordings, write_recording
+from record.tensorboard import TensorBoard
 
-CONFIG, PROBES = "resolved.yaml", "probes"
+CONFIG, TENSORBOARD = "resolved.yaml", "tensorboard"
+_FILES = (LAST, BEST, MANIFEST, METRICS, LOCK, "resolved*.yaml", "*.tmp", ".*.tmp")
 
 
 class RunLog(contextlib.AbstractContextManager):
     """The files of one run. On ranks other than 0 (enabled=False) every method does nothing.
 
-    Raises UserError if `output_dir` cannot be written, or holds a run and `resume` is False; nothing is touched then.
+    Raises UserError if `output_dir` cannot be written, holds a run and `resume` is False, holds links or is written by
+    another process; nothing is touched then.
     purge_step: the optimizer steps a resumed run has done; TensorBoard drops what a killed run drew after that step.
     """
 
@@ -44,39 +47,48 @@ class RunLog(contextlib.AbstractContextManager):
     ) -> None:
         self.output_dir = Path(output_dir)
         self.enabled = enabled
-        self.tensorboard: SummaryWriter | None = None
+        self.tensorboard: TensorBoard | None = None
         self._logger: Any = None
+        self._lock: FolderLock | None = None
         self._config: str | None = None
         self._earlier: dict[str, Any] = {}
         self._origin: tuple[float, float] | None = None  # when and where (in epochs) this session's training began
         if not enabled:
             return
         try:
-            held = [name for name in (LAST, MANIFEST, METRICS) if (self.output_dir / name).exists()]
-            if held and not resume:
+            if not resume and any((self.output_dir / name).exists() for name in (LAST, MANIFEST, METRICS)):
                 raise UserError(
                     f"{self.output_dir} already holds a run; pass --resume auto to continue it or choose another "
                     "--output_dir."
                 )
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            if MANIFEST in held:
-                self._earlier = dict(json.loads((self.output_dir / MANIFEST).read_bytes()))
+            refuse_links(self.output_dir, _FILES, (PROBES, TENSORBOARD))
+            self._lock = FolderLock(self.output_dir)
+            self._earlier = read_manifest(self.output_dir)
             self._logger, self._file = open_metrics(self.output_dir / METRICS)
-            self.tensorboard = SummaryWriter(
-                str(self.output_dir / "tensorboard"),
-                purge_step=None if purge_step is None else purge_step + 1,  # tensorboardX means the first one to drop
-                flush_secs=30,
-                filename_suffix=f".{time.time_ns()}",  # else a restart within a second overwrites the file
-            )
+            # TensorBoard means the first step to drop.
+            first_dropped = None if purge_step is None else purge_step + 1
+            self.tensorboard = TensorBoard(self.output_dir / TENSORBOARD, purge_step=first_dropped)
         except OSError as error:
+            self.close()
             raise UserError(
                 f"The run directory {self.output_dir} cannot be written ({error.strerror or error}); choose another "
                 "--output_dir."
             ) from None
-        except (ValueError, TypeError):
-            raise UserError(
-                f"{self.output_dir / MANIFEST} is not a JSON object; move it away to continue the run."
-            ) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def go_back(self, epoch: int, step: int) -> None:
+        """The run goes on after `epoch` epochs and `step` steps: what metrics and recordings have beyond that is void.
+
+        Called once last.pt is of this moment, lest a run that goes on from a later one loses its figures.
+        """
+        if not self.enabled:
+            return
+        if any(is_void(line["step"], (epoch, step)) for line in read_metrics(self.output_dir)):
+            self._write("PARAMETER", dict(zip(VOID, (epoch, step), strict=True)))
+        set_aside_recordings(self.output_dir / PROBES, epoch + 1)
 
     def write_config(self, text: str) -> Path | None:
         """Keep `text` as resolved.yaml or, where a resumed run has another there, beside it as resolved.<n>.yaml."""
@@ -129,27 +141,19 @@ class RunLog(contextlib.AbstractContextManager):
         if not self.enabled:
             return
         arrays = recording.arrays
-        folder = self.output_dir / PROBES
-        folder.mkdir(exist_ok=True)
-        atomic_write(folder / f"{recording.name}.npz", lambda file: np.savez_compressed(file, **arrays))
+        write_recording(self.output_dir / PROBES, recording.name, arrays)
         if self.tensorboard is None or "oscillating" not in arrays:
             return
         for layer, count, numel in zip(arrays["layers"], arrays["oscillating"], arrays["numel"], strict=True):
             self.tensorboard.add_scalar(f"oscillating_share/{layer}", count / numel, at)
         for name in ("latent", "confidence"):
-            edges, counts = arrays[f"{name}_edges"], arrays[f"{name}_counts"].sum(0)
-            middles = (edges[1:] + edges[:-1]) / 2
-            self.tensorboard.add_histogram_raw(
-                f"probe/{name}",
-                min=edges[0],
-                max=edges[-1],
-                num=counts.sum(),
-                sum=counts @ middles,
-                sum_squares=counts @ middles**2,
-                bucket_limits=edges[1:].tolist(),
-                bucket_counts=counts.tolist(),
-                global_step=at,
-            )
+            counts = arrays[f"{name}_counts"].sum(0)
+            self.tensorboard.add_histogram(f"probe/{name}", arrays[f"{name}_edges"], counts, at)
+
+    def flush(self) -> None:
+        """Bring TensorBoard's points to the disk, as every line of metrics is already; called with each checkpoint."""
+        if self.tensorboard is not None:
+            self.tensorboard.flush()
 
     def _write(self, step: tuple[int, ...] | str, data: Mapping[str, Any]) -> None:
         try:
@@ -176,9 +180,68 @@ class RunLog(contextlib.AbstractContextManager):
                 self._file.close()
             self._logger = None
         if self.tensorboard is not None:
-            with contextlib.suppress(OSError):
-                self.tensorboard.close()
+            self.tensorboard.close()
             self.tensorboard = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a folder held before
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_new(output_dir: Path, cfg: Config) -> None:
+    """Raises UserError where a run that finds no last.pt in `output_dir` would begin anew over what is there.
+
+    A run of the same recipe that was stopped before its first epoch was done may begin again.
+    """
+    best, epochs = output_dir / BEST, len(finished_epochs(output_dir, required=False))
+    held = [BEST] * best.exists() + [f"{epochs} finished epochs in {METRICS}"] * (epochs > 0)
+    if held:
+        go_on = f"put {LAST} back" + (f", go on from {BEST} with --resume {best}" if best.exists() else "")
+        raise UserError(
+            f"{output_dir} has no {LAST} to continue from and holds {' and '.join(held)}: {go_on}, or choose another "
+            "--output_dir."
+        )
+    for path in sorted(output_dir.glob("resolved*.yaml")):
+        differences = recipe_differences(load_config(path).model_dump(mode="json"), cfg.model_dump(mode="json"))
+        differences = [d for d in differences if not d.startswith("schedule.epochs ")]
+        if differences:
+            raise UserError(
+                f"{output_dir} was begun with {differences[0]}, says {path.name}; start it with the same recipe, or "
+                "choose another --output_dir."
+            )
+
+
+def mend_best(output_dir: Path, state: Mapping[str, Any]) -> None:
+    """See to it that best.pt is the best checkpoint of the run that goes on from `state`, that of its last.pt.
+
+    Where best.pt is missing, damaged or an earlier one and last.pt is the best, last.pt is copied; else this is said on
+    stderr. A run that saves best.pt before last.pt leaves nothing to mend.
+    """
+    best, last = output_dir / BEST, output_dir / LAST
+    if state["best_top1"] < 0:
+        return
+    try:
+        if load_checkpoint(best)["best_top1"] >= state["best_top1"]:
+            return
+        fault = "is that of an earlier epoch"
+    except UserError:
+        fault = "cannot be read" if best.exists() else "is missing"
+    epochs = finished_epochs(output_dir, required=False)
+    epoch = next((n for n, figures in epochs.items() if figures["eval.top1"] == state["best_top1"]), None)
+    if epoch == state["epoch"] and not state["step"] and last.is_file():
+        with last.open("rb") as source:
+            atomic_write(best, lambda file: shutil.copyfileobj(source, file))
+        return
+    of_epoch = "" if epoch is None else f" of epoch {epoch}"
+    print(
+        f"{best} {fault}: the state of the best top-1 so far, {state['best_top1']:.2f} %{of_epoch}, is lost; the next "
+        "better one is kept.",
+        file=sys.stderr,
+    )

@@ -14,27 +14,63 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
 from torch import Tensor, nn
 
 from config import UserError
 from record.checkpoint import EXPECTED, read_file
+from record.schema import WithConfig, check, tensor_fault
 
+_PLAIN = ("model", "state_dict")
+_AVERAGES = ("ema", "model_ema", "state_dict_ema")  # of this program, DeiT, timm
+_WRAPPERS = {"module", "model", "net", "network", "backbone"}  # of DDP, Lightning and others, around a whole model
 _HEADS = ("head.", "head_dist.")  # the classifiers of DeiT, its distilled form and Swin (head.fc)
 
 
-def load_weights(path: str | Path) -> dict[str, Tensor]:
+def load_weights(path: str | Path, *, average: bool = False) -> dict[str, Tensor]:
     """Model weights on the CPU from a checkpoint of ours, a timm or DeiT file, a bare state dict or safetensors.
 
-    Prefixes that DDP ("module.") and torch.compile ("_orig_mod.") add to names are taken off. Raises UserError.
+    average: the moving average that the file keeps of them; without it those that were trained, and the average of a
+    file that has nothing else. Prefixes that DDP, torch.compile and wrappers add to all names are taken off.
+    Raises UserError.
     """
-    weights = read_file(Path(path))
-    for key in ("model", "state_dict"):
-        if isinstance(weights, Mapping) and isinstance(weights.get(key), Mapping):
-            weights = weights[key]
-    entries = weights.items() if isinstance(weights, Mapping) else []
-    if not entries or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in entries):
+    held = read_file(Path(path))
+    held = held if isinstance(held, Mapping) else {}
+    plain, averaged = _find(held, _PLAIN), _find(held, _AVERAGES)
+    if average and averaged is None:
+        raise UserError(f"{path} holds no moving average of the weights; leave --model-ema away to take the weights.")
+    weights = averaged if average or (plain is None and averaged is not None) else held if plain is None else plain
+    if not weights or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()):
         raise UserError(f"{path} holds no model weights; {EXPECTED}.")
-    return {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in entries}
+    for name, value in weights.items():
+        if (fault := tensor_fault(value)) is not None:
+            raise UserError(f"{path} cannot be used: {name} {fault}; save the weights again as plain tensors.")
+    weights = {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
+    while (first := {name.partition(".")[0] for name in weights}) <= _WRAPPERS and len(first) == 1:
+        if not all("." in name for name in weights):
+            break
+        weights = {name.partition(".")[2]: value for name, value in weights.items()}
+    return weights
+
+
+def saved_config(path: str | Path) -> dict[str, Any] | None:
+    """The configuration that a checkpoint of ours was trained with; None for the files of others. Raises UserError."""
+    held = read_file(Path(path))
+    text = held.get("config") if isinstance(held, Mapping) else None
+    if not isinstance(text, str):
+        return None
+    check(WithConfig, {"config": text}, f"{path} cannot be used")
+    return yaml.safe_load(text)
+
+
+def _find(held: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Any] | None:
+    """The mapping under the first of `keys` that has one, and under a further one of them inside it."""
+    found = None
+    for key in keys:
+        if isinstance(inner := (held if found is None else found).get(key), Mapping):
+            found = inner
+    return found
 
 
 def _differences(own: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -51,14 +87,38 @@ def _differences(own: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[t
             yield name, f"{name} is only in the file"
 
 
+def _values_amiss(own: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+    """The first entry of another kind of number than the model's, or not finite where the model's is; None if none."""
+    for name, value in own.items():
+        other = given.get(name)
+        if not isinstance(value, Tensor) or not isinstance(other, Tensor):
+            continue
+        if value.is_floating_point() != other.is_floating_point() or (value.dtype == torch.bool) != (
+            other.dtype == torch.bool
+        ):
+            here, there = (str(v.dtype).removeprefix("torch.") for v in (value, other))
+            return f"{name} is {here} here and {there} in the file"
+        if other.is_floating_point() and not other.isfinite().all() and value.isfinite().all():
+            return f"{name} holds values that are not finite"
+    return None
+
+
 def restore_model(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
     """Load weights that must fit exactly. Raises UserError with the first difference and leaves the model untouched."""
-    for _, difference in _differences(model.state_dict(), weights):
+    own = model.state_dict()
+    for _, difference in _differences(own, weights):
         raise UserError(
             f"{path} is the checkpoint of another model: {difference}; check --model, or start from its weights with "
             "--finetune."
         )
+    if (amiss := _values_amiss(own, weights)) is not None:
+        raise UserError(f"The weights in {path} cannot be used: {amiss}.")
     model.load_state_dict(weights)
+
+
+def first_not_finite(model: nn.Module) -> str | None:
+    """The name of the first parameter with a value that is not finite; None if there is none. Waits for the device."""
+    return next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
 
 
 def finetune_from(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> list[str]:
@@ -70,6 +130,11 @@ def finetune_from(model: nn.Module, weights: Mapping[str, Tensor], path: str | P
     """
     own = model.state_dict()
     given = dict(weights)
+    if not any(name.startswith(_HEADS) for name in given) and given.keys() <= own.keys():
+        # timm's filter for Swin takes a file without its classifier for one of an older layout, and renames layers.
+        heads = {name: value for name, value in own.items() if name.startswith(_HEADS)}
+    else:
+        heads = {}
 
     def misfit(difference: str) -> UserError:
         return UserError(
@@ -83,12 +148,15 @@ def finetune_from(model: nn.Module, weights: Mapping[str, Tensor], path: str | P
             # DeiT III's first files name their layer scales gamma_1 and gamma_2.
             gamma = {"adapt_layer_scale": True} if "adapt_layer_scale" in inspect.signature(resample).parameters else {}
             try:
-                given = resample(given, model, **gamma)
+                given = resample({**given, **heads}, model, **gamma)
             except Exception as error:  # the filters assume a file of their own family
                 names = (text for name, text in _differences(own, given) if (name in own) != (name in given))
                 difference = next(names, f"they cannot be resampled ({' '.join(str(error).split())})")
                 raise misfit(difference) from None
+            given = {name: value for name, value in given.items() if name not in heads}
             break
+    if (amiss := _values_amiss(own, given)) is not None:
+        raise UserError(f"The weights in {path} cannot be used: {amiss}.")
     left = []
     for name, difference in _differences(own, given):
         layer, _, leaf = name.rpartition(".")

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from config import UserError, load_config
 from quantization.oscillation import OSCILLATING
-from record.runlog import CONFIG, PROBES
+from record.recordings import PROBES, read_recording
+from record.runlog import CONFIG
 from results.style import COLOURS, DPI, STYLES, labels, line_styles, method_name, picture
 
 THRESHOLD = {"color": "#999999", "linestyle": ":", "linewidth": 0.8}
@@ -48,13 +48,7 @@ def read_recordings(directory: Path) -> ProbedRun:
     """Raises UserError for a folder that is not a run, has no recording or one that cannot be read."""
     if not (directory / CONFIG).is_file():
         raise UserError(f"{directory} is not a run: it holds no {CONFIG}; give the --output_dir of a run.")
-    recordings = []
-    for path in sorted((directory / PROBES).glob("epoch_*.npz")):
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                recordings.append(dict(arrays))
-        except (OSError, ValueError, EOFError, BadZipFile) as error:
-            raise UserError(f"The recording {path} cannot be read ({error}); move it away.") from None
+    recordings = [read_recording(path) for path in sorted((directory / PROBES).glob("epoch_*.npz"))]
     if not recordings:
         raise UserError(f"The run in {directory} has no recordings of a probe; train it with --probes.")
     return ProbedRun(directory, method_name(load_config(directory / CONFIG)), recordings)

@@ -241,6 +241,10 @@ def environment() -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def stop_in_evaluation(run: Run) -> None:
+    run.model.register_forward_hook(lambda model, *_: None if model.training else stop_itself(run))
+
+
 def stop_itself(run: Run) -> None:
     run.stop._remember(15, None)
 
@@ -249,7 +253,7 @@ def break_weight(run: Run) -> None:
     run.model.blocks[1].mlp.fc1.weight.data[0] = torch.inf
 
 
-ACTIONS = {"stop": stop_itself, "break": break_weight}
+ACTIONS = {"stop": stop_itself, "stop in evaluation": stop_in_evaluation, "break": break_weight}
 
 
 def in_two_processes(folder: Path, runs: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:

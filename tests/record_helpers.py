@@ -27,6 +27,27 @@ def small_swin(**kwargs: Any) -> nn.Module:
     return timm.create_model("swin_tiny_patch4_window7_224", **{**size, "num_classes": 5, **kwargs})
 
 
+def training_state(model: nn.Module) -> dict[str, Any]:
+    """The state of a run after 3 of its 5 epochs and 2 of 4 steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "ema": None,
+        "stabilizer": {},
+        "probe": {},
+        "epoch": 3,
+        "step": 2,
+        "steps_per_epoch": 4,
+        "best_top1": 12.5,
+        "meter": {"loss": [0.1 + 0.2, 2.0]},
+        "config": "schedule: {epochs: 5}",
+        "pair": (1, True),
+    }
+
+
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 

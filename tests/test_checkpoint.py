@@ -17,26 +17,11 @@ import pytest
 import safetensors.torch
 import torch
 from helpers import ROOT
-from record_helpers import refused, same, small_vit
+from record_helpers import refused, same, small_vit, training_state
 from torch import nn
 
 from record.checkpoint import FORMAT, LAST, atomic_write, find_last, load_checkpoint, save_checkpoint
 from record.weights import load_weights
-
-
-def training_state(model: nn.Module) -> dict[str, Any]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model(torch.randn(2, 3, 32, 32)).sum().backward()
-    optimizer.step()
-    return {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "ema": None,
-        "epoch": 3,
-        "meter": {"loss": [0.1 + 0.2, 3.0]},
-        "config": "run: {seed: 0}",
-        "pair": (1, True),
-    }
 
 
 class RunsCode:

@@ -28,6 +28,7 @@ from helpers import (
     killed,
     outcome,
     replace,
+    stop_itself,
     tiny,
     train,
 )
@@ -37,7 +38,8 @@ import engine
 import main
 from config import load_config
 from engine import Run
-from record.checkpoint import load_checkpoint
+from record.checkpoint import load_checkpoint, save_checkpoint
+from training import passes
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -273,3 +275,55 @@ def test_rehearsed_steps_leave_no_trace(straight: dict[str, Path], tmp_path: Pat
     for line in ramped["metrics"]:
         line["data"] = {name: value for name, value in line["data"].items() if not name.startswith("stabilizer.")}
     assert differences(plain["metrics"], [line for line in ramped["metrics"] if line["data"]]) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other micro-batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def drawn_by(monkeypatch: pytest.MonkeyPatch, *argv: str) -> list[tuple[int, bytes]]:
+    """Of every training pass of a run: its position of noise, and the state that torch's generator is set to."""
+    drawn: list[tuple[int, bytes]] = []
+    seed = passes.seed_step
+
+    def note(run: Run, position: int) -> None:
+        seed(run, position)
+        drawn.append((position, torch.get_rng_state().numpy().tobytes()))
+
+    with monkeypatch.context() as patch:
+        replace(patch, passes.seed_step, note)
+        assert exit_code([*argv]) in (0, 143)
+    return drawn
+
+
+@pytest.mark.parametrize(
+    "sizes", [("16", "8", "4"), ("4", "16", "8"), ("8", "4", "16")], ids=lambda sizes: "_".join(sizes)
+)
+def test_a_session_with_other_micro_batches_draws_what_none_before_it_drew(
+    sizes: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[int, bytes]] = []
+    for number, size in enumerate(sizes):
+        with monkeypatch.context() as patch:
+            replace(patch, engine.train_step, before_step(3 * number + 2, stop_itself))
+            flags = ["--quant.scheme", "mx", "--batch-size", size, "--epochs", "3", "--resume", "auto"]
+            session = drawn_by(monkeypatch, *tiny(tmp_path / "run", *flags))
+        assert len(session) == 3 * 16 // int(size)
+        drawn += session
+    positions, states = zip(*drawn, strict=True)
+    assert list(positions) == list(range(len(drawn)))
+    assert len(set(states)) == len(drawn)
+
+
+def test_a_checkpoint_that_counts_no_passes_goes_on_at_those_of_its_steps(
+    straight: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those written before passes were counted."""
+    killed(monkeypatch, tmp_path / "run", 6, *FULL, "--save-every", "1")
+    last = tmp_path / "run" / "last.pt"
+    state = load_checkpoint(last)
+    assert state.pop("passes") == 6
+    save_checkpoint(last, state)
+    train(tmp_path / "run", *FULL, "--save-every", "1", "--resume", "auto")
+    assert differences(outcome(straight["epoch"]), outcome(tmp_path / "run")) == []

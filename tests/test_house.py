@@ -43,7 +43,7 @@ FLOORS = (
 LATE = {
     ("quantization.backends.choose", "quantization.backends.gpu"): "Triton is optional",
     ("quantization.stabilizers.qramping", "quantization.backends.gpu"): "Triton is optional",
-    ("studies.plan", "record.epochs"): "imports torch, and most of what scripts ask needs none",
+    ("studies.plan", "record.metrics"): "imports torch, and most of what scripts ask needs none",
 }
 PARAMETERS = 8
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from record_helpers import small_vit, training_state
 
 from record import progress as progress_module
 from record.checkpoint import load_checkpoint, save_checkpoint
@@ -73,7 +74,8 @@ def test_meter_is_restored_bit_for_bit(tmp_path: Path) -> None:
         control.add("loss", value, 3)
         meter.add("loss", torch.tensor(value, dtype=torch.float64), 3)
         if i == 50:
-            save_checkpoint(tmp_path / "last.pt", {"model": {}, "optimizer": {}, "meter": meter.state_dict()})
+            state = {**training_state(small_vit()), "step": 153, "steps_per_epoch": 200}
+            save_checkpoint(tmp_path / "last.pt", {**state, "meter": meter.state_dict()})
             meter = Meter()
             meter.load_state_dict(load_checkpoint(tmp_path / "last.pt")["meter"])
     assert meter.mean("loss") == control.mean("loss") == sum(values) / 300

@@ -38,8 +38,12 @@ def seek_noise(model: nn.Module, position: int) -> None:
 
 
 def position_of(run: TrainingState, micro: int) -> int:
-    """The position of micro-batch number `micro` of the run's present step."""
-    return run.global_step * run.accumulation + micro
+    """The position of micro-batch number `micro` of the run's present step: how many passes of the run precede it.
+
+    A session with another accumulation goes on above the positions of the one before.
+    """
+    steps, passes = run.progress.origin
+    return passes + (run.global_step - steps) * run.accumulation + micro
 
 
 def forward_backward(

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from pydantic import ValidationError
-
-from config import Config, UserError, dump_config, recipe_differences
+from config import UserError, dump_config, recipe_differences
+from config.fold import CONTINUABLE, read_stored
 from record.checkpoint import save_checkpoint
-from record.weights import restore_model
+from record.restore import restore_optimizer, restore_probe, restore_state
+from record.weights import first_not_finite, restore_model
 from training.ends import TrainingError
+from training.passes import position_of
 from training.rehearsal import rehearse
 from training.state import TrainingState
 
@@ -38,6 +37,7 @@ class Run(TrainingState):
             "epoch": self.epoch,
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
+            "passes": position_of(self, 0),
             "best_top1": self.best_top1,
             "meter": self.meter.state_dict(),
             "config": dump_config(self.cfg),
@@ -47,13 +47,14 @@ class Run(TrainingState):
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
         """Raises UserError where the checkpoint is of another recipe or its epochs have another length.
 
-        The number of epochs may change: a finished run can be given more of them.
+        What config.fold.CONTINUABLE names may change, and is said: a finished run can be given more epochs.
         """
-        given = yaml.safe_load(state["config"])
-        with contextlib.suppress(ValidationError):  # keys that are newer than the checkpoint get their defaults
-            given = Config.model_validate(given).model_dump(mode="json")
+        given = read_stored(state["config"], f"The configuration in {path}")
         differences = recipe_differences(given, self.cfg.model_dump(mode="json"))
-        differences = [d for d in differences if not d.startswith("schedule.epochs ")]
+        allowed = [d for d in differences if d.split()[0] in CONTINUABLE]
+        differences = [d for d in differences if d not in allowed]
+        for said in (d for d in allowed if not d.startswith("schedule.epochs ") and self.rank == 0):
+            print(f"note: {path} was trained with {said}.", file=sys.stderr)
         if differences:
             more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise UserError(
@@ -66,21 +67,14 @@ class Run(TrainingState):
                 f"{self.steps_per_epoch}; resume it with the same data set and global batch."
             )
         restore_model(self.model, state["model"], path)
-        saved, groups = state["optimizer"], self.optimizer.param_groups
-        if len(saved["param_groups"]) == len(groups):  # how it is computed is this device's and not the checkpoint's
-            own = [{key: group[key] for key in ("fused", "foreach") if key in group} for group in groups]
-            saved = {**saved, "param_groups": [{**g, **o} for g, o in zip(saved["param_groups"], own, strict=True)]}
-        try:
-            self.optimizer.load_state_dict(saved)
-        except (ValueError, KeyError) as error:
-            raise UserError(
-                f"The optimizer state in {path} does not fit --opt {self.cfg.optim.opt}: {error}."
-            ) from None
+        done = state["epoch"] * state["steps_per_epoch"] + state["step"]
+        restore_optimizer(self.optimizer, state["optimizer"], path, opt=self.cfg.optim.opt, steps=done)
         if self.ema is not None:
             restore_model(self.ema.module, state["ema"] or state["model"], path)
-        self.stabilizer.load_state_dict(state["stabilizer"])
-        self.probe.load_state_dict(state.get("probe", {}))
+        restore_state(self.stabilizer, state["stabilizer"], path, "stabilizer")
+        restore_probe(self.probe, state.get("probe", {}), path)
         self.epoch, self.step, self.best_top1 = state["epoch"], state["step"], state["best_top1"]
+        self.progress.origin = self.global_step, state.get("passes", self.global_step * self.accumulation)
         self.meter.load_state_dict(state["meter"])
         self.progress.blocks_undone = -state.get("blocks_below_window", 0)
         # As DeiT: the rate of an epoch is the one its predecessor's end set, the first two share the start of warm-up.
@@ -90,14 +84,17 @@ class Run(TrainingState):
     def save(self, *names: str) -> None:
         """Write the state to the run's folder under each of `names`; on the first process alone.
 
-        Raises TrainingError, on all processes and with the files as they were, where the last step broke a weight.
+        Raises TrainingError, on all processes and with the files as they were, where the last step broke a weight or
+        the moving average of one.
         """
-        for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
+        averages = [] if self.ema is None else [("the moving average of the parameter", self.ema.module)]
+        for what, model in [("the parameter", self.model), *averages]:
+            if (name := first_not_finite(model)) is not None:
                 raise TrainingError(
-                    f"Step {self.global_step} of the run left the parameter {name} not finite; {self.last_good()}."
+                    f"Step {self.global_step} of the run left {what} {name} not finite; {self.last_good()}."
                 )
         if self.log.enabled:
+            self.log.flush()
             state = self.state_dict()
             for name in names:
                 save_checkpoint(self.log.output_dir / name, state)

@@ -1,0 +1,143 @@
+"""The state of a checkpoint into what a run is made of: the optimizer, the stabilizer, the probe.
+
+The weights have been restored before (weights.restore_model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from config import UserError
+from record.schema import describe
+
+# Entries of a parameter group that the recipe or the device says and not the checkpoint.
+_OF_THE_RUN = ("betas", "eps", "weight_decay", "momentum", "nesterov", "amsgrad", "maximize", "differentiable")
+_OF_THE_RUN += ("capturable", "fused", "foreach", "decoupled_weight_decay")
+_LIKE_THE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> object: ...
+
+
+def _form_differences(own: Any, given: Any, where: str) -> Iterator[str]:
+    """Where `given` has other keys, lengths, types, shapes or dtypes than `own`, in words."""
+    if isinstance(own, Tensor):
+        if not isinstance(given, Tensor) or (own.shape, own.dtype) != (given.shape, given.dtype):
+            yield f"{where} is {describe(own)} here and {describe(given)} in the file"
+        elif given.is_floating_point() and given.isnan().any():
+            yield f"{where} holds values that are not numbers"
+    elif isinstance(own, Mapping):
+        if not isinstance(given, Mapping):
+            yield f"{where} is {describe(given)} in the file"
+            return
+        for key, value in own.items():
+            if key not in given:
+                yield f"{where}.{key} is not in the file"
+            else:
+                yield from _form_differences(value, given[key], f"{where}.{key}")
+        yield from (f"{where}.{key} is only in the file" for key in given if key not in own)
+    elif type(own) is not type(given):
+        yield f"{where} is {describe(own)} here and {describe(given)} in the file"
+    elif isinstance(own, list | tuple):
+        if len(own) != len(given):
+            yield f"{where} has {len(own)} entries here and {len(given)} in the file"
+        for index, (a, b) in enumerate(zip(own, given, strict=False)):
+            yield from _form_differences(a, b, f"{where}.{index}")
+
+
+def restore_state(part: Stateful, state: dict[str, Any], path: str | Path, name: str) -> None:
+    """`part.load_state_dict(state)`, which must have the form of the part's own state, for a part whose form is fixed.
+
+    name: what the part is in the checkpoint, "stabilizer" say. Raises UserError and leaves the part untouched.
+    """
+    for difference in _form_differences(part.state_dict(), state, name):
+        raise UserError(f"The state in {path} does not fit this run: {difference}.")
+    part.load_state_dict(state)
+
+
+def restore_probe(probe: Stateful, state: dict[str, Any], path: str | Path) -> None:
+    """`probe.load_state_dict(state)` of a recording under way. Raises UserError where it is of another model."""
+    try:
+        probe.load_state_dict(state)
+    except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"The recording under way in {path} does not fit the model's layers ({reason}); continue with --no-probes."
+        ) from None
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], path: str | Path, *, opt: str, steps: int
+) -> None:
+    """Load the optimizer's state; how it is computed stays as this run's recipe and device have it.
+
+    opt: its name. steps: the optimizer steps the run has done, which no count can exceed. Raises UserError.
+    """
+
+    def misfit(reason: Any) -> UserError:
+        return UserError(f"The optimizer state in {path} does not fit --opt {opt}: {reason}.")
+
+    groups = optimizer.param_groups
+    if len(saved["param_groups"]) != len(groups):
+        raise misfit(f"it has {len(saved['param_groups'])} parameter groups, and the model {len(groups)}")
+    kept = []
+    for number, (group, given) in enumerate(zip(groups, saved["param_groups"], strict=True)):
+        own = {key: value for key, value in group.items() if key != "params"}
+        for key, value in own.items():
+            if key not in given:
+                raise misfit(f"param_groups.{number}.{key} is missing")
+            if key not in _OF_THE_RUN and not _alike(value, given[key]):
+                raise misfit(f"param_groups.{number}.{key} is {describe(given[key])}")
+        if not isinstance(given.get("params"), list) or len(given["params"]) != len(group["params"]):
+            raise misfit(f"param_groups.{number}.params is not a list of {len(group['params'])} numbers")
+        kept.append({**given, **{key: group[key] for key in _OF_THE_RUN if key in group}})
+    numbers = [n for group in kept for n in group["params"]]
+    if numbers != list(range(len(numbers))):
+        raise misfit("its parameters are not numbered from 0")
+    parameters: Sequence[Tensor] = [p for group in groups for p in group["params"]]
+    for number, entries in saved["state"].items():
+        if number >= len(parameters):
+            raise misfit(f"it has a state for parameter {number}, and the model {len(parameters)} parameters")
+        if (fault := _entries_fault(entries, parameters[number], steps)) is not None:
+            raise misfit(f"state.{number}.{fault}")
+    if saved["state"] and len({frozenset(entries) for entries in saved["state"].values()}) > 1:
+        raise misfit("its parameters have states of different kinds")
+    extra = {key: value for key, value in optimizer.state_dict().items() if key not in ("state", "param_groups")}
+    for difference in _form_differences(extra, {k: v for k, v in saved.items() if k in extra}, "optimizer"):
+        raise misfit(difference)
+    try:
+        optimizer.load_state_dict({**saved, "param_groups": kept})
+    except (ValueError, KeyError) as error:
+        raise misfit(error) from None
+
+
+def _alike(own: Any, given: Any) -> bool:
+    """Whether two entries of a parameter group are of one type; a number is one, whole or not, if it is finite."""
+    if isinstance(own, bool) or not isinstance(own, int | float):
+        return type(own) is type(given)
+    return isinstance(given, int | float) and not isinstance(given, bool) and abs(given) < float("inf")
+
+
+def _entries_fault(entries: Mapping[str, Any], parameter: Tensor, steps: int) -> str | None:
+    """What is wrong with the state of one parameter, in words; None if nothing is."""
+    for name, value in entries.items():
+        if name == "step":
+            number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= steps:
+                return f"step is {describe(value)}, and the run has done {steps} steps"
+        elif name in _LIKE_THE_PARAMETER and (not isinstance(value, Tensor) or value.shape != parameter.shape):
+            shape = "x".join(map(str, parameter.shape)) or "a scalar"
+            return f"{name} is {describe(value)}, and the parameter {shape}"
+        elif isinstance(value, Tensor) and not value.is_floating_point():
+            return f"{name} is {describe(value)}"
+        elif isinstance(value, Tensor) and not value.isfinite().all():
+            return f"{name} holds values that are not finite"
+    return None
