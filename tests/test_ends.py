@@ -22,6 +22,7 @@ from data_helpers import make_folder
 from helpers import (
     FULL,
     ROOT,
+    Killed,
     before_step,
     differences,
     environment,
@@ -33,9 +34,11 @@ from helpers import (
 )
 
 import engine
+import main
 from config import UserError
 from engine import Run, TrainingError
-from record.checkpoint import load_checkpoint
+from record.checkpoint import load_checkpoint, save_checkpoint
+from record.runlog import RunLog
 from training import ends
 from training.ends import StopSignal
 
@@ -136,6 +139,33 @@ def test_a_signal_in_evaluation_is_answered_within_a_batch(
     )
     train(tmp_path / "run", *SMALL, "--resume", "auto")
     assert differences(outcome(straight), outcome(tmp_path / "run")) == []
+
+
+@pytest.mark.parametrize("moment", ["best.pt", "last.pt", "final line"])
+def test_a_run_killed_in_its_last_moments_is_finished_when_it_is_started_again(
+    moment: str, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(path: Path, state: dict[str, Any]) -> None:
+        if state["epoch"] == 1 and path.name == moment:
+            raise Killed
+        save_checkpoint(path, state)
+
+    def log(run_log: RunLog, step: Any, *args: Any, **kwargs: Any) -> None:
+        if step == () and moment == "final line":
+            raise Killed
+        write(run_log, step, *args, **kwargs)
+
+    write = RunLog.log
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        replace(patch, save_checkpoint, save)
+        patch.setattr(RunLog, "log", log)
+        main.main(tiny(tmp_path / "run", *SMALL))
+    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert (state["epoch"], state["step"]) == ((1, 0) if moment == "final line" else (0, 4))
+    for _ in range(2):  # a run that is complete is left as it is
+        train(tmp_path / "run", *SMALL, "--resume", "auto")
+        assert differences(outcome(straight), outcome(tmp_path / "run")) == []
+    assert sum('"step": []' in line for line in (tmp_path / "run" / "metrics.log").read_text().splitlines()) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

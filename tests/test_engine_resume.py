@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stabilizer_helpers
 import torch
 from helpers import (
     FULL,
@@ -39,6 +40,7 @@ import main
 from config import load_config
 from engine import Run
 from record.checkpoint import load_checkpoint, save_checkpoint
+from record.weights import load_weights
 from training import passes
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -327,3 +329,25 @@ def test_a_checkpoint_that_counts_no_passes_goes_on_at_those_of_its_steps(
     save_checkpoint(last, state)
     train(tmp_path / "run", *FULL, "--save-every", "1", "--resume", "auto")
     assert differences(outcome(straight["epoch"]), outcome(tmp_path / "run")) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints of earlier versions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_written_before_passes_were_counted_ends_as_it_would_have_then(tmp_path: Path) -> None:
+    """data/ has a run of Q-EMA as an earlier version saved it after six of its eight steps, and its weights at the end.
+
+    On the kind of machine that it was written on, they are the same bit for bit; another may add in another order.
+    """
+    data = Path(__file__).parent / "data"
+    flags = [*stabilizer_helpers.SMALL, *METHODS["qema"]]
+    run = train(tmp_path / "run", *flags, "--resume", str(data / "qema_step_6.pt"))
+    begun, ended, expected = (
+        load_weights(path) for path in (data / "qema_step_6.pt", run / "last.pt", data / "qema_end.pt")
+    )
+    assert ended.keys() == expected.keys()
+    for name, value in expected.items():
+        off = (ended[name] - value).abs().mean()
+        assert off <= 0.05 * (begun[name] - value).abs().mean(), name

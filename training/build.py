@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
 from config import Config, UserError
-from config.batches import plan_batches
+from config.batches import MAX_BATCH, plan_batches
 from datasets import Data, build_data, build_mixup
 from models import create_model
 from quantization.layers.clock import clock_of
@@ -190,7 +190,7 @@ def autocast_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
 def build_evaluation(cfg: Config, *, rank: int, world_size: int, device: torch.device) -> EvaluationState:
     """The evaluation set and the model, with random weights: what --eval needs, and no more of the recipe."""
     check_carrier(cfg, device)
-    batch_size, _ = plan_batches(cfg, world_size)
+    batch_size = cfg.data.batch_size or max(1, min(MAX_BATCH, cfg.optim.global_batch // world_size))
     data = build_data(cfg, rank=rank, world_size=world_size, batch_size=batch_size)
     model = build_model(cfg, data.num_classes, rank=rank, device=device)
     stabilize(cfg, model, Plan(1, 1))
