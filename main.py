@@ -176,7 +176,7 @@ def finish_epoch(run: Run, train_figures: dict[str, float], figures: dict[str, f
     run.meter = type(run.meter)()
     is_best = figures["top1"] > run.best_top1
     run.best_top1 = max(run.best_top1, figures["top1"])
-    run.save(*([BEST, LAST] if is_best else [LAST]))  # killed between the two, the run does this epoch again
+    run.save(*([LAST, BEST] if is_best else [LAST]))  # killed between the two, it is mended when it is started again
     if run.rank == 0:
         scores = {name: value for name, value in figures.items() if name != "seconds"}
         print(

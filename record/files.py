@@ -167,7 +167,7 @@ class FolderLock:
         raise UserError(
             f"{folder} is the folder of a run in progress, written by {holder}; wait until it has ended, or choose "
             "another --output_dir."
-        )
+        ) from None
 
     def release(self) -> None:
         """Let others have the folder; a second call does nothing."""

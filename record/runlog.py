@@ -198,11 +198,13 @@ class RunLog(contextlib.AbstractContextManager):
 def check_new(output_dir: Path, cfg: Config) -> None:
     """Raises UserError where a run that finds no last.pt in `output_dir` would begin anew over what is there.
 
-    A run of the same recipe that was stopped before its first epoch was done may begin again.
+    A run of the same recipe that was killed before its first checkpoint was complete, best.pt's coming after it, may
+    begin again.
     """
     best, epochs = output_dir / BEST, len(finished_epochs(output_dir, required=False))
+    allowed = 1 if (output_dir / CONFIG).is_file() else 0
     held = [BEST] * best.exists() + [f"{epochs} finished epochs in {METRICS}"] * (epochs > 0)
-    if held:
+    if best.exists() or epochs > allowed:
         go_on = f"put {LAST} back" + (f", go on from {BEST} with --resume {best}" if best.exists() else "")
         raise UserError(
             f"{output_dir} has no {LAST} to continue from and holds {' and '.join(held)}: {go_on}, or choose another "
@@ -221,8 +223,8 @@ def check_new(output_dir: Path, cfg: Config) -> None:
 def mend_best(output_dir: Path, state: Mapping[str, Any]) -> None:
     """See to it that best.pt is the best checkpoint of the run that goes on from `state`, that of its last.pt.
 
-    Where best.pt is missing, damaged or an earlier one and last.pt is the best, last.pt is copied; else this is said on
-    stderr. A run that saves best.pt before last.pt leaves nothing to mend.
+    Where best.pt is missing, damaged or an earlier one and last.pt is the best, as after a kill between the two,
+    last.pt is copied; else this is said on stderr.
     """
     best, last = output_dir / BEST, output_dir / LAST
     if state["best_top1"] < 0:
