@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from datasets import to_device
-from quantization.operands.matrices import lost_in_carrier
 from record.checkpoint import LAST
 from training.ends import StopSignal, TrainingError
 from training.passes import EVALUATION_POSITION, PROBE_POSITION, forward_backward, seed_step, seek_noise
@@ -87,9 +86,8 @@ def log_step(run: Run, images_per_s: float) -> None:
     log({**run.figures, "images_per_s": images_per_s}, "train")
     if figures := run.stabilizer.figures():
         log(figures, "stabilizer")
-    if run.cfg.quant.scheme == "mx" and run.cfg.quant.carrier == "fp8":
-        lost = {"blocks_below_window": lost_in_carrier(run.device)}  # of this process so far
-        log(lost, "carrier")
+    if (lost := run.blocks_below_window()) is not None:
+        log({"blocks_below_window": lost}, "carrier")
 
 
 @torch.no_grad()

@@ -21,13 +21,12 @@ from config import Config, UserError, dump_config, load_config
 from config.flags import parse_flags
 from config.rows import run_name
 from engine import Run, TrainingError, evaluate, train_one_epoch
-from models import quantizer_table
+from models import PATCHES, quantizer_table
 from record.checkpoint import BEST, LAST, find_last, load_checkpoint
 from record.manifest import manifest
 from record.metrics import missing_final
 from record.runlog import RunLog, check_new, mend_best
 from record.weights import load_weights, restore_model
-from timm_patches import PATCHES
 from training.build import build_run, pick_device
 
 SMOKE_STEPS, SMOKE_BATCH = 2, 2

@@ -20,15 +20,16 @@ from torch import Tensor
 
 from config import load_config
 from quantization import resolve
-from quantization.layers.linear_fn import COLUMNS, ROWS, quantize_for_products
+from quantization.job import Dense, Operand, tensors_of
 from quantization.noise import Noise
-from quantization.operands.matrices import E4M3, E5M2, Operand, forms_for, multiply
+from quantization.operands import COLUMNS, ROWS, G, LinearJobs, multiply, prepare, values_of
+from quantization.operands.forms import ROLES
 from quantization.spec import LinearRecipe
 
 CARRIERS = ("bf16", "fp8")
 COPY = "copy"
 DTYPE = torch.bfloat16  # of the products
-QUANTIZERS = {"X": ("q1", "q6"), "W": ("q2", "q4"), "G": ("q3", "q5")}
+QUANTIZERS = {letter: (role.row, role.column) for letter, role in ROLES.items()}
 Call = Callable[[], object]
 
 
@@ -39,17 +40,12 @@ def recipe_of(model: str, carrier: str) -> LinearRecipe:
 
 def quantizers_of(recipe: LinearRecipe, matrices: Mapping[str, Tensor]) -> dict[str, Call]:
     """By matrix, what makes its two operands and its sums."""
-    forms = forms_for(recipe, matrices["W"], matrices["X"])
-    noise = Noise.from_seed(0, matrices["X"].device)
-    calls = {}
-    for letter, names in QUANTIZERS.items():
-        of_gradient = letter == "G"
-        fp8 = E5M2 if of_gradient else E4M3
-        call = functools.partial(
-            quantize_for_products, matrices[letter], names, (True, True), recipe, forms, DTYPE, fp8
-        )
-        calls[letter] = functools.partial(call, noise, chained=not of_gradient, sums=of_gradient)
-    return calls
+    jobs, noise = LinearJobs(recipe, matrices["W"].shape), Noise.from_seed(0, matrices["X"].device)
+    lost = torch.zeros((), dtype=torch.int64, device=matrices["X"].device)
+    return {
+        letter: functools.partial(prepare, x, jobs.of(letter, x, DTYPE, sums=letter == G), noise, lost=lost)
+        for letter, x in matrices.items()
+    }
 
 
 def products_of(operands: Mapping[str, Operand], matrices: Mapping[str, Tensor]) -> dict[str, Call]:
@@ -103,15 +99,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                     calls[carrier] = quantizers[carrier][letter]
                     *pair, _ = calls[carrier]()
                     operands[carrier].update(zip(QUANTIZERS[letter], pair, strict=True))
-                    gigabytes[carrier] = bytes_of([x, *(operand.tensors for operand in pair)]) / 1e9
+                    gigabytes[carrier] = bytes_of([x, *map(tensors_of, pair)]) / 1e9
                 record(f"{layer} {letter}", calls, gigabytes, "GB/s")
 
             packed = operands["bf16"]["q6"]
-            numbers = packed.values(DTYPE)
-            operands["bf16"]["q6"] = Operand((numbers,), None, packed.columns)
+            numbers = values_of(packed, DTYPE)
+            operands["bf16"]["q6"] = Dense(numbers)
             calls = {COPY: functools.partial(torch.empty_like(numbers).copy_, numbers)}
-            calls["bf16"] = functools.partial(packed.values, DTYPE)
-            gigabytes = {COPY: 2 * bytes_of(numbers) / 1e9, "bf16": bytes_of([packed.tensors, numbers]) / 1e9}
+            calls["bf16"] = functools.partial(values_of, packed, DTYPE)
+            gigabytes = {COPY: 2 * bytes_of(numbers) / 1e9, "bf16": bytes_of([tensors_of(packed), numbers]) / 1e9}
             record(f"{layer} X unpacked", calls, gigabytes, "GB/s")
 
             products = {carrier: products_of(operands[carrier], matrices) for carrier in CARRIERS}

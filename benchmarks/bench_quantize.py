@@ -22,8 +22,9 @@ from torch import Tensor
 
 from config import UserError
 from quantization import QuantizerSpec, fake_quantize
+from quantization.job import DENSE, PACKED, Job
 from quantization.noise import Noise
-from quantization.operands.matrices import DENSE, PACKED, prepare
+from quantization.operands import prepare
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHAPES = ["25216x3072", "25216x768", "50432x192"]  # fc2's and fc1's inputs of DeiT-B at batch 128, DeiT-T's at 256
@@ -68,10 +69,10 @@ def variants_of(specs: Sequence[QuantizerSpec], x: Tensor, options: argparse.Nam
     if len(specs) == 1:
         variants["ours"] = (lambda: fake_quantize(x, specs[0], seed=noise), 2 * size)
     else:
-        ours = functools.partial(prepare, x, *specs, dtype=x.dtype, noise=noise, streams=(0, 1))
+        dense, columns_packed = (Job(*specs, DENSE, form, x.dtype, column_stream=1) for form in (DENSE, PACKED))
         packed = x.numel() * 17 // 32  # 4-bit codes and a byte of scale a block
-        variants["ours"] = (lambda: ours(forms=(DENSE, DENSE)), 3 * size)
-        variants["ours, columns packed"] = (lambda: ours(forms=(DENSE, PACKED)), 2 * size + packed)
+        variants["ours"] = (lambda: prepare(x, dense, noise), 3 * size)
+        variants["ours, columns packed"] = (lambda: prepare(x, columns_packed, noise), 2 * size + packed)
     if "torchao" in options.peers:
         add("torchao compiled", [torchao_quantizer(spec) for spec in specs])
     if "reference" in options.peers and not specs[0].stochastic:  # inductor does not compile the reference's Philox

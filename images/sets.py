@@ -1,6 +1,6 @@
 """The images of a run as they lie on disk: folders and tar files, CIFAR, digits, generated images, timm's sets.
 
-A set is a sequence of (PIL image, label), timm's ImageDataset, or one of timm's streams; datasets.py reads them.
+A set is a sequence of (PIL image, label), timm's ImageDataset, or one of timm's streams; samples.py reads them.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ import timm
 from torch import nn
 
 from config import Config, UserError
-from quantization import PRESETS, Int4Linear, LinearRecipe, QuantLinear, convert_linears, resolve
+from quantization import Int4Linear, QuantLinear, convert_linears, resolve
 
 PREFIX = "mxfp4_"
 
@@ -28,37 +27,23 @@ _KEY_OF = {
 
 @dataclass(frozen=True)
 class ZooModel:
-    """A model of the paper: its name in timm, its column in the paper's tables and how many linears are quantized."""
+    """A model of the paper: its name in timm and its column in the paper's tables."""
 
     timm_name: str
     column: str
-    quantized_linears: int
 
 
 ZOO: tuple[ZooModel, ...] = (
-    ZooModel("deit_tiny_patch16_224", "deit_tiny", 48),
-    ZooModel("deit_small_patch16_224", "deit_small", 48),
-    ZooModel("deit_base_patch16_224", "deit_base", 48),
-    ZooModel("swin_tiny_patch4_window7_224", "swin_tiny", 48),
-    ZooModel("swin_small_patch4_window7_224", "swin_small", 96),
+    ZooModel("deit_tiny_patch16_224", "deit_tiny"),
+    ZooModel("deit_small_patch16_224", "deit_small"),
+    ZooModel("deit_base_patch16_224", "deit_base"),
+    ZooModel("swin_tiny_patch4_window7_224", "swin_tiny"),
+    ZooModel("swin_small_patch4_window7_224", "swin_small"),
     # Not in the paper: the same transformers with a distillation token, for --distillation-type.
-    ZooModel("deit_tiny_distilled_patch16_224", "deit_tiny", 48),
-    ZooModel("deit_small_distilled_patch16_224", "deit_small", 48),
-    ZooModel("deit_base_distilled_patch16_224", "deit_base", 48),
+    ZooModel("deit_tiny_distilled_patch16_224", "deit_tiny"),
+    ZooModel("deit_small_distilled_patch16_224", "deit_small"),
+    ZooModel("deit_base_distilled_patch16_224", "deit_base"),
 )
-
-
-def entrypoint(model: ZooModel) -> Callable[..., nn.Module]:
-    """The function that timm's registry calls for the `mxfp4_` twin of a model."""
-
-    def create(pretrained: bool = False, recipe: LinearRecipe = PRESETS["tetrajet"], **kwargs: Any) -> nn.Module:
-        net = timm.models.model_entrypoint(model.timm_name)(pretrained=pretrained, **kwargs)
-        convert_linears(net, recipe)
-        return net
-
-    create.__name__ = create.__qualname__ = PREFIX + model.timm_name
-    create.__doc__ = f"{model.timm_name} with its block linears in MXFP4 (`recipe`: a LinearRecipe; default TetraJet)."
-    return create
 
 
 def create_model(cfg: Config, num_classes: int) -> nn.Module:
@@ -91,7 +76,7 @@ def create_model(cfg: Config, num_classes: int) -> nn.Module:
     recipe = resolve(cfg.quant)
     if recipe.active:
         try:
-            convert_linears(model, recipe)
+            convert_linears(model, recipe, seed=cfg.run.seed)
         except ValueError as error:
             raise UserError(f"{name} cannot be quantized: {error}.") from None
     return model

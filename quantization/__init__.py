@@ -1,9 +1,11 @@
 """MXFP4 quantization of linear layers: formats, quantizers, the quantized linear layer."""
 
-from quantization.layers.int4 import Int4Linear, Int4Recipe
-from quantization.layers.linear import QuantLinear, convert_linears
+from quantization.layers.convert import convert_linears
+from quantization.layers.int4 import Int4Linear
+from quantization.layers.linear import QuantLinear
 from quantization.quantize import fake_quantize
-from quantization.spec import PRESETS, LinearRecipe, QuantizerSpec, build_recipe, resolve
+from quantization.recipes import PRESETS, build_recipe, resolve
+from quantization.spec import Int4Recipe, LinearRecipe, QuantizerSpec
 
 __all__ = [
     "PRESETS",

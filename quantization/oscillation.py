@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantization.backends.reference import Blocks, block_exponents, from_blocks, grid_of, power_of_two, to_blocks
+from quantization.backends.reference import Blocks, block_exponents, from_blocks, magnitudes_of, power_of_two, to_blocks
 from quantization.formats import ElementFormat
 from quantization.spec import QuantizerSpec
 
@@ -147,7 +147,7 @@ def rate_of_change(x_steps: Tensor) -> Tensor:
 
 def signed_grid(fmt: ElementFormat, device: torch.device) -> Tensor:
     """All values of a format in ascending order, float32; its thresholds are the midpoints between neighbours."""
-    magnitudes = grid_of(fmt, device)
+    magnitudes = magnitudes_of(fmt, device)
     return torch.cat([-magnitudes[1:].flip(0), magnitudes])
 
 

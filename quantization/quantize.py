@@ -2,39 +2,12 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from quantization.backends import reference
+from quantization.backends.choose import BACKENDS, DTYPES, backend_of_tensor
 from quantization.noise import Noise
 from quantization.spec import QuantizerSpec
-
-BACKENDS = ("auto", "reference", "triton")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def implementation_for(x: Tensor, spec: QuantizerSpec, backend: str) -> ModuleType:
-    """The module whose `quantize` does the work. Triton is imported only for a tensor that it could serve."""
-    if backend == "reference" or (backend == "auto" and not x.is_cuda):
-        return reference
-    try:
-        from quantization.backends.gpu import launch
-    except ImportError as error:  # there is no Triton for macOS, for example
-        if backend == "auto":
-            return reference
-        raise ValueError("backend='triton' needs the package triton, which cannot be imported here") from error
-    if launch.supports(x, spec):
-        if x.is_cuda or launch.INTERPRETED:
-            return launch
-        raise ValueError("backend='triton' takes CUDA tensors; CPU tensors only under TRITON_INTERPRET=1")
-    if backend == "auto":
-        return reference
-    raise ValueError(
-        f"the Triton kernel has no blocks of {spec.block_size} along axis {spec.axis} of a tensor of rank {x.dim()}; "
-        "use backend='auto' or 'reference'"
-    )
 
 
 def fake_quantize(
@@ -71,7 +44,7 @@ def fake_quantize(
         raise ValueError("a shadow weight decides the rounding, so it needs a nearest rounding, not a stochastic one")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    implementation = implementation_for(x, spec, backend)
+    implementation = backend_of_tensor(x, spec, backend)
     if x.numel() == 0:
         return x.clone()
 

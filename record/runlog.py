@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, UserError, load_config, recipe_differences
-from quantization.watch.probe import Recording
+from quantization.watch.recording import Recording
 from record.checkpoint import BEST, LAST, load_checkpoint
 from record.files import LOCK, FolderLock, atomic_write, refuse_links
 from record.manifest import MANIFEST, add_session, read_manifest

@@ -183,6 +183,7 @@ class Checkpoint(Form):
     best_top1: Annotated[float, Field(ge=-1, le=100, allow_inf_nan=False)]
     meter: dict[str, Annotated[list[Finite], Field(min_length=2, max_length=2)]]
     config: Annotated[dict[str, Any], BeforeValidator(_config)]
+    blocks_below_window: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of a run whose products are in FP8
 
     @model_validator(mode="after")
     def _one_moment(self) -> Checkpoint:

@@ -6,8 +6,9 @@ import math
 import torch
 from torch import nn
 
-from quantization.layers.int4 import Int4Linear, Int4LinearFunction, Int4Recipe
+from quantization.layers.int4 import Int4Linear, Int4LinearFunction
 from quantization.noise import Noise, uniform
+from quantization.spec import Int4Recipe
 
 STREAM = 8 * 5  # of the layer under test
 PLAIN = Int4Recipe(hadamard=False, sampling=False, learned_step=False)

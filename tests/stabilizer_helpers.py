@@ -27,8 +27,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def layer_of(weight: Tensor, recipe: LinearRecipe = TETRAJET) -> QuantLinear:
-    """A layer (bias 0) with the weight (C, D)."""
+    """A layer (bias 0) with the weight (C, D); all have the same noise."""
     layer = QuantLinear.from_linear(nn.Linear(weight.shape[1], weight.shape[0]), recipe)
+    layer.noise.reseed(0, 0)
     with torch.no_grad():
         layer.weight.copy_(weight)
         layer.bias.zero_()

@@ -46,7 +46,7 @@ CASES = {  # the variants of every case, the baseline of each
         for rounding in ("nearest_even", "stochastic")
         for axis in AXES
     ],
-    "stabilizers": [["none", "qema", "qramping", "dampen", "freeze"]],
+    "stabilizers": [["none", "qema", "qramping", "dampen", "freeze"], ["adamw", "qramping"]],
     "step": [["bf16", "tetrajet", "qema", "bf16 compiled", "tetrajet compiled", "qema compiled"]] * 2,
 }
 

@@ -21,7 +21,9 @@ from torchvision import transforms
 
 import datasets
 from config import UserError, load_config
-from datasets import build_mixup, eval_transform, train_transform
+from datasets import build_mixup
+from images import samples
+from images.transforms import eval_transform, train_transform
 
 # --- Transforms -------------------------------------------------------------------------------------------------------
 
@@ -158,7 +160,7 @@ def test_generators_of_the_process_stay_untouched(workers):
 
 
 def test_control_without_the_seeds_two_passes_differ(monkeypatch):
-    monkeypatch.setattr(datasets, "_seeded", lambda *key: contextlib.nullcontext())
+    monkeypatch.setattr(samples, "seeded", lambda *key: contextlib.nullcontext())
     data = make_data()
     assert not torch.equal(stack(data.train_batches(0))[0], stack(data.train_batches(0))[0])
 
@@ -304,7 +306,7 @@ def test_evaluation_batch_without_a_readable_image_is_left_out(tmp_path):
 
 
 def test_nothing_readable_at_all_ends_the_run_even_when_skipping(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "_MAX_IN_A_ROW", 5)
+    monkeypatch.setattr(datasets, "MAX_IN_A_ROW", 5)
     base = folder_config(make_folder(tmp_path))
     for path in (tmp_path / "train").rglob("*.png"):
         spoil(path, "text")

@@ -13,25 +13,26 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kernels import DTYPES, SPECS, differing, differing_operands, noise_on, prepared, unequal, within_window
+from operand_helpers import job_of
+from test_kernels import (
+    DTYPES,
+    SPECS,
+    by,
+    differing,
+    differing_operands,
+    expanded,
+    noise_on,
+    prepared,
+    unequal,
+    within_window,
+)
 from torch import nn
 
 from quantization import PRESETS, LinearRecipe, QuantizerSpec, QuantLinear, fake_quantize
 from quantization.formats import FORMATS
+from quantization.job import CARRIED, DENSE, E4M3, E5M2, NOTHING, PACKED, Packed, codes_shape, scales_shape
 from quantization.noise import Noise, uniform
-from quantization.operands import matrices as operands
-from quantization.operands.matrices import (
-    CARRIED,
-    DENSE,
-    E4M3,
-    E5M2,
-    NOTHING,
-    PACKED,
-    expand,
-    forms_of,
-    multiply,
-    prepare,
-)
+from quantization.operands import forms_of, multiply, prepare
 from quantization.spec import ROUNDINGS
 
 pytestmark = pytest.mark.gpu
@@ -207,17 +208,14 @@ def test_carried_operands_of_odd_shapes():
 
 @pytest.mark.parametrize("axis", [-1, 0])
 @pytest.mark.parametrize("element", FORMATS)
-def test_every_byte_of_codes_under_every_scale_expands_as_in_the_reference(element, axis, monkeypatch):
+def test_every_byte_of_codes_under_every_scale_expands_as_in_the_reference(element, axis):
     spec, g = QuantizerSpec(element, axis=axis), torch.Generator().manual_seed(0)
     rows, columns = 1000, 784
-    codes = torch.randint(256, operands.codes_shape(rows, columns), generator=g, dtype=torch.uint8).cuda()
-    scales = torch.randint(256, operands.scales_shape(rows, columns, spec), generator=g, dtype=torch.uint8).cuda()
+    codes = torch.randint(256, codes_shape(rows, columns), generator=g, dtype=torch.uint8).cuda()
+    scales = torch.randint(256, scales_shape(rows, columns, spec), generator=g, dtype=torch.uint8).cuda()
     for dtype in (torch.float32, torch.bfloat16):
-        results = []
-        for backend in ("auto", "reference"):
-            monkeypatch.setattr(operands, "BACKEND", backend)
-            results.append(expand(codes, scales, spec, columns, dtype))
-        assert unequal(*results) == 0
+        packed = Packed(codes, scales, spec, columns)
+        assert unequal(*(expanded(packed, backend, dtype) for backend in ("auto", "reference"))) == 0
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
@@ -246,7 +244,7 @@ def test_a_product_in_fp8_is_the_exact_sum_within_the_error_of_accumulation(toke
 
     def both(matrix: torch.Tensor, fp8: torch.dtype):
         return [
-            prepare(matrix, row, column, (form, form), torch.float32, fp8, noise=noise_on(matrix.device))[:2]
+            prepare(matrix, job_of(row, column, (form, form), torch.float32, fp8), noise_on(matrix.device))[:2]
             for form in (CARRIED, DENSE)
         ]
 
@@ -255,7 +253,7 @@ def test_a_product_in_fp8_is_the_exact_sum_within_the_error_of_accumulation(toke
     (g3, g5), (g3_exact, g5_exact) = both(grad, E5M2)
     bias = torch.randn(C, generator=g).cuda().bfloat16()
     x1_ND, x6_ND, w2_CD, w4_CD, g3_NC, g5_NC = (
-        m.tensors[0].double() for m in (x1_exact, x6_exact, w2_exact, w4_exact, g3_exact, g5_exact)
+        m.values.double() for m in (x1_exact, x6_exact, w2_exact, w4_exact, g3_exact, g5_exact)
     )
     for (a, b, over), (left, right), out_dtype, shift in (
         ((x1, w2, (-1, -1)), (x1_ND, w2_CD.t()), torch.bfloat16, bias),
@@ -305,12 +303,12 @@ def test_all_quantizers_off_equals_linear_under_autocast(shape):
 
 @pytest.mark.parametrize("carrier", CARRIERS)
 @pytest.mark.parametrize("preset", TRAINED)
-def test_a_layer_is_the_same_with_kernels_and_with_the_reference(monkeypatch, preset, carrier):
+def test_a_layer_is_the_same_with_kernels_and_with_the_reference(preset, carrier):
     results = []
     for backend in ("auto", "reference"):
-        monkeypatch.setattr(operands, "BACKEND", backend)
         layer, x = layer_and_input(dataclasses.replace(PRESETS[preset], carrier=carrier))
-        results.append(trained(layer, layer, x))
+        with by(backend):
+            results.append(trained(layer, layer, x))
     ours, theirs = results
     torch.testing.assert_close(ours.pop("grad_bias"), theirs.pop("grad_bias"), rtol=1e-5, atol=1e-4)  # order of a sum
     for name, value in theirs.items():

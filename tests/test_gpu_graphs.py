@@ -30,7 +30,7 @@ from torch import nn
 
 import engine
 from quantization import QuantLinear, build_recipe
-from quantization.noise import NoiseClock
+from quantization.layers.clock import NoiseClock
 from training.graphs import WARM_UP, GraphedPasses
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("in_this_process")]
@@ -78,7 +78,7 @@ def test_noise_that_does_not_move_would_show(
     """The control: a clock that puts its position somewhere else in memory leaves a recorded pass with the old one."""
 
     def seek(clock: NoiseClock, position: int) -> None:
-        clock.next_position = torch.full_like(clock.next_position, position)
+        clock.next_position, clock.sought = torch.full_like(clock.next_position, position), True
 
     monkeypatch.setattr(NoiseClock, "seek", seek)
     runs = [train(tmp_path / name, *LONG, *MX, *more) for name, more in {"a": ["--no-cuda-graphs"], "b": []}.items()]

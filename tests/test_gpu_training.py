@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from quantization import build_recipe, convert_linears
-from quantization.operands import matrices as operands
+from quantization.backends import choose, reference
+from quantization.backends.gpu import launch
+from quantization.job import Job, Prepared
 
 pytestmark = pytest.mark.gpu
 
@@ -42,21 +44,18 @@ def train(carrier: str) -> list[float]:
 
 
 def checked(prepare: Callable, counts: dict[str, int]) -> Callable:
-    """`operands._prepare` that does its work by the reference too and counts the tensors that differ in a bit."""
+    """The kernels' `prepare` that does its work by the reference too and counts the tensors that differ in a bit."""
 
-    def both(*arguments: object) -> list[torch.Tensor]:
-        results = prepare(*arguments)
-        kernels_for, operands._kernels_for = operands._kernels_for, lambda *_: None
-        expected = prepare(*arguments)
-        operands._kernels_for = kernels_for
-        *_, sums = arguments
-        for index, (result, wanted) in enumerate(zip(results, expected, strict=True)):
-            if sums and index == len(results) - 1:  # of the bias gradient: float32, in another order
-                torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
-                continue
+    def both(x: torch.Tensor, job: Job, *arguments: object) -> Prepared:
+        ours, theirs = prepare(x, job, *arguments), reference.prepare(x, job, *arguments)
+        if job.sums:  # of the bias gradient: float32, in another order
+            error = 1e-5 * float(theirs.sums.abs().max())
+            torch.testing.assert_close(ours.sums, theirs.sums, rtol=1e-4, atol=error)
+        pairs = zip(*(job.flatten(prepared)[: -1 if job.sums else None] for prepared in (ours, theirs)), strict=True)
+        for result, wanted in pairs:
             counts["tensors"] += 1
             counts["differing"] += not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (result, wanted)))
-        return results
+        return ours
 
     return both
 
@@ -64,13 +63,13 @@ def checked(prepare: Callable, counts: dict[str, int]) -> Callable:
 @pytest.mark.parametrize("carrier", ["bf16", "fp8"])
 def test_kernels_and_reference_make_the_same_operands_at_every_step(monkeypatch, carrier):
     counts = {"tensors": 0, "differing": 0}
-    monkeypatch.setattr(operands, "_prepare", checked(operands._prepare, counts))
+    monkeypatch.setattr(launch, "prepare", checked(launch.prepare, counts))
     losses = train(carrier)
     assert counts["tensors"] >= STEPS * 8 * 6 and counts["differing"] == 0
     assert losses[-1] < 0.5 * losses[0]
 
     monkeypatch.undo()
-    monkeypatch.setattr(operands, "_kernels_for", lambda *_: None)
+    monkeypatch.setattr(choose, "IN_LAYERS", "reference")
     by_reference = train(carrier)
     # Only bias gradients are summed in another order, from the first step on; 200 steps of rounding make that grow.
     assert max(abs(a - b) for a, b in zip(losses[:10], by_reference[:10], strict=True)) < 1e-2

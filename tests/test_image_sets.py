@@ -1,4 +1,4 @@
-"""image_sets.py: every kind of set, as a run reads it, and what the user reads when one cannot be opened."""
+"""images/sets.py: every kind of set, as a run reads it, and what the user reads when one cannot be opened."""
 
 from __future__ import annotations
 

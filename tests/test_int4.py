@@ -23,8 +23,10 @@ from int4_helpers import (
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from quantization.layers import int4
-from quantization.layers.int4 import Int4Recipe, hadamard, keep_probability, split_gradient
+from quantization.layers.int4 import keep_probability, split_gradient
 from quantization.noise import Noise, uniform
+from quantization.rotation import hadamard
+from quantization.spec import Int4Recipe
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
@@ -238,20 +240,16 @@ def test_a_switch_is_true_or_false(name):
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_no_value_decides_what_is_computed(recipe):
     """Tensors without values go through forward and backward, so that on a GPU nothing waits for them."""
-    int4._signs.cache_clear()
-    try:
-        with FakeTensorMode():
-            results = run(
-                *(torch.randn(s) for s in ((3, 17, 48), (40, 48), (40,), (3, 17, 40))),
-                recipe,
-                torch.ones(2).long(),
-                [torch.ones(())] * 2,
-            )
-            assert results["grad_weight"].shape == (40, 48)
-            with pytest.raises(DataDependentOutputException):  # the control
-                layer_of()._start_step_x(torch.randn(3, 48))
-    finally:
-        int4._signs.cache_clear()
+    with FakeTensorMode():
+        results = run(
+            *(torch.randn(s) for s in ((3, 17, 48), (40, 48), (40,), (3, 17, 40))),
+            recipe,
+            torch.ones(2).long(),
+            [torch.ones(())] * 2,
+        )
+        assert results["grad_weight"].shape == (40, 48)
+        with pytest.raises(DataDependentOutputException):  # the control
+            layer_of()._start_step_x(torch.randn(3, 48))
 
 
 @pytest.mark.gpu

@@ -10,7 +10,8 @@ from int4_helpers import PLAIN, RECIPES, layer_of, normal, operand, run, state, 
 from torch import nn
 
 from quantization.layers import int4
-from quantization.layers.int4 import Int4Linear, Int4LinearFunction, Int4Recipe
+from quantization.layers.int4 import Int4Linear, Int4LinearFunction
+from quantization.spec import Int4Recipe
 
 
 def step(made, X, autocast=False):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import types
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ import torch.distributed as dist
 from int4_helpers import PLAIN, STEP_W, STEP_X, layer_of, normal, run, transform
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from quantization.layers.int4 import Int4Linear, Int4Recipe, hadamard
+from quantization.layers.int4 import Int4Linear
+from quantization.rotation import hadamard
+from quantization.spec import Int4Recipe
 
 
 def exact_case():
@@ -173,12 +177,30 @@ def test_a_moving_average_made_before_the_first_step_uses_its_own_step_x():
 def test_step_x_is_the_same_on_all_processes(monkeypatch):
     """The other process has 3 values of magnitude 4 in all; `all_reduce` adds what it has."""
     made = layer_of(Int4Recipe(hadamard=False), D=2, C=2)
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "all_reduce", lambda sums: sums.add_(torch.tensor([12.0, 3.0])))
+    parallel = types.SimpleNamespace(process_group="all of them")
+    monkeypatch.setattr(DistributedDataParallel, "_get_active_ddp_module", lambda: parallel)
+    other = torch.tensor([12.0, 3.0])
+    monkeypatch.setattr(dist, "all_reduce", lambda sums, group: sums.add_(other) if group == "all of them" else None)
     made(torch.tensor([[1.0, -2.0]]))
     assert made.step_x.item() == pytest.approx(2 * (15 / 5) / math.sqrt(7))
     monkeypatch.setattr(dist, "all_reduce", None)  # no further call
     made(torch.ones(3, 2))
+
+
+def test_a_forward_pass_of_one_process_alone_waits_for_no_other(tmp_path):
+    """With a process group, but not under DistributedDataParallel; under it, the control, the process does meet."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    met, all_reduce = [], dist.all_reduce
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "all_reduce", lambda *args, **kwargs: met.append(all_reduce(*args, **kwargs)))
+            alone, together = (layer_of(Int4Recipe(hadamard=False), D=2, C=2) for _ in range(2))
+            alone(torch.tensor([[1.0, -2.0]]))
+            assert not met and alone.step_x.item() == pytest.approx(2 * 1.5 / math.sqrt(7))
+            DistributedDataParallel(together)(torch.tensor([[1.0, -2.0]]))
+            assert len(met) == 1 and torch.equal(together.step_x, alone.step_x)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_without_learned_steps_they_follow_the_tensors():

@@ -7,24 +7,42 @@ its own, with TRITON_INTERPRET=1, where the others are. `tests/test_gpu.py` comp
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from operand_helpers import job_of
 
 from quantization import PRESETS, LinearRecipe, QuantizerSpec, fake_quantize
-from quantization.backends import reference
+from quantization.backends import choose, reference
 from quantization.formats import FORMATS, ElementFormat
+from quantization.job import (
+    CARRIED,
+    DENSE,
+    E4M3,
+    E5M2,
+    NOTHING,
+    PACKED,
+    Carried,
+    Operand,
+    Packed,
+    codes_shape,
+    scales_shape,
+    tensors_of,
+    window,
+)
 from quantization.noise import Noise, uniform
-from quantization.operands import matrices as operands
-from quantization.operands.matrices import CARRIED, DENSE, E4M3, E5M2, NOTHING, PACKED, Operand, expand, prepare, window
+from quantization.operands import prepare, values_of
 from quantization.spec import QUANTIZERS, ROUNDINGS, SCALE_RULES
+from quantization.stabilizers import qramping
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -80,13 +98,26 @@ class Prepared(NamedTuple):
     lost: int
 
 
-def prepared(x: torch.Tensor, backend: str, *args, **kwargs) -> Prepared:
-    lost = operands.lost_in_carrier(x.device)
-    lost.zero_()
-    operands.BACKEND = backend
-    *results, sums = prepare(x, *args, sums=True, noise=noise_on(x.device), streams=(3, 4), **kwargs)
-    operands.BACKEND = "auto"
+@contextlib.contextmanager
+def by(backend: str) -> Iterator[None]:
+    """Operands are made and expanded by this backend."""
+    before, choose.IN_LAYERS = choose.IN_LAYERS, backend
+    try:
+        yield
+    finally:
+        choose.IN_LAYERS = before
+
+
+def prepared(x: torch.Tensor, backend: str, *args, shadow: torch.Tensor | None = None, **kwargs) -> Prepared:
+    lost = torch.zeros((), dtype=torch.int64, device=x.device)
+    with by(backend):
+        *results, sums = prepare(x, job_of(*args, sums=True, **kwargs), noise_on(x.device), shadow, lost)
     return Prepared(tuple(results), sums, int(lost))
+
+
+def expanded(operand: Operand, backend: str, dtype: torch.dtype) -> torch.Tensor:
+    with by(backend):
+        return values_of(operand, dtype)
 
 
 def differing_operands(
@@ -109,23 +140,22 @@ def differing_operands(
         assert (ours is None) == (theirs is None) == (spec is None)
         if ours is None:
             continue
-        if len(ours.tensors) == 2 and not ours.carried:
-            assert ours.tensors[0].dtype == torch.uint8 and ours.tensors[0].shape == theirs.tensors[0].shape
-            count += unequal(ours.tensors[1], theirs.tensors[1])
-            if not (theirs.tensors[1] == reference.NAN_SCALE).any():
-                count += unequal(ours.tensors[0], theirs.tensors[0])
-            results = []
-            for operands.BACKEND, operand in (("triton", ours), ("reference", theirs)):
-                results.append(expand(*operand.tensors, spec, x.shape[1], dtype))
-            operands.BACKEND = "auto"
-            count += unequal(*results)
-        else:
-            assert all(a.shape == b.shape for a, b in zip(ours.tensors, theirs.tensors, strict=True))
+        assert type(ours) is type(theirs)
+        assert all(a.shape == b.shape for a, b in zip(tensors_of(ours), tensors_of(theirs), strict=True))
+        if isinstance(ours, Packed):
+            assert ours.codes.dtype == torch.uint8
+            count += unequal(ours.scales, theirs.scales)
+            if not (theirs.scales == reference.NAN_SCALE).any():
+                count += unequal(ours.codes, theirs.codes)
+            count += unequal(expanded(ours, "triton", dtype), expanded(theirs, "reference", dtype))
+        elif isinstance(ours, Carried):
             length = x.shape[1] if spec.axis == -1 else x.shape[0]
-            if ours.carried and x.isfinite().all():
-                assert (ours.tensors[0][:, length:].float() == 0).all()
-            for a, b in zip(ours.tensors, theirs.tensors, strict=True):
-                count += unequal(*(t[:, :length].contiguous() if ours.carried and t.dim() else t for t in (a, b)))
+            if x.isfinite().all():
+                assert (ours.values[:, length:].float() == 0).all()
+            count += unequal(*(operand.values[:, :length].contiguous() for operand in (ours, theirs)))
+            count += unequal(ours.factor, theirs.factor)
+        else:
+            count += unequal(ours.values, theirs.values)
     exact, finite = x.double().sum(0), x.isfinite().all(0)
     error = (kernel.sums.double() - exact)[finite].abs()
     assert kernel.sums.shape == exact.shape and kernel.sums.dtype == torch.float32
@@ -257,6 +287,23 @@ else:
 
     # Operands: both quantizers of a matrix in one pass
 
+    @pytest.mark.parametrize("blocks", [(16, 16), (16, 32), (32, 128), (1, 64)], ids=str)
+    def test_blocks_of_any_size_that_one_kernel_has_are_made_in_one_pass(blocks):
+        row, column = QuantizerSpec(block_size=blocks[0]), QuantizerSpec("e2m1", "floor", "stochastic", 0, blocks[1])
+        x = awkward((130, 70), torch.float32)
+        with by("triton"):
+            assert choose.backend_of_job(x, job_of(row, column, (DENSE, DENSE), x.dtype)) is not reference
+        for chained in (False, True):
+            assert differing_operands(x, row, column, (DENSE, DENSE), torch.float32, chained=chained) == 0
+
+    @pytest.mark.parametrize("blocks", [(32, 48), (32, 256), (48, 32), (3, 3)], ids=str)
+    def test_other_blocks_are_the_reference_s_work(blocks):
+        row, column = (QuantizerSpec(axis=axis, block_size=size) for axis, size in zip((-1, 0), blocks, strict=True))
+        x = awkward((130, 300), torch.float32)
+        with by("triton"):
+            assert choose.backend_of_job(x, job_of(row, column, (DENSE, DENSE), x.dtype)) is reference
+        assert differing_operands(x, row, column, (DENSE, DENSE), torch.float32) == 0
+
     PAIRS = list(itertools.product(FORMATS, SCALE_RULES, ROUNDINGS, ROUNDINGS))
     FORMS = ((DENSE, DENSE), (PACKED, PACKED), (DENSE, PACKED), (PACKED, DENSE))
 
@@ -298,16 +345,13 @@ else:
         g = torch.Generator().manual_seed(0)
         for element, axis, (rows, columns) in itertools.product(FORMATS, (-1, 0), ((256, 33), (33, 257), (1, 1))):
             spec = QuantizerSpec(element, axis=axis)
-            codes = torch.randint(256, operands.codes_shape(rows, columns), generator=g, dtype=torch.uint8)
+            codes = torch.randint(256, codes_shape(rows, columns), generator=g, dtype=torch.uint8)
             scales = torch.arange(512).to(torch.uint8).flip(0)
-            blocks, across = operands.scales_shape(rows, columns, spec)
+            blocks, across = scales_shape(rows, columns, spec)
             scales = torch.stack([scales.roll(i) for i in range(blocks)])[:, :across].contiguous()
             for dtype in (torch.float32, torch.bfloat16):
-                results = []
-                for operands.BACKEND in ("triton", "reference"):
-                    results.append(expand(codes, scales, spec, columns, dtype))
-                operands.BACKEND = "auto"
-                assert unequal(*results) == 0
+                packed = Packed(codes, scales, spec, columns)
+                assert unequal(*(expanded(packed, backend, dtype) for backend in ("triton", "reference"))) == 0
 
     @pytest.mark.parametrize("fp8", [E4M3, E5M2], ids=str)
     @pytest.mark.parametrize("element", FORMATS)
@@ -331,12 +375,11 @@ else:
         for x, fp8 in itertools.product([*matrices, torch.zeros(3, 64)], (E4M3, E5M2)):
             assert differing_operands(x, spec, None, (CARRIED, NOTHING), torch.float32, fp8) == 0
             (operand, _), _, _ = prepared(x, "triton", spec, None, (CARRIED, NOTHING), torch.float32, fp8)
-            values, factor = operand.tensors
+            values, factor = operand
             assert unequal(values.float() * factor, fake_quantize(x, spec)) == 0 and factor.isfinite() and factor > 0
         x = torch.full((3, 64), torch.inf)
         factors = [
-            prepared(x, b, spec, None, (CARRIED, NOTHING), x.dtype).operands[0].tensors[1]
-            for b in ("triton", "reference")
+            prepared(x, b, spec, None, (CARRIED, NOTHING), x.dtype).operands[0].factor for b in ("triton", "reference")
         ]
         assert torch.equal(*factors)
 
@@ -365,7 +408,7 @@ else:
             assert results.lost == 8 * 2
 
     @pytest.mark.parametrize("active", [QUANTIZERS, ("q2", "q4", "q5"), ("q1", "q3", "q6")], ids="+".join)
-    def test_a_layer_is_the_same_with_kernels_and_reference(monkeypatch, active):
+    def test_a_layer_is_the_same_with_kernels_and_reference(active):
         from test_linear_fn import by_function, tensors
 
         for preset, carrier in itertools.product(("tetrajet", "microscaling"), ("bf16", "fp8")):
@@ -373,8 +416,8 @@ else:
             recipe = LinearRecipe(**specs, backward_operands=PRESETS[preset].backward_operands, carrier=carrier)
             results = []
             for backend in ("triton", "reference"):
-                monkeypatch.setattr(operands, "BACKEND", backend)
-                results.append(by_function(*tensors((49,), 48, 32), recipe))
+                with by(backend):
+                    results.append(by_function(*tensors((49,), 48, 32), recipe))
             for name, value in results[0].items():
                 assert torch.equal(value, results[1][name]), (preset, carrier, name)
 
@@ -413,3 +456,16 @@ else:
 
         monkeypatch.setattr(reference, "rounds_up", with_moved_thresholds)
         assert differing(x, spec) > 0
+
+    @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.3, 0.0)], ids=str)
+    @pytest.mark.parametrize("guarded", [False, True], ids=["", "found_inf"])
+    def test_a_ramped_step_is_torch_s(guarded, betas):
+        """To a rounding: the interpreter fuses no multiply-add. On a GPU bit for bit, in tests/test_qramping.py."""
+        from test_qramping import ramped_steps
+
+        from quantization.backends.gpu.ramp import ramped_step
+
+        *floats, counts = ramped_steps(ramped_step, torch.device("cpu"), betas, guarded)
+        *expected, expected_counts = ramped_steps(qramping._step_in_chunks, torch.device("cpu"), betas, guarded)
+        torch.testing.assert_close(floats, expected, rtol=2e-6, atol=1e-6, equal_nan=True)
+        assert all(map(torch.equal, counts, expected_counts))

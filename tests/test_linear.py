@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from quantization import PRESETS, LinearRecipe, QuantizerSpec, QuantLinear, build_recipe, convert_linears, fake_quantize
-from quantization.layers.linear_fn import QuantLinearFunction
-from quantization.noise import NoiseClock
+from quantization.layers.clock import NoiseClock
+from quantization.layers.linear_fn import Call, QuantLinearFunction
 
 TETRAJET = PRESETS["tetrajet"]
 BLOCK_NAMES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -84,7 +84,7 @@ def test_the_layer_is_the_autograd_function_on_its_own_stream():
     layer.layer = 6
     layer.noise.seek(4)
     W, b = (p.detach().clone().requires_grad_() for p in (layer.weight, layer.bias))
-    expected = QuantLinearFunction.apply(X, W, b, layer.recipe, torch.tensor([5, 4 << 32]), 8 * 6, None)
+    expected = QuantLinearFunction.apply(X, W, b, Call(layer.jobs, 8 * 6), torch.tensor([5, 4 << 32]))
     actual = layer(X)
     actual.backward(G)
     expected.backward(G)
@@ -196,16 +196,19 @@ def test_the_paper_s_models_have_48_or_96_quantized_linears(name, img_size, coun
 
 
 @pytest.mark.parametrize("make", [small_vit, small_swin])
-def test_conversion_keeps_parameters_state_dict_and_random_state(make):
+def test_conversion_keeps_parameters_and_state_dict_and_draws_the_seed_of_its_noise(make):
     model = make()
     parameters, state_keys = dict(model.named_parameters()), list(model.state_dict())
     before = {name: p.detach().clone() for name, p in parameters.items()}
     random_state = torch.get_rng_state()
+    seed = int(torch.randint(2**32, ()))
+    one_draw_later = torch.get_rng_state()
+    torch.set_rng_state(random_state)
     convert_linears(model, TETRAJET)
     assert list(dict(model.named_parameters())) == list(parameters)
     assert all(p is parameters[name] and torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert list(model.state_dict()) == state_keys
-    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.equal(torch.get_rng_state(), one_draw_later) and model.noise.seed == seed
     plain = make()
     plain.load_state_dict(model.state_dict())
     model.load_state_dict(make().state_dict())

@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from quantization import PRESETS, LinearRecipe, QuantizerSpec, build_recipe, fake_quantize
-from quantization.layers.linear_fn import QuantLinearFunction
+from quantization.layers.linear_fn import Call, QuantLinearFunction
 from quantization.noise import Noise
+from quantization.operands import LinearJobs
 from quantization.spec import BACKWARD_OPERANDS, QUANTIZERS
 
 STREAM = 8 * 5  # of the layer under test
+LOST = torch.zeros((), dtype=torch.int64)  # blocks below fp8's window, counted
 OPERANDS = ("requantized", "original")
 SINGLES = [(name,) for name in QUANTIZERS]
 PAIRS = [("q1", "q6"), ("q2", "q4"), ("q3", "q5"), ("q1", "q2"), ("q3", "q4"), ("q5", "q6"), ("q2", "q6"), ("q1", "q4")]
@@ -77,12 +79,15 @@ def by_hand(X, W, b, G, recipe, noise_state, stream, cast=lambda t: t):
     }
 
 
-def by_function(X, W, b, G, recipe, noise_state=None, stream=STREAM, shadow=None, autocast=False):
+def call_of(recipe, W, stream=STREAM):
+    return Call(LinearJobs(recipe, W.shape), stream)
+
+
+def by_function(X, W, b, G, recipe, noise=None, *, shadow=None, autocast=False):
     X, W, b = (t.clone().requires_grad_() for t in (X, W, b))
+    noise_state, stream = noise or Noise(state(), STREAM)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output = QuantLinearFunction.apply(
-            X, W, b, recipe, state() if noise_state is None else noise_state, stream, shadow
-        )
+        output = QuantLinearFunction.apply(X, W, b, call_of(recipe, W, stream), noise_state, shadow, LOST)
     output.backward(G.to(output.dtype))
     return {"output": output.detach(), "grad_input": X.grad, "grad_weight": W.grad, "grad_bias": b.grad}
 
@@ -213,7 +218,7 @@ def test_the_gradient_of_the_bias_sums_g_unquantized():
 def test_noise_is_that_of_the_position_and_of_the_stream_of_the_layer(position, stream):
     data = tensors((64,), 48, 40)
     recipe = recipe_of(QUANTIZERS, "requantized", "stochastic")
-    actual = by_function(*data, recipe, state(position), stream)
+    actual = by_function(*data, recipe, Noise(state(position), stream))
     assert_equal(actual, by_hand(*data, recipe, state(position), stream))
     for other in (
         by_hand(*data, recipe, state(position + 1), stream),
@@ -231,11 +236,11 @@ def test_parts_that_need_no_gradient_get_none_and_leave_the_others_alone():
         if not any(needed):
             continue
         leaves = [t.clone().requires_grad_(n) for t, n in zip((X, W, b), needed, strict=True)]
-        QuantLinearFunction.apply(*leaves, PRESETS["tetrajet"], state(), STREAM, None).backward(G)
+        QuantLinearFunction.apply(*leaves, call_of(PRESETS["tetrajet"], leaves[1]), state()).backward(G)
         for leaf, n, name in zip(leaves, needed, names, strict=True):
             assert torch.equal(leaf.grad, expected[name]) if n else leaf.grad is None
     without = [X.clone().requires_grad_(), W.clone().requires_grad_()]
-    output = QuantLinearFunction.apply(*without, None, PRESETS["tetrajet"], state(), STREAM, None)
+    output = QuantLinearFunction.apply(*without, None, call_of(PRESETS["tetrajet"], without[1]), state())
     output.backward(G)
     assert torch.equal(output, expected["output"] - b)
     assert torch.equal(without[1].grad, expected["grad_weight"])
@@ -244,7 +249,7 @@ def test_parts_that_need_no_gradient_get_none_and_leave_the_others_alone():
 def test_a_second_derivative_is_refused_and_not_silently_wrong():
     X, W, b, _ = tensors((64,), 48, 40)
     X = X.clone().requires_grad_()
-    output = QuantLinearFunction.apply(X, W, b, PRESETS["tetrajet"], state(), STREAM, None)
+    output = QuantLinearFunction.apply(X, W, b, call_of(PRESETS["tetrajet"], W), state())
     (grad,) = torch.autograd.grad(output.square().sum(), X, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -385,7 +390,7 @@ def mean_and_error(**changes):
     sums = {name: [0.0, 0.0] for name in straight_through()}
     X, W = X.clone().requires_grad_(), W.clone().requires_grad_()
     for position in range(repeats):
-        output = QuantLinearFunction.apply(X, W, b, recipe, state(position), STREAM, None)
+        output = QuantLinearFunction.apply(X, W, b, call_of(recipe, W), state(position))
         for name, grad in zip(sums, torch.autograd.grad(output, (X, W), G), strict=True):
             sums[name][0] += grad.double()
             sums[name][1] += grad.double().square()

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from quantization import build_recipe, convert_linears
-from quantization.noise import Noise, NoiseClock, philox4x32, uniform
+from quantization.layers.clock import NoiseClock
+from quantization.noise import Noise, philox4x32, uniform
 
 ONES = 0xFFFFFFFF
 # Random123, tests/kat_vectors, philox4x32 with 10 rounds: counter, key, answer.

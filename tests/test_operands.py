@@ -10,19 +10,33 @@ import itertools
 
 import pytest
 import torch
-from test_linear_fn import by_function, few_bits, state, tensors
+from operand_helpers import STREAMS, job_of
+from test_linear_fn import LOST, STREAM, by_function, few_bits, state, tensors
 from torch import Tensor, nn
 
 from quantization import PRESETS, LinearRecipe, QuantizerSpec, build_recipe, fake_quantize
 from quantization.backends.reference import NAN_SCALE, SCALE_BIAS, pack, scale_codes, unpack
 from quantization.formats import FORMATS
+from quantization.job import (
+    CARRIED,
+    DENSE,
+    E4M3,
+    E5M2,
+    NOTHING,
+    PACKED,
+    Carried,
+    Dense,
+    Packed,
+    carried_shape,
+    codes_shape,
+    scales_shape,
+    window,
+)
 from quantization.noise import Noise
-from quantization.operands import matrices as ops
-from quantization.operands.matrices import CARRIED, DENSE, E4M3, E5M2, NOTHING, PACKED, forms_of, prepare, window
+from quantization.operands import forms_of, prepare, values_of
 from quantization.spec import QUANTIZERS, ROUNDINGS, SCALE_RULES
 
 NOISE = Noise(torch.tensor([12345, 7 << 32]), 40)
-STREAMS = (3, 5)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP8 = (E4M3, E5M2)
 
@@ -47,9 +61,8 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32, octaves: int = 3) -
 
 def lost() -> int:
     """Blocks counted since the last call."""
-    counter = ops.lost_in_carrier(torch.device("cpu"))
-    count = int(counter)
-    counter.zero_()
+    count = int(LOST)
+    LOST.zero_()
     return count
 
 
@@ -82,7 +95,7 @@ def test_every_code_under_every_scale_is_its_number_and_packs_to_itself(element,
     spec = QuantizerSpec(element, axis=axis)
     codes, scales = every_code(length, axis)
     columns = length if axis == -1 else 256
-    values = unpack(codes, scales, spec, columns)
+    values = unpack(Packed(codes, scales, spec, columns))
     by_scale = values if axis == -1 else values.t()
     for scale, row in enumerate(by_scale.tolist()):
         for place, number in enumerate(row):
@@ -92,7 +105,7 @@ def test_every_code_under_every_scale_is_its_number_and_packs_to_itself(element,
     again = pack(values.float(), scales, spec)
     assert again.shape == codes.shape
     fits = by_scale[:254].float().isfinite()  # the largest codes times the largest scales are no float32 numbers
-    unpacked = unpack(again, scales, spec, columns)
+    unpacked = unpack(Packed(again, scales, spec, columns))
     unpacked = unpacked if axis == -1 else unpacked.t()
     assert same(unpacked[:254][fits], by_scale[:254][fits]) and unpacked[NAN_SCALE].isnan().all()
     if length % 2 and axis == -1:
@@ -109,10 +122,10 @@ def test_a_quantized_matrix_survives_packing_with_its_blocks_that_are_not_finite
         x.view(-1)[len(x.view(-1)) // 2 :: 71] = torch.nan
         x.view(-1)[::97] = -torch.inf
         values, scales = fake_quantize(x, spec), scale_codes(x, spec)
-        assert scales.shape == ops.scales_shape(*shape, spec) and scales.dtype == torch.uint8
+        assert scales.shape == scales_shape(*shape, spec) and scales.dtype == torch.uint8
         codes = pack(values, scales, spec)
-        assert codes.shape == ops.codes_shape(*shape) and codes.dtype == torch.uint8
-        assert same(unpack(codes, scales, spec, shape[1]).float(), values)
+        assert codes.shape == codes_shape(*shape) and codes.dtype == torch.uint8
+        assert same(unpack(Packed(codes, scales, spec, shape[1])).float(), values)
         assert (scales == NAN_SCALE).any() and values.isnan().any()
 
 
@@ -139,15 +152,13 @@ def test_prepare_is_two_calls_of_the_quantizer_and_a_sum(on, chained, dtype):
         )
         expected = by_two_calls(x, row, column, chained=chained)
         for forms, sums in itertools.product(itertools.product((DENSE, PACKED), repeat=2), (False, True)):
-            *actual, total = prepare(
-                x, row, column, forms, dtype, chained=chained, sums=sums, noise=NOISE, streams=STREAMS
-            )
+            *actual, total = prepare(x, job_of(row, column, forms, dtype, chained=chained, sums=sums), NOISE)
             for operand, value, spec, form in zip(actual, expected, (row, column), forms, strict=True):
                 assert (operand is None) == (value is None)
                 if operand is not None:
-                    assert operand.spec is spec and not operand.carried
-                    assert len(operand.tensors) == (1 if form == DENSE else 2)
-                    assert same(operand.values(dtype), value)
+                    assert isinstance(operand, Dense if form == DENSE else Packed)
+                    assert form == DENSE or operand.spec is spec
+                    assert same(values_of(operand, dtype), value)
             if sums:
                 assert total.dtype == torch.float32
                 torch.testing.assert_close(total.double(), x.double().sum(0), rtol=1e-6, atol=1e-5)
@@ -162,23 +173,24 @@ def test_prepare_gives_the_shadow_to_the_row_quantizer_alone():
     shadow = w + numbers(40, 48, octaves=1).flip(0) / 4
     for chained, form in itertools.product((False, True), (DENSE, PACKED)):
         expected = by_two_calls(w, row, column, chained=chained, shadow=shadow)
-        first, second, _ = prepare(w, row, column, (form, form), w.dtype, chained=chained, shadow=shadow)
-        assert same(first.values(w.dtype), expected[0]) and same(second.values(w.dtype), expected[1])
+        first, second, _ = prepare(w, job_of(row, column, (form, form), w.dtype, chained=chained), shadow=shadow)
+        assert same(values_of(first, w.dtype), expected[0]) and same(values_of(second, w.dtype), expected[1])
         assert not same(expected[0], by_two_calls(w, row, column, chained=chained)[0])
 
 
 def test_values_come_in_the_compute_dtype():
     x = numbers(70, 33)
     for form in (DENSE, PACKED):
-        first, second, _ = prepare(x, QuantizerSpec(), QuantizerSpec(axis=0), (form, form), torch.bfloat16)
+        job = job_of(QuantizerSpec(), QuantizerSpec(axis=0), (form, form), torch.bfloat16)
+        first, second, _ = prepare(x, job)
         for operand, spec in ((first, QuantizerSpec()), (second, QuantizerSpec(axis=0))):
-            assert same(operand.values(torch.bfloat16), fake_quantize(x, spec).bfloat16())
+            assert same(values_of(operand, torch.bfloat16), fake_quantize(x, spec).bfloat16())
 
 
 @pytest.mark.parametrize("form", [DENSE, PACKED, CARRIED])
 def test_other_dtypes_are_refused(form):
     with pytest.raises(TypeError, match="quantizers take float32, bfloat16 or float16; got float64"):
-        prepare(torch.ones(2, 32, dtype=torch.float64), QuantizerSpec(), None, (form, NOTHING), torch.float32)
+        prepare(torch.ones(2, 32, dtype=torch.float64), job_of(QuantizerSpec(), None, (form, NOTHING), torch.float32))
 
 
 def test_another_dtype_in_a_layer_is_refused_only_where_a_quantizer_reads_it():
@@ -286,17 +298,21 @@ def test_the_octaves_of_the_window():
     assert octaves == {("e2m1", E4M3): 15, ("e2m1", E5M2): 29, ("e3m0", E4M3): 12, ("e3m0", E5M2): 26}
 
 
-def carried_pair(x: Tensor, row: QuantizerSpec | None, column: QuantizerSpec | None, fp8: torch.dtype, **kwargs):
+def carried_pair(
+    x: Tensor, row: QuantizerSpec | None, column: QuantizerSpec | None, fp8: torch.dtype, *, chained: bool = False
+):
     """Both results times their factor, in float32 and in the layout of x."""
-    first, second, _ = prepare(x, row, column, (CARRIED, CARRIED), torch.bfloat16, fp8, **kwargs)
+    job = job_of(row, column, (CARRIED, CARRIED), torch.bfloat16, fp8, chained=chained)
+    first, second, _ = prepare(x, job, NOISE, lost=LOST)
     results = []
-    for operand in (first, second):
+    for operand, spec in ((first, row), (second, column)):
         if operand is None:
             results.append(None)
             continue
-        values, factor = operand.tensors
-        assert values.dtype == fp8 and operand.carried and factor.dtype == torch.float32 and factor.shape == ()
-        assert values.shape == ops.carried_shape(*x.shape, operand.spec) and values.is_contiguous()
+        assert isinstance(operand, Carried)
+        values, factor = operand
+        assert values.dtype == fp8 and factor.dtype == torch.float32 and factor.shape == ()
+        assert values.shape == carried_shape(*x.shape, spec) and values.is_contiguous()
         along = x.shape[1] if operand is first else x.shape[0]
         assert (values[:, along:].float() == 0).all()  # the padding
         restored = values[:, :along].float() * factor
@@ -317,7 +333,7 @@ def test_carried_values_times_their_factor_are_the_dense_values(rule, element, f
         for scale in (1.0, 2.0**-14 if dtype == torch.float16 else 2.0**-90, 2.0**10):
             scaled = x * scale
             expected = by_two_calls(scaled, row, column, chained=chained)
-            actual = carried_pair(scaled, row, column, fp8, chained=chained, noise=NOISE, streams=STREAMS)
+            actual = carried_pair(scaled, row, column, fp8, chained=chained)
             for a, b in zip(actual, expected, strict=True):
                 assert same(a, b.float())
     assert lost() == 0
@@ -405,7 +421,9 @@ def test_the_carriers_give_the_same_layer_up_to_the_order_of_sums(preset):
     assert lost() == 0
     for name, value in plain.items():
         torch.testing.assert_close(with_fp8[name], value, rtol=1e-5, atol=1e-4)
-    other = by_function(X, W, b, G, recipe, state(position=4))  # the control: other noise is no order of sums
+    other = by_function(
+        X, W, b, G, recipe, Noise(state(position=4), STREAM)
+    )  # the control: other noise is no order of sums
     assert preset == "microscaling" or (other["grad_weight"] - plain["grad_weight"]).abs().max() > 1e-2
 
 

@@ -8,13 +8,13 @@ import itertools
 import pytest
 import timm
 import torch
-from test_operands import NOISE, numbers, same
+from operand_helpers import job_of
+from test_operands import DTYPES, NOISE, numbers, same
 from torch import Tensor, nn
 
 from quantization import PRESETS, QuantizerSpec, QuantLinear, convert_linears, fake_quantize
 from quantization.backends.reference import pack, scale_codes
-from quantization.operands import matrices as ops
-from quantization.operands.matrices import CARRIED, DENSE, E4M3, NOTHING, PACKED
+from quantization.job import CARRIED, DENSE, E5M2, NOTHING, PACKED, Job
 
 
 def steps_of(model: nn.Module, call, shape: tuple[int, ...], autocast: bool, steps: int = 2) -> list[list[Tensor]]:
@@ -95,12 +95,13 @@ FORMS = [forms for forms in itertools.product((NOTHING, DENSE, PACKED, CARRIED),
 
 @pytest.mark.parametrize("forms", FORMS, ids="+".join)
 def test_the_custom_op_prepare_is_what_it_is_declared_to_be(forms):
-    keys = [
-        "" if form == NOTHING else ops._key(QuantizerSpec(rounding="stochastic", axis=axis))
+    specs = [
+        None if form == NOTHING else QuantizerSpec(rounding="stochastic", axis=axis)
         for form, axis in zip(forms, (-1, 0), strict=True)
     ]
     for x, sums in ((numbers(70, 33), True), (numbers(16, 32, dtype=torch.bfloat16), False)):
-        arguments = (x, None, NOISE.state, 3, 5, *keys, *forms, torch.bfloat16, E4M3, True, sums)
+        job = job_of(*specs, forms, torch.bfloat16, chained=True, sums=sums)
+        arguments = (x, None, NOISE.state, NOISE.stream, None, job.text)
         torch.library.opcheck(torch.ops.mxfp4.prepare.default, arguments, **OPCHECKS)
 
 
@@ -111,9 +112,12 @@ def test_the_custom_op_expand_is_what_it_is_declared_to_be(axis):
     scales = scale_codes(x, spec)
     codes = pack(fake_quantize(x, spec), scales, spec)
     for dtype in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(torch.ops.mxfp4.expand.default, (codes, scales, ops._key(spec), 33, dtype), **OPCHECKS)
+        torch.library.opcheck(torch.ops.mxfp4.expand.default, (codes, scales, spec.text, 33, dtype), **OPCHECKS)
 
 
-def test_the_text_of_a_spec_in_a_custom_op_gives_the_spec_back():
-    for spec in (QuantizerSpec("e3m0", "floor", "stochastic", 0, 16), QuantizerSpec(), None):
-        assert ops._spec(ops._key(spec)) == spec
+def test_the_text_of_a_job_in_a_custom_op_gives_the_job_back():
+    specs = (QuantizerSpec("e3m0", "floor", "stochastic", -1, 16), QuantizerSpec(), None)
+    columns = (QuantizerSpec("e3m0", "floor", axis=0), None)
+    for row, column, form, dtype in itertools.product(specs, columns, (DENSE, PACKED), DTYPES):
+        job = job_of(row, column, (form, DENSE), dtype, E5M2, chained=row is None, sums=column is None)
+        assert Job.parse(job.text) == job and QuantizerSpec.parse(columns[0].text) == columns[0]

@@ -22,6 +22,7 @@ import engine
 from engine import Run
 from quantization import PRESETS, Int4Linear, QuantizerSpec, build_recipe, convert_linears
 from quantization.formats import FORMATS
+from quantization.layers import int4
 from quantization.oscillation import (
     OSCILLATING,
     latent_weight,
@@ -357,7 +358,7 @@ def test_int4_is_watched_in_the_basis_that_is_quantized(tmp_path: Path, monkeypa
     assert arrays["numel"][0] == 48 * 32 and rate_of_change(q).item() > 0
     layer = next(iter(run.probe.layers.values()))
     assert isinstance(layer, Int4Linear)
-    latent = (layer.recipe.basis(layer.weight.detach()) / layer.step_w).detach()
+    latent = (int4.basis(layer.weight.detach(), layer.recipe) / layer.step_w).detach()
     counts = np.histogram(latent.clamp(-8, 7.99).numpy(), arrays["latent_edges"])[0]
     assert np.abs(counts - arrays["latent_counts"][0]).sum() <= 4  # division may round over an edge
     assert arrays["grid"].tolist() == list(range(-8, 8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ import torch
 from helpers import differences, exit_code, tiny
 from stabilizer_helpers import FLAGS, SMALL, block, build, layer_of, normal
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
-from quantization.stabilizers import QRampingAdamW
+from quantization.stabilizers import QRampingAdamW, qramping
 from quantization.stabilizers.qramping import periods
 from record.checkpoint import load_checkpoint, save_checkpoint
 
@@ -94,7 +98,7 @@ def two_optimizers(**options: Any) -> tuple[list[nn.Parameter], torch.optim.Adam
 
 def give_gradients(parameters: Sequence[nn.Parameter], step: int) -> None:
     for i, p in enumerate(parameters):
-        p.grad = normal(*p.shape, seed=100 * step + i + 50) * (1 + i) + 0.3
+        p.grad = (normal(*p.shape, seed=100 * step + i + 50) * (1 + i) + 0.3).to(p.device)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +226,101 @@ def test_a_period_is_an_accumulation_and_one_larger_step(changing: bool) -> None
     assert min(off.values()) > 1e-3, off  # the controls
     for i, index, period in ((1, (20,), 1), (2, (3, 30), 4)):
         torch.testing.assert_close(actual(i, index), expected(i, index, [period] * steps), rtol=0, atol=5e-6)
+
+
+def test_the_size_of_a_chunk_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every parameter alone, of two and one, of all in one; a period and an accumulation may differ by element."""
+    results = []
+    for chunk in (1, 100, 10_000):
+        monkeypatch.setattr(qramping, "CHUNK", chunk)
+        _, _, parameters, optimizer = two_optimizers()
+        optimizer.set_periods([torch.arange(math.prod(shape)).view(shape) % 9 + 1 for shape in SHAPES[:3]])
+        for step in range(17):
+            give_gradients(parameters, step)
+            optimizer.step()
+        results.append([[p.detach() for p in parameters], optimizer.state_dict()])
+    assert results[0][1]["ramping"]["count"].unique().numel() == 6  # amid accumulations
+    assert differences(results[0], results[1]) == differences(results[0], results[2]) == []
+
+
+def ramped_steps(step: Callable[..., None], device: torch.device, betas: tuple[float, float], guarded: bool) -> Any:
+    """Twelve steps of mixed periods by `step`, the last of which fails where guarded. Weights, state, counts."""
+    parameters = [nn.Parameter(normal(*shape, seed=i).to(device)) for i, shape in enumerate([*SHAPES, (70, 50)])]
+    optimizer = QRampingAdamW(parameters, lr=0.1, betas=betas, weight_decay=0.1)
+    optimizer.ramp(parameters)
+    optimizer.set_periods([torch.arange(p.numel(), device=device).view_as(p) % 4 + 1 for p in parameters])
+    if guarded:
+        optimizer.found_inf = torch.zeros((), device=device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qramping, "_kernel", lambda *_: step)
+        for number in range(12):
+            give_gradients(parameters, number)
+            if guarded and number == 11:
+                parameters[0].grad[0] = torch.nan
+                optimizer.found_inf.fill_(1.0)
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + number)
+            optimizer.step()
+    state = optimizer.ramping
+    floats = [state[name] for name in ("exp_avg", "exp_avg_sq", "grad_sum")]
+    return [p.detach() for p in parameters], floats, [state[name] for name in ("count", "updates", "period")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9), (0.3, 0.0)], ids=str)
+@pytest.mark.parametrize("guarded", [False, True], ids=["", "found_inf"])
+def test_the_kernel_has_the_bits_of_torch_s_operations(guarded: bool, betas: tuple[float, float]) -> None:
+    from quantization.backends.gpu.ramp import ramped_step
+
+    results = [ramped_steps(s, torch.device("cuda"), betas, guarded) for s in (ramped_step, qramping._step_in_chunks)]
+    # Any NaN equals any NaN; elsewhere all bits count.
+    ours, theirs = ([t.cpu().nan_to_num(torch.inf).view(torch.int32) for t in tree_leaves(r)] for r in results)
+    assert [torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)] == [True] * len(ours)
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of storages made under it: alive now, and the most that were at once."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.known = WeakIdKeyDictionary({t.untyped_storage(): 0 for t in known})
+        self.alive = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
+            if storage not in self.known:
+                self.known[storage] = storage.nbytes()
+                self.alive += storage.nbytes()
+                weakref.finalize(storage, self.free, storage.nbytes())
+        self.peak = max(self.peak, self.alive)
+        return out
+
+    def free(self, nbytes: int) -> None:
+        self.alive -= nbytes
+
+
+@pytest.mark.parametrize("guarded", [False, True], ids=["", "found_inf"])
+def test_a_step_allocates_what_a_chunk_needs(guarded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Temporaries alive at once: some six floats for an element of a chunk, less than a float for one of them all."""
+    monkeypatch.setattr(qramping, "CHUNK", 2**14, raising=False)
+    parameters = [nn.Parameter(normal(128, 128, seed=i)) for i in range(12)]
+    optimizer = QRampingAdamW(parameters, lr=0.1, betas=(0.5, 0.9))
+    optimizer.ramp(parameters)
+    optimizer.set_periods([torch.arange(p.numel()).view_as(p) % 4 + 1 for p in parameters])
+    if guarded:
+        optimizer.found_inf = torch.zeros(())
+    peaks = []
+    for step in range(6):
+        give_gradients(parameters, step)
+        held = [*parameters, *(p.grad for p in parameters), *optimizer.ramping.values()]
+        with Allocations(*held) as allocations:
+            optimizer.step()
+        peaks.append(allocations.peak)
+    assert 4 * 2**14 < max(peaks[1:]) < 6 * 4 * 2**14  # the control: it sees one chunk's at least
+    # What is kept stays where it was, as a captured step needs it.
+    kept = [t.data_ptr() for t in (*parameters, *optimizer.ramping.values())]
+    optimizer.step()
+    assert kept == [t.data_ptr() for t in (*parameters, *optimizer.ramping.values())]
 
 
 def test_an_element_stands_still_between_its_updates() -> None:

@@ -9,7 +9,8 @@ import pytest
 from config import UserError, iter_keys, load_config
 from quantization.formats import FORMATS
 from quantization.layers.int4 import Int4Recipe
-from quantization.spec import PRESETS, QUANTIZERS, LinearRecipe, QuantizerSpec, build_recipe, resolve
+from quantization.recipes import PRESETS, build_recipe, resolve
+from quantization.spec import QUANTIZERS, LinearRecipe, QuantizerSpec
 
 AXES = {"q1": -1, "q2": -1, "q3": -1, "q4": 0, "q5": 0, "q6": 0}  # of the stored tensor: SPEC, section 1
 

@@ -8,11 +8,10 @@ import timm
 from packaging.specifiers import SpecifierSet
 from PIL import Image
 
-import models  # noqa: F401  importing it applies the patches
-import timm_patches
 from config import load_config
-from datasets import train_transform
-from timm_patches import PATCHES, apply_patches
+from images.transforms import train_transform
+from models import PATCHES
+from timm_patches import Patch, apply_patches
 
 
 def test_every_patch_is_described_and_in_place():
@@ -25,21 +24,20 @@ def test_every_patch_is_described_and_in_place():
 
 def test_applying_twice_changes_nothing():
     before = timm.list_models()
-    apply_patches()
+    apply_patches(PATCHES)
     assert timm.list_models() == before
 
 
 def test_another_timm_version_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(timm, "__version__", "2.0.0")
     with pytest.raises(RuntimeError, match=r"the patch mxfp4_models is for timm ==1\.0\.\* and timm is 2\.0\.0"):
-        apply_patches()
+        apply_patches(PATCHES)
 
 
-def test_a_patch_that_does_not_take_is_named(monkeypatch):
-    broken = timm_patches.Patch("broken", "a", "b", "==1.0.*", "c", apply=lambda: None, verify=lambda: False)
-    monkeypatch.setattr(timm_patches, "PATCHES", (broken,))
+def test_a_patch_that_does_not_take_is_named():
+    broken = Patch("broken", "a", "b", "==1.0.*", "c", apply=lambda: None, verify=lambda: False)
     with pytest.raises(RuntimeError, match="the patch broken did not take"):
-        apply_patches()
+        apply_patches([broken])
 
 
 def test_posterize_to_nothing_is_black():

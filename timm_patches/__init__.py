@@ -1,12 +1,11 @@
 """What this project adds to timm from PyPI, as records: what, why, for which versions of timm, and how it is verified.
 
-Nothing of timm is copied or forked. `apply_patches` runs when `models` is imported; every run's manifest lists PATCHES.
+Nothing of timm is copied or forked. `apply_patches` runs when `models` is imported; every run's manifest lists them.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,21 +44,6 @@ class Patch:
         return {key: value for key, value in asdict(self).items() if isinstance(value, str)}
 
 
-def _register_models() -> None:
-    from models import zoo
-
-    for model in zoo.ZOO:
-        if not timm.is_model(zoo.PREFIX + model.timm_name):
-            create = zoo.entrypoint(model)
-            create.__module__ = zoo.__name__
-            timm.models.register_model(create)
-
-
-def _models_registered() -> bool:
-    zoo = sys.modules["models.zoo"]
-    return {zoo.PREFIX + m.timm_name for m in zoo.ZOO} <= set(timm.list_models(f"{zoo.PREFIX}*"))
-
-
 def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
     return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else image.point(lambda value: 0)
 
@@ -85,15 +69,6 @@ def _optimizer_registered() -> bool:
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
-        name="mxfp4_models",
-        what="Registers mxfp4_<name> for every model of models.zoo.ZOO in timm's model registry.",
-        why="timm.create_model and timm.list_models then know the quantized models.",
-        timm_versions="==1.0.*",
-        verified_by="timm.list_models('mxfp4_*') names them all.",
-        apply=_register_models,
-        verify=_models_registered,
-    ),
-    Patch(
         name="posterize_to_0_bits",
         what="AutoAugment's Posterize and PosterizeIncreasing give a black image where 0 bits are to be kept.",
         why="rand-m9-mstd0.5 asks for 0 bits in one image of about 700, an error since Pillow 13.",
@@ -114,12 +89,12 @@ PATCHES: tuple[Patch, ...] = (
 )
 
 
-def apply_patches() -> None:
-    """Apply every patch and verify it.
+def apply_patches(patches: Iterable[Patch] = PATCHES) -> None:
+    """Apply each patch and verify it.
 
     Raises RuntimeError, naming the patch, where timm is of another version or the change does not take.
     """
-    for patch in PATCHES:
+    for patch in patches:
         if timm.__version__ not in SpecifierSet(patch.timm_versions, prereleases=True):
             raise RuntimeError(
                 f"the patch {patch.name} is for timm {patch.timm_versions} and timm is {timm.__version__}; "

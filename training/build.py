@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset
 from config import Config, UserError
 from datasets import Data, build_data, build_mixup
 from models import create_model
-from quantization.noise import NoiseClock
+from quantization.layers.clock import NoiseClock
 from quantization.stabilizers import Plan, Stabilizer, build_stabilizer
 from quantization.watch.probe import OscillationProbe, Probe
 from record.runlog import RunLog

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantization.noise import NoiseClock
+from quantization.layers.clock import NoiseClock
 from training.graphs import Pass
 from training.state import TrainingState
 

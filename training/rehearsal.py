@@ -44,7 +44,7 @@ def _undone(run: TrainingState) -> Iterator[None]:
     modules = [run.model] + ([] if run.ema is None else [run.ema.module])
     weights = copy.deepcopy([m.state_dict() for m in modules])
     optimizer = copy.deepcopy(run.optimizer.state_dict())
-    progress, corrupt = run.progress, run.data.corrupt
+    progress, corrupt, blocks = run.progress, run.data.corrupt, run.blocks_below_window()
     run.progress = copy.deepcopy(progress)
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
@@ -53,5 +53,7 @@ def _undone(run: TrainingState) -> Iterator[None]:
         module.load_state_dict(kept)
     run.optimizer.load_state_dict(optimizer)
     run.progress, run.data.corrupt = progress, corrupt
+    if blocks is not None:
+        progress.blocks_undone = progress.blocks_undone + run.blocks_below_window() - blocks
     random.setstate(python)
     np.random.set_state(numpy)

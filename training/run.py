@@ -28,6 +28,7 @@ class Run(TrainingState):
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: schedule, data order and noise follow from the steps done."""
+        blocks = self.blocks_below_window()
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -40,6 +41,7 @@ class Run(TrainingState):
             "best_top1": self.best_top1,
             "meter": self.meter.state_dict(),
             "config": dump_config(self.cfg),
+            **({} if blocks is None else {"blocks_below_window": int(blocks)}),
         }
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
@@ -72,6 +74,7 @@ class Run(TrainingState):
         restore_probe(self.probe, state.get("probe", {}), path)
         self.epoch, self.step, self.best_top1 = state["epoch"], state["step"], state["best_top1"]
         self.meter.load_state_dict(state["meter"])
+        self.progress.blocks_undone = -state.get("blocks_below_window", 0)
         # As DeiT: the rate of an epoch is the one its predecessor's end set, the first two share the start of warm-up.
         self.schedule.step(max(self.epoch - 1, 0))
         self.schedule.step_update(max(self.global_step - 1, 0))

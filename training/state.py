@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from config import Config
 from datasets import Data, to_device
+from quantization.layers.linear import blocks_below_window
 from quantization.stabilizers import Stabilizer
 from quantization.watch.probe import Probe
 from record.checkpoint import find_last
@@ -48,6 +49,7 @@ class Progress:
     best_top1: float = -1.0  # below any accuracy: the first epoch is the best so far, whatever it reached
     meter: Meter = field(default_factory=Meter)  # figures of the current epoch
     figures: dict[str, float] = field(default_factory=dict)  # of the last step that has been settled
+    blocks_undone: Tensor | int = 0  # that the layers have counted below fp8's window outside of the run's training
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,12 @@ class TrainingState:
     def global_step(self) -> int:
         """Optimizer steps done in the whole run."""
         return self.epoch * self.steps_per_epoch + self.step
+
+    def blocks_below_window(self) -> Tensor | None:
+        """How many blocks of this process's training so far the fp8 carrier could not hold exactly (int64, on the
+        device); None with another carrier."""
+        counted = blocks_below_window(self.model)
+        return None if counted is None else counted - self.progress.blocks_undone
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)

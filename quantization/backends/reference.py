@@ -12,14 +12,15 @@ Details that are easy to simplify wrongly:
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quantization.constants import constant
 from quantization.formats import SCALE_MAX, SCALE_MIN, ElementFormat
+from quantization.job import DENSE, FP8_MULTIPLE, PACKED, Carried, Dense, Job, Packed, Prepared
 from quantization.noise import Noise, uniform
 from quantization.spec import QuantizerSpec, Rounding, ScaleRule
 
@@ -59,15 +60,14 @@ class Neighbours(NamedTuple):
     upper: Tensor
 
 
-@functools.cache  # a copy to a GPU waits for it: once, not at every call
-def grid_of(fmt: ElementFormat, device: torch.device) -> Tensor:
+def magnitudes_of(fmt: ElementFormat, device: torch.device) -> Tensor:
     """The magnitudes of a format by their codes, float32."""
-    return torch.tensor(fmt.magnitudes, dtype=torch.float32, device=device)
+    return constant(fmt.magnitudes, device)
 
 
 def neighbours(magnitude: Tensor, fmt: ElementFormat) -> Neighbours:
     """The neighbours on the grid of magnitudes (float32) that do not exceed the largest one."""
-    grid = grid_of(fmt, magnitude.device)
+    grid = magnitudes_of(fmt, magnitude.device)
     lower_code = torch.zeros_like(magnitude, dtype=torch.int32)
     for value in fmt.magnitudes[1:]:
         lower_code += magnitude >= value
@@ -202,9 +202,63 @@ def pack(values: Tensor, scales: Tensor, spec: QuantizerSpec) -> Tensor:
     return codes[:, ::2] | (codes[:, 1::2] << 4)
 
 
-def unpack(codes: Tensor, scales: Tensor, spec: QuantizerSpec, columns: int) -> Tensor:
+def unpack(packed: Packed) -> Tensor:
     """The numbers that `pack` was given: (rows, columns) float64: a code times the largest scale may leave float32."""
+    codes, scales, spec, columns = packed
     codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)[:, :columns].int()
-    magnitude = grid_of(spec.format, codes.device)[codes & 7]
+    magnitude = magnitudes_of(spec.format, codes.device)[codes & 7]
     latent = torch.where(codes & 8 > 0, -magnitude, magnitude)
     return latent.double() * _scales_of_elements(scales, spec, latent.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def prepare(
+    x: Tensor, job: Job, noise: Noise | None = None, shadow: Tensor | None = None, lost: Tensor | None = None
+) -> Prepared:
+    """Quantize a matrix as a job says; see operands/prepare.py. `shadow` is for the first quantizer there is."""
+    x_float32 = x.float()  # what leaves float16's range in between is no matter of the results
+    source, operands = x_float32, []
+    shift = _shift_into_window(x, job) if job.carried else None
+    for (spec, form), stream in zip(job.uses, (job.row_stream, job.column_stream), strict=True):
+        if spec is None:
+            operands.append(None)
+            continue
+        own = Noise(noise.state, noise.stream + stream) if spec.stochastic else None
+        values = quantize(source, spec, own, shadow) if x.numel() else source.clone()
+        if form == DENSE:
+            operands.append(Dense(values.to(job.dtype)))
+        else:
+            scales = scale_codes(source, spec, shadow)
+            packed = Packed(pack(values, scales, spec), scales, spec, x.shape[1])
+            operands.append(packed if form == PACKED else _carry(packed, job, shift, lost))
+        source, shadow = values if job.chained else x_float32, None
+    return Prepared(*operands, x.sum(0, dtype=torch.float32) if job.sums else None)
+
+
+def _shift_into_window(x: Tensor, job: Job) -> Tensor:
+    """The exponent that brings what is carried of x into fp8's window: int32 scalar."""
+    spec = job.row or job.column
+    largest = torch.where(torch.isfinite(x), x, 0.0).abs().amax().float()
+    return (job.window[0] - scale_exponent(largest, spec.format, spec.scale_rule)).clamp(max=127)
+
+
+def _carry(packed: Packed, job: Job, shift: Tensor, lost: Tensor | None) -> Carried:
+    """A packed matrix as fp8 numbers times 2^-shift; counts the blocks below the window."""
+    _, scales, spec, _ = packed
+    # Blocks of zeros, which have the smallest scale, do not count, nor the few others that have it.
+    below = (scales > 0) & (scales.int() - SCALE_BIAS + shift < job.window[1])
+    if lost is not None:
+        lost.add_(below.sum())
+    values = (unpack(packed) * power_of_two(shift)).float().to(job.fp8)
+    values = values if spec.axis == -1 else values.t()
+    padded = F.pad(values.float(), (0, -values.shape[1] % FP8_MULTIPLE)).to(job.fp8)
+    return Carried(padded.contiguous(), power_of_two(-shift))
+
+
+def expand(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """The numbers of a packed matrix in `dtype`, (rows, columns)."""
+    return unpack(packed).to(dtype)

@@ -27,72 +27,30 @@ quantized element (under H, its block) NaN, one in G makes every gradient but th
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.parallel import DistributedDataParallel
 
-from quantization.noise import STREAMS_PER_LAYER, Noise, NoiseClock, NoisyLinear, uniform
+from quantization.layers.clock import NoiseClock, NoisyLinear
+from quantization.noise import STREAMS_PER_LAYER, Noise, uniform
+from quantization.rotation import hadamard
+from quantization.spec import Int4Recipe
 
 LEVEL_MIN, LEVEL_MAX = -8, 7
-BLOCK = 32
 BASE, RANGE, HIGH_MAX = 14, 98, 6  # of the split
 MIN_STEP = 1e-8  # where training drives a step to zero or below, or a tensor is all zeros
 FILLING_ROUNDS = 8
 LOW, ROWS_OF_GRAD_INPUT, ROWS_OF_GRAD_WEIGHT = range(3)  # streams of noise of a layer
 
 
-@dataclass(frozen=True)
-class Int4Recipe:
-    """The switches of the INT4 layer. Raises ValueError where one is not a bool.
-
-    Args:
-        hadamard: quantize X H and W H; off, X and W.
-        sampling: keep N of the 2N rows of the split gradient by leverage score; off, all of them.
-        learned_step: steps are parameters (LSQ); off, 2 mean|.| / sqrt(7) of the tensor at each forward pass.
-    """
-
-    hadamard: bool = True
-    sampling: bool = True
-    learned_step: bool = True
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not isinstance(value, bool):
-                raise ValueError(f"{name} must be true or false; got {value!r}")
-
-    @property
-    def active(self) -> tuple[str, ...]:
-        """What is quantized, whatever the switches."""
-        return ("activation", "weight", "gradient")
-
-    def table(self) -> dict[str, str]:
-        """Every field as text, for manifests."""
-        return {"scheme": "int4", **{f.name: str(getattr(self, f.name)) for f in fields(self)}}
-
-    def __str__(self) -> str:
-        return " ".join(["int4", *(f.name for f in fields(self) if getattr(self, f.name))])
-
-    def basis(self, x: Tensor) -> Tensor:
-        """x in the basis that is quantized, or back from it; float32."""
-        return hadamard(x) if self.hadamard else x.to(torch.float32)
-
-
-@functools.cache  # a copy to a GPU waits for it: once, not at every call
-def _signs(device: torch.device) -> Tensor:
-    return torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(BLOCK)] for i in range(BLOCK)], device=device)
-
-
-def hadamard(x: Tensor) -> Tensor:
-    """x H: (..., D) of any float dtype -> float32 (..., D rounded up to a multiple of 32)."""
-    blocks = F.pad(x.to(torch.float32), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
-    with torch.autocast(x.device.type, enabled=False):
-        return (blocks @ _signs(x.device)).flatten(-2) * BLOCK**-0.5
+def basis(x: Tensor, recipe: Int4Recipe) -> Tensor:
+    """x in the basis that is quantized, or back from it; float32."""
+    return hadamard(x) if recipe.hadamard else x.to(torch.float32)
 
 
 def default_step(total: Tensor | float, count: int | float) -> Tensor | float:
@@ -173,8 +131,8 @@ class Int4LinearFunction(torch.autograd.Function):
     ) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        x_v, step_x = divide(recipe.basis(x.reshape(-1, x.shape[-1])), step_x)
-        w_v, step_w = divide(recipe.basis(weight), step_w)
+        x_v, step_x = divide(basis(x.reshape(-1, x.shape[-1]), recipe), step_x)
+        w_v, step_w = divide(basis(weight, recipe), step_w)
         output = F.linear(quantize(x_v).to(dtype), quantize(w_v).to(dtype)).float() * (step_x * step_w)
         output = output if bias is None else output + bias
 
@@ -201,12 +159,12 @@ class Int4LinearFunction(torch.autograd.Function):
         if needs[0] or needs[3]:
             product = sampled(1.0, ROWS_OF_GRAD_INPUT) @ quantize(w_v).to(dtype)
             grad, grad_step_x = quantize_backward(product.float() * (unit * step_w), x_v)
-            grad_input = recipe.basis(grad)[:, :D].to(ctx.x_dtype).reshape(ctx.x_shape)
+            grad_input = basis(grad, recipe)[:, :D].to(ctx.x_dtype).reshape(ctx.x_shape)
         if needs[1] or needs[4]:
             x_levels = quantize(x_v)
             product = sampled(x_levels.norm(dim=1), ROWS_OF_GRAD_WEIGHT).t() @ x_levels.to(dtype)
             grad, grad_step_w = quantize_backward(product.float() * (unit * step_x), w_v)
-            grad_weight = recipe.basis(grad)[:, :D].to(ctx.weight_dtype)
+            grad_weight = basis(grad, recipe)[:, :D].to(ctx.weight_dtype)
         if needs[2]:
             grad_bias = G_NC.sum(0, dtype=ctx.bias_dtype)
         # A step that is no parameter has no gradient.
@@ -218,9 +176,10 @@ class Int4Linear(NoisyLinear):
     """A linear layer whose three products are INT4. Weight and bias, their names and initialisation are nn.Linear's.
 
     With learned steps there are the parameters `step_x` and `step_w` (float32 scalars) too. step_w starts from the
-    weights at conversion, step_x from the first training batch of all processes, which must meet in that forward pass.
-    Until then step_x is 1, the buffer `step_x_known` False, and evaluation takes the initial step of its own input. A
-    state dict that has a weight without its steps, as one of a layer in full precision, starts both anew.
+    weights at conversion, step_x from the first training batch: under DistributedDataParallel, where all processes meet
+    in a forward pass, from the batches of all of them, else from the process's own. Until then step_x is 1, the buffer
+    `step_x_known` False, and evaluation takes the initial step of its own input. A state dict that has a weight without
+    its steps, as one of a layer in full precision, starts both anew.
 
     `noise` is the clock and `layer` the layer's number in it, as for QuantLinear.
     """
@@ -231,7 +190,8 @@ class Int4Linear(NoisyLinear):
     def from_linear(cls, linear: nn.Linear, recipe: Int4Recipe) -> Int4Linear:
         """A quantized layer that takes over the parameters of `linear`. Raises TypeError for another module."""
         quant = cls._take_over(linear, recipe)
-        NoiseClock().to(linear.weight.device).attach(quant)
+        quant.join(NoiseClock.unlike_others().to(linear.weight.device), 0)
+        quant.noise.attach(quant)
         return quant
 
     @classmethod
@@ -249,7 +209,7 @@ class Int4Linear(NoisyLinear):
         return quant.train(linear.training)
 
     def _first_step_w(self) -> Tensor:
-        _, step = divide(self.recipe.basis(self.weight.detach()), None)
+        _, step = divide(basis(self.weight.detach(), self.recipe), None)
         return step
 
     @torch.compiler.disable  # the layer runs as it is, in between what torch.compile makes of the rest
@@ -262,17 +222,19 @@ class Int4Linear(NoisyLinear):
         step_x = self.step_x if self._step_x_known else None
         stream = STREAMS_PER_LAYER * self.layer
         return Int4LinearFunction.apply(
-            x, self.weight, self.bias, step_x, self.step_w, self.recipe, self.noise.state, stream
+            x, self.weight, self.bias, step_x, self.step_w, self.recipe, self.draw_noise(), stream
         )
 
     @torch.no_grad()
     def _start_step_x(self, x: Tensor) -> None:
         """Set step_x from the finite values there are; where all are 0, leave that to a later pass. Synchronises."""
-        magnitudes = self.recipe.basis(x).abs()
+        magnitudes = basis(x, self.recipe).abs()
         total = torch.where(torch.isfinite(magnitudes), magnitudes, 0.0).sum()
         sums = torch.stack([total, torch.full_like(total, magnitudes.numel())])
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
+        # Anywhere else some processes may be alone in their forward pass and would wait for the others for ever.
+        parallel = DistributedDataParallel._get_active_ddp_module()
+        if parallel is not None:
+            torch.distributed.all_reduce(sums, group=parallel.process_group)
         total, count = sums.tolist()
         if 0 < total < math.inf:
             self.step_x.fill_(default_step(total, count))
@@ -294,8 +256,8 @@ class Int4Linear(NoisyLinear):
 
         X' q(W')^T = X Q(w)^T for every X. The levels are those of W', so with `hadamard` Q(w) lies on no grid.
         """
-        v, step = divide(self.recipe.basis(self.weight), self.step_w)
-        return self.recipe.basis(quantize(v) * step)[:, : self.in_features].to(self.weight.dtype)
+        v, step = divide(basis(self.weight, self.recipe), self.step_w)
+        return basis(quantize(v) * step, self.recipe)[:, : self.in_features].to(self.weight.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.recipe}"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantization.backends.reference import block_scales, grid_of
+from quantization.backends.reference import block_scales, magnitudes_of
 from quantization.layers.linear import QuantLinear
 from quantization.stabilizers.base import Plan, Stabilizer
 
@@ -37,7 +37,7 @@ class Freeze(Stabilizer):
         spec = layer.recipe.q2
         scales = block_scales(layer.weight, spec)
         latent = layer.quantized_weight().float() / scales
-        index = torch.bucketize(latent.abs(), grid_of(spec.format, latent.device))
+        index = torch.bucketize(latent.abs(), magnitudes_of(spec.format, latent.device))
         return torch.where(latent < 0, -index, index).to(torch.int8), scales
 
     def _fresh(self, layer: QuantLinear) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ class Freeze(Stabilizer):
             s["frequency"].mul_(1 - m).add_(oscillates, alpha=m)
             s["average"].mul_(1 - m).add_(code, alpha=m)
             freezes = (s["frequency"] > threshold) & ~s["frozen"]
-            grid = grid_of(layer.recipe.q2.format, scales.device)
+            grid = magnitudes_of(layer.recipe.q2.format, scales.device)
             rest = s["average"].round()
             s["value"] = torch.where(freezes, torch.sign(rest) * grid[rest.abs().long()] * scales, s["value"])
             s["frozen"] |= freezes

@@ -23,6 +23,78 @@ from quantization.oscillation import OSCILLATING, PathLengths
 from quantization.stabilizers.base import Plan, Stabilizer, Trainer
 
 OPTIMIZER = "qrampingadamw"  # its name in timm, which takes an underscore for a prefix
+CHUNK = 2**23  # elements worked on at once: some 130 MB of temporaries, and few enough launches for the host
+
+
+def _chunks(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Whole parameters in their order, in lists of CHUNK elements at most; a larger one is alone in its list."""
+    chunk: list[Tensor] = []
+    for p in parameters:
+        if chunk and sum(q.numel() for q in chunk) + p.numel() > CHUNK:
+            yield chunk
+            chunk = []
+        chunk.append(p)
+    yield chunk
+
+
+def _kernel(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Callable[..., None] | None:
+    """The step as a Triton kernel, of the same bits, for what it serves on a GPU; else None."""
+    tensors = [*weights, *gradients]
+    if not all(t.is_cuda and t.is_contiguous() and t.dtype == torch.float32 for t in tensors):
+        return None
+    try:
+        from quantization.backends.gpu.ramp import ramped_step
+    except ImportError:
+        return None
+    return ramped_step
+
+
+def _step_in_chunks(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    state: dict[str, Tensor],
+    tables: tuple[Tensor, Tensor],
+    numbers: dict[str, float],
+    found_inf: Tensor | None,
+) -> None:
+    """One step in place by torch's own operations; see backends/gpu/ramp.py for what is given.
+
+    But for a few launches over all at once it goes chunk by chunk, which bounds what it allocates.
+    """
+    decay = numbers["decay"]
+    torch._foreach_mul_(weights, decay if found_inf is None else torch.where(found_inf > 0, 1.0, decay))
+    sums = state["grad_sum"].split([w.numel() for w in weights])
+    torch._foreach_add_([total.view_as(w) for total, w in zip(sums, weights, strict=True)], gradients)
+    state["count"] += 1
+    begin = 0
+    for chunk in _chunks(weights):
+        sizes = [w.numel() for w in chunk]
+        part = {name: values.narrow(0, begin, sum(sizes)) for name, values in state.items()}
+        update = _chunk_update(part, tables, numbers, found_inf).split(sizes)
+        torch._foreach_add_(chunk, [u.view_as(w) for u, w in zip(update, chunk, strict=True)])
+        begin += sum(sizes)
+
+
+def _chunk_update(
+    s: dict[str, Tensor], tables: tuple[Tensor, Tensor], numbers: dict[str, float], found_inf: Tensor | None
+) -> Tensor:
+    """What to add to the elements of a chunk, float32 (n,): 0 for those not due. s: their state, brought forward."""
+    step_size, correction2_sqrt = tables
+    due = s["count"] >= s["period"]
+    mean = s["grad_sum"] / s["count"]
+    torch.where(due, s["exp_avg"].lerp(mean, numbers["lerp_weight"]), s["exp_avg"], out=s["exp_avg"])
+    exp_avg_sq = (s["exp_avg_sq"] * numbers["beta2"]).addcmul_(mean, mean, value=numbers["square_weight"])
+    torch.where(due, exp_avg_sq, s["exp_avg_sq"], out=s["exp_avg_sq"])
+    del mean, exp_avg_sq
+    s["grad_sum"].masked_fill_(due, 0.0)
+    s["count"].masked_fill_(due, 0)
+    s["updates"] += due
+
+    place = s["updates"].clamp(max=len(step_size) - 1)
+    denominator = s["exp_avg_sq"].sqrt().div_(correction2_sqrt.index_select(0, place)).add_(numbers["eps"])
+    update = step_size.index_select(0, place).mul_(s["period"]).mul_(s["exp_avg"]).div_(denominator)
+    waits = ~due if found_inf is None else ~due | (found_inf != 0)
+    return update.masked_fill_(waits, 0.0)
 
 
 class QRampingAdamW(torch.optim.AdamW):
@@ -30,7 +102,7 @@ class QRampingAdamW(torch.optim.AdamW):
 
     Other parameters are updated by torch.optim.AdamW. With all periods 1 the ramped ones are too, bit for bit on a CPU:
     the arithmetic below is that of its single-tensor path. The state of ramped parameters is kept flat, one tensor for
-    all of them, so a step takes a handful of launches; `state_dict` holds it under "ramping".
+    all of them; `state_dict` holds it under "ramping".
     """
 
     def ramp(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -70,47 +142,31 @@ class QRampingAdamW(torch.optim.AdamW):
             self.ramping |= {name: kept[name] for name in ("grad_sum", "count", "period")}
 
     def _bias_corrections(self, beta1: float, beta2: float, device: torch.device) -> tuple[Tensor, Tensor]:
-        """1 - beta1^n (float64) and sqrt(1 - beta2^n) (float32) by n, as far as they are not 1. By Python's own powers,
-        as torch has them; element 0 is never used in an update."""
+        """1 - beta1^n (float64) and sqrt(1 - beta2^n) (float32) by n, up to the n from which both are 1. By Python's
+        own powers, as torch has them; element 0 is never used in an update."""
         key = (beta1, beta2, device)
         if self._corrections is None or self._corrections[0] != key:
-            tables = []
-            for beta, dtype in ((beta1, torch.float64), (beta2, torch.float32)):
-                values, n = [1.0], 1
-                while values[-1] < 1 or n == 1:
-                    values.append(1 - beta**n if dtype == torch.float64 else (1 - beta**n) ** 0.5)
-                    n += 1
-                tables.append(torch.tensor(values, dtype=dtype, device=device))
-            self._corrections = (key, *tables)
+            corrections = [(1.0, 1.0)]
+            while min(corrections[-1]) < 1 or len(corrections) == 1:
+                n = len(corrections)
+                corrections.append((1 - beta1**n, (1 - beta2**n) ** 0.5))
+            one, two = zip(*corrections, strict=True)
+            float64, float32 = ({"dtype": dtype, "device": device} for dtype in (torch.float64, torch.float32))
+            self._corrections = (key, torch.tensor(one, **float64), torch.tensor(two, **float32))
         return self._corrections[1], self._corrections[2]
 
     @torch.no_grad()
     def _ramped_step(self, gradients: list[Tensor]) -> None:
-        s, group, ramped = self.ramping, self.param_groups[self._group], self._ramped
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        decay, failed = 1 - lr * group["weight_decay"], getattr(self, "found_inf", None)
-        torch._foreach_mul_(ramped, decay if failed is None else torch.where(failed > 0, 1.0, decay))
-
-        s["grad_sum"] += torch.cat([g.flatten() for g in gradients])
-        s["count"] += 1
-        due = s["count"] >= s["period"]
-        mean = s["grad_sum"] / s["count"]
-        s["exp_avg"] = torch.where(due, s["exp_avg"].lerp(mean, 1 - beta1), s["exp_avg"])
-        exp_avg_sq = (s["exp_avg_sq"] * beta2).addcmul_(mean, mean, value=1 - beta2)
-        s["exp_avg_sq"] = torch.where(due, exp_avg_sq, s["exp_avg_sq"])
-        s["updates"] += due
-
-        correction1, correction2_sqrt = self._bias_corrections(beta1, beta2, mean.device)
-        step_size = (-lr / correction1).to(torch.float32)
-        step_size = step_size[s["updates"].clamp(max=len(step_size) - 1)] * s["period"]
-        denominator = s["exp_avg_sq"].sqrt() / correction2_sqrt[s["updates"].clamp(max=len(correction2_sqrt) - 1)]
-        update = step_size * s["exp_avg"] / denominator.add_(group["eps"])
-        lands = due if failed is None else due & (failed == 0)
-        update = torch.where(lands, update, 0.0).split([p.numel() for p in ramped])
-        torch._foreach_add_(ramped, [u.view_as(p) for u, p in zip(update, ramped, strict=True)])
-
-        s["grad_sum"] = torch.where(due, 0.0, s["grad_sum"])
-        s["count"] = torch.where(due, 0, s["count"])
+        group, failed = self.param_groups[self._group], getattr(self, "found_inf", None)
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        correction1, correction2_sqrt = self._bias_corrections(beta1, beta2, self.ramping["period"].device)
+        tables = (-lr / correction1).to(torch.float32), correction2_sqrt
+        numbers = {
+            **{"decay": 1 - lr * group["weight_decay"], "lerp_weight": 1 - beta1},
+            **{"beta2": beta2, "square_weight": 1 - beta2, "eps": group["eps"]},
+        }
+        step = _kernel(self._ramped, gradients) or _step_in_chunks
+        step(self._ramped, gradients, self.ramping, tables, numbers, failed)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:

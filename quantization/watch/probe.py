@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,8 +32,9 @@ from torch import Tensor, nn
 
 from quantization.backends.reference import block_scales
 from quantization.layers import int4
-from quantization.layers.linear import BLOCK_LINEARS, QuantLinear
-from quantization.noise import NoiseClock
+from quantization.layers.clock import NoiseClock
+from quantization.layers.convert import BLOCK_LINEARS
+from quantization.layers.linear import QuantLinear
 from quantization.oscillation import (
     OSCILLATING,
     PathLengths,
@@ -44,23 +44,12 @@ from quantization.oscillation import (
     signed_grid,
 )
 from quantization.stabilizers.base import Plan
+from quantization.watch.recording import Recording
 
 BLOCKS = re.compile(r"(^|\.)blocks\.\d+$")  # of all stages, in the model's order
 DEFAULT_BLOCK = 9  # of the paper's Table 3
 LATENT_BINS = 16  # a unit of the grid: every threshold is an edge
 CONFIDENCE_BINS = 50
-
-
-@dataclass(frozen=True)
-class Recording:
-    """One recording: figures of the whole model and arrays, those of layers in the order of the array `layers`.
-
-    `name` is that of its file. Arrays hold numbers and text alone, so that they load without pickle.
-    """
-
-    name: str
-    figures: dict[str, float]
-    arrays: dict[str, np.ndarray]
 
 
 class Probe:
@@ -115,7 +104,7 @@ class _Int4Weight:
         self.layer = layer
 
     def _divided(self) -> tuple[Tensor, Tensor, Tensor]:
-        w = self.layer.recipe.basis(self.layer.weight.detach())
+        w = int4.basis(self.layer.weight.detach(), self.layer.recipe)
         return w, *int4.divide(w, self.layer.step_w)
 
     def values(self) -> tuple[Tensor, Tensor]:
@@ -214,20 +203,14 @@ class OscillationProbe(Probe):
         """Eval mode and the probe's noise, the same at every call and on every process; both are put back."""
         modes = [(module, module.training) for module in self.model.modules()]
         clock = getattr(self.model, "noise", None)
-        clock = clock if isinstance(clock, NoiseClock) else None
-        if clock is not None:
-            kept = clock.rank, clock.state, clock.next_position.clone()
-            clock.rank = 0
-            clock.seek(self.position)
+        elsewhere = clock.elsewhere(self.position) if isinstance(clock, NoiseClock) else contextlib.nullcontext()
         self.model.eval()
         try:
-            yield
+            with elsewhere:
+                yield
         finally:
             for module, training in modes:
                 module.training = training
-            if clock is not None:
-                clock.rank, clock.state, position = kept
-                clock.next_position.copy_(position)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The points of the training loop

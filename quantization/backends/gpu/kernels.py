@@ -45,7 +45,7 @@ def _store_packed(
     first_column,
     rows,
     columns,
-    GRID: tl.constexpr,
+    SPEC: tl.constexpr,
     AXIS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -54,7 +54,7 @@ def _store_packed(
     bytes for all blocks with the same number along AXIS."""
     # A code's three bits come to bits 0 and 4, its sign first to SIGN and SIGN + 4, then to bits 3 and 7. The masks
     # keep a NaN, whose codes do not matter, out of its neighbour's.
-    PLACE: tl.constexpr = 23 - GRID.mantissa_bits
+    PLACE: tl.constexpr = 23 - SPEC.mantissa_bits
     SIGN: tl.constexpr = 31 - PLACE
     PAIRS: tl.constexpr = PATCH_COLUMNS // 2  # of a row of a patch
     bits = bits.to(tl.uint32, bitcast=True)
@@ -70,18 +70,18 @@ def _store_packed(
 
     code = tl.where(largest < INFINITY, scale, NAN_SCALE).to(tl.uint8)
     if AXIS == 0:
-        BLOCKS: tl.constexpr = ROWS // GRID.block
+        BLOCKS: tl.constexpr = ROWS // SPEC.block
         code = tl.reshape(code, (COLUMNS // PATCH_COLUMNS, BLOCKS, PATCH_COLUMNS, 1))
-        block = first_row // GRID.block + tl.arange(0, BLOCKS)[None, :, None, None]
+        block = first_row // SPEC.block + tl.arange(0, BLOCKS)[None, :, None, None]
         place = column_numbers(first_column, COLUMNS)
-        here = (block < tl.cdiv(rows, GRID.block)) & (place < columns)
+        here = (block < tl.cdiv(rows, SPEC.block)) & (place < columns)
         length = columns
     else:
-        BLOCKS: tl.constexpr = COLUMNS // GRID.block
+        BLOCKS: tl.constexpr = COLUMNS // SPEC.block
         code = tl.reshape(code, (BLOCKS, ROWS // PATCH_ROWS, 1, PATCH_ROWS))
-        block = first_column // GRID.block + tl.arange(0, BLOCKS)[:, None, None, None]
+        block = first_column // SPEC.block + tl.arange(0, BLOCKS)[:, None, None, None]
         place = row
-        here = (block < tl.cdiv(columns, GRID.block)) & (place < rows)
+        here = (block < tl.cdiv(columns, SPEC.block)) & (place < rows)
         length = rows
     tl.store(scales_ptr + block.to(tl.int64) * length + place, code, mask=here)
 
@@ -118,7 +118,7 @@ def _into_window(
     largest,
     shift,
     lost_ptr,
-    GRID: tl.constexpr,
+    SPEC: tl.constexpr,
     LOWEST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -126,12 +126,63 @@ def _into_window(
     """Q(x) 2^shift in float32; counts the blocks below the window, which fp8 may change."""
     # Blocks of zeros, which have the smallest scale, do not count, nor the few others that have it.
     below = (scale > 0) & (scale < LOWEST + 127 - shift) & (largest < INFINITY)
-    count = below.to(tl.int32)
-    for axis in tl.static_range(6):
-        count = tl.sum(count, axis=5 - axis)
-    if count > 0:
-        tl.atomic_add(lost_ptr, count.to(tl.int64), sem="relaxed")
-    return dequantize(rounded, tl.minimum(tl.maximum(scale + shift, 0), 254), largest, GRID, False, ROWS, COLUMNS)
+    if lost_ptr is not None:
+        count = below.to(tl.int32)
+        for axis in tl.static_range(6):
+            count = tl.sum(count, axis=5 - axis)
+        if count > 0:
+            tl.atomic_add(lost_ptr, count.to(tl.int64), sem="relaxed")
+    return dequantize(rounded, tl.minimum(tl.maximum(scale + shift, 0), 254), largest, SPEC, False, ROWS, COLUMNS)
+
+
+@triton.jit
+def _quantize_for_one(
+    x,  # the tile, float32 in patches
+    shadow,
+    state_ptr,
+    stream,
+    values_ptr,  # each output is a pointer or None
+    codes_ptr,
+    scales_ptr,
+    carried_ptr,
+    carried_stride,
+    lost_ptr,
+    shift,
+    first_row,
+    first_column,
+    rows,
+    columns,
+    SPEC: tl.constexpr,
+    AXIS: tl.constexpr,
+    NUMBERS: tl.constexpr,  # whether the result is wanted as float32 too
+    LOWEST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Quantize a tile in blocks along AXIS and write it in the forms asked for; returns its numbers if NUMBERS."""
+    halves = None
+    if SPEC.rounding == "stochastic":
+        halves = random_halves(state_ptr, stream, first_row, first_column, ROWS, COLUMNS)
+    CODED: tl.constexpr = codes_ptr is not None
+    rounded, scale, largest = quantize_tile(x, shadow, halves, SPEC, AXIS, CODED)
+    if CODED:
+        _store_packed(
+            rounded, scale, largest, codes_ptr, scales_ptr, first_row, first_column, rows, columns,
+            SPEC, AXIS, ROWS, COLUMNS,
+        )  # fmt: skip
+    if carried_ptr is not None:
+        carried = _into_window(rounded, scale, largest, shift, lost_ptr, SPEC, LOWEST, ROWS, COLUMNS)
+        _store_carried(
+            carried, carried_ptr, first_row, first_column, rows, columns, carried_stride, AXIS == 0, ROWS, COLUMNS
+        )
+    if values_ptr is not None or NUMBERS:
+        x = dequantize(rounded, scale, largest, SPEC, CODED, ROWS, COLUMNS)
+        if values_ptr is not None:
+            row, column = row_numbers(first_row, ROWS), column_numbers(first_column, COLUMNS)
+            offset = row.to(tl.int64) * columns + column
+            inside = (row < rows) & (column < columns)
+            tl.store(values_ptr + offset, from_float32(x, values_ptr.dtype.element_ty), mask=inside)
+    return x
 
 
 @triton.jit(do_not_specialize=["rows", "row_stream", "column_stream"])
@@ -144,23 +195,23 @@ def prepare_kernel(
     row_values,  # each output is a pointer or None
     row_codes,
     row_scales,
+    row_carried,
     column_values,
     column_codes,
     column_scales,
-    row_carried,
     column_carried,
     sums_ptr,
     peak_ptr,  # with carried outputs: bits of the largest finite magnitude
     factor_ptr,  # gets the power of two that carried outputs are to be multiplied by
-    lost_ptr,  # has the count of blocks below the window added
+    lost_ptr,  # has the count of blocks below the window added, or None
     rows,
     columns,
     row_stride,  # of the carried outputs
     column_stride,
-    ROW: tl.constexpr,  # Grid of the quantizer with blocks along rows, or None
+    ROW: tl.constexpr,  # KernelSpec of the quantizer with blocks along rows, or None
     COLUMN: tl.constexpr,  # of that with blocks along columns, or None
     CHAINED: tl.constexpr,  # the column quantizer reads the row quantizer's output
-    WINDOW: tl.constexpr,  # (TOP, LOWEST) of operands.window with carried outputs, or None
+    WINDOW: tl.constexpr,  # (TOP, LOWEST) of job.window with carried outputs, or None
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
@@ -182,6 +233,8 @@ def prepare_kernel(
     if shadow_ptr is not None:
         shadow = to_float32(tl.load(shadow_ptr + offset, mask=inside, other=0.0))
 
+    shift = 0
+    LOWEST: tl.constexpr = 0 if WINDOW is None else WINDOW[1]
     if peak_ptr is not None:
         FIRST: tl.constexpr = COLUMN if ROW is None else ROW
         # Above 127 the factor would be too small.
@@ -190,49 +243,19 @@ def prepare_kernel(
             tl.store(factor_ptr, power_of_two(127 - shift))
 
     if ROW is not None:
-        halves = None
-        if ROW.rounding == "stochastic":
-            halves = random_halves(state_ptr, row_stream, first_row, first_column, TILE_ROWS, TILE_COLUMNS)
-        CODED: tl.constexpr = row_codes is not None
-        rounded, scale, largest = quantize_tile(x, shadow, halves, ROW, 1, CODED)
+        y = _quantize_for_one(
+            x, shadow, state_ptr, row_stream, row_values, row_codes, row_scales, row_carried, row_stride, lost_ptr,
+            shift, first_row, first_column, rows, columns, ROW, 1, CHAINED, LOWEST, TILE_ROWS, TILE_COLUMNS,
+        )  # fmt: skip
         shadow = None
-        if CODED:
-            _store_packed(
-                rounded, scale, largest, row_codes, row_scales, first_row, first_column, rows, columns,
-                ROW, 1, TILE_ROWS, TILE_COLUMNS,
-            )  # fmt: skip
-        if row_carried is not None:
-            values = _into_window(rounded, scale, largest, shift, lost_ptr, ROW, WINDOW[1], TILE_ROWS, TILE_COLUMNS)
-            _store_carried(
-                values, row_carried, first_row, first_column, rows, columns, row_stride, False, TILE_ROWS, TILE_COLUMNS
-            )
-        if row_values is not None or CHAINED:
-            y = dequantize(rounded, scale, largest, ROW, CODED, TILE_ROWS, TILE_COLUMNS)
-            if row_values is not None:
-                tl.store(row_values + offset, from_float32(y, row_values.dtype.element_ty), mask=inside)
-            if CHAINED:
-                x = y
-
+        if CHAINED:
+            x = y
     if COLUMN is not None:
-        halves = None
-        if COLUMN.rounding == "stochastic":
-            halves = random_halves(state_ptr, column_stream, first_row, first_column, TILE_ROWS, TILE_COLUMNS)
-        CODED2: tl.constexpr = column_codes is not None
-        rounded, scale, largest = quantize_tile(x, shadow, halves, COLUMN, 0, CODED2)
-        if CODED2:
-            _store_packed(
-                rounded, scale, largest, column_codes, column_scales, first_row, first_column, rows, columns,
-                COLUMN, 0, TILE_ROWS, TILE_COLUMNS,
-            )  # fmt: skip
-        elif column_carried is not None:
-            values = _into_window(rounded, scale, largest, shift, lost_ptr, COLUMN, WINDOW[1], TILE_ROWS, TILE_COLUMNS)
-            _store_carried(
-                values, column_carried, first_row, first_column, rows, columns, column_stride, True,
-                TILE_ROWS, TILE_COLUMNS,
-            )  # fmt: skip
-        else:
-            z = dequantize(rounded, scale, largest, COLUMN, CODED2, TILE_ROWS, TILE_COLUMNS)
-            tl.store(column_values + offset, from_float32(z, column_values.dtype.element_ty), mask=inside)
+        _quantize_for_one(
+            x, shadow, state_ptr, column_stream, column_values, column_codes, column_scales, column_carried,
+            column_stride, lost_ptr, shift, first_row, first_column, rows, columns, COLUMN, 0, False, LOWEST,
+            TILE_ROWS, TILE_COLUMNS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -277,7 +300,7 @@ def expand_kernel(
     out_ptr,
     rows,
     columns,
-    GRID: tl.constexpr,
+    SPEC: tl.constexpr,
     AXIS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
@@ -291,25 +314,25 @@ def expand_kernel(
     half = (columns + 1) // 2
     two = tl.load(codes_ptr + row.to(tl.int64) * half + pair, mask=(row < rows) & (pair < half), other=0).to(tl.int32)
     four = tl.reshape(tl.join(two & 15, two >> 4), (TILE_ROWS, TILE_COLUMNS))
-    bits = ((four & 8) << 28) | ((four & 7) << (23 - GRID.mantissa_bits))
+    bits = ((four & 8) << 28) | ((four & 7) << (23 - SPEC.mantissa_bits))
 
-    D0: tl.constexpr = TILE_ROWS // GRID.block if AXIS == 0 else TILE_ROWS
-    D1: tl.constexpr = GRID.block if AXIS == 0 else TILE_COLUMNS // GRID.block
-    D2: tl.constexpr = TILE_COLUMNS if AXIS == 0 else GRID.block
+    D0: tl.constexpr = TILE_ROWS // SPEC.block if AXIS == 0 else TILE_ROWS
+    D1: tl.constexpr = SPEC.block if AXIS == 0 else TILE_COLUMNS // SPEC.block
+    D2: tl.constexpr = TILE_COLUMNS if AXIS == 0 else SPEC.block
     if AXIS == 0:
-        block = first_row // GRID.block + tl.arange(0, D0)[:, None]
+        block = first_row // SPEC.block + tl.arange(0, D0)[:, None]
         place = first_column + tl.arange(0, TILE_COLUMNS)[None, :]
-        here = (block < tl.cdiv(rows, GRID.block)) & (place < columns)
+        here = (block < tl.cdiv(rows, SPEC.block)) & (place < columns)
         length = columns
     else:
-        block = first_column // GRID.block + tl.arange(0, D1)[None, :]
+        block = first_column // SPEC.block + tl.arange(0, D1)[None, :]
         place = first_row + tl.arange(0, TILE_ROWS)[:, None]
-        here = (block < tl.cdiv(columns, GRID.block)) & (place < rows)
+        here = (block < tl.cdiv(columns, SPEC.block)) & (place < rows)
         length = rows
     code = tl.load(scales_ptr + block.to(tl.int64) * length + place, mask=here, other=0).to(tl.int32)
     code = tl.reshape(code, (D0, 1, D2) if AXIS == 0 else (D0, D1, 1))
     power = tl.where(code != NAN_SCALE, power_of_two(code).to(tl.int32, bitcast=True), NAN)
-    values = decoded(tl.reshape(bits, (D0, D1, D2)), GRID) * power.to(tl.float32, bitcast=True)
+    values = decoded(tl.reshape(bits, (D0, D1, D2)), SPEC) * power.to(tl.float32, bitcast=True)
     values = tl.reshape(values, (TILE_ROWS, TILE_COLUMNS))
     column = first_column + tl.arange(0, TILE_COLUMNS)[None, :]
     offset = row.to(tl.int64) * columns + column

@@ -1,12 +1,11 @@
 """From tensors to the kernels of `kernels.py`: outputs, tiles, launches. Import only where Triton is there.
 
-What a call needs beside its tensors is decided once for equal arguments, since the host, and not the device, sets the
+What a call needs beside its tensors is planned once for equal arguments, since the host, and not the device, sets the
 pace of small models.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import math
@@ -17,24 +16,28 @@ import triton
 from torch import Tensor
 
 from quantization.backends.gpu.kernels import expand_kernel, prepare_kernel, survey_kernel, total_kernel
-from quantization.backends.gpu.tiles import Grid
-from quantization.noise import Noise
-from quantization.operands.matrices import (
+from quantization.backends.gpu.tiles import KernelSpec
+from quantization.job import (
     CARRIED,
     DENSE,
-    E4M3,
     NOTHING,
     PACKED,
+    Carried,
+    Dense,
+    Job,
+    Operand,
+    Packed,
+    Prepared,
     carried_shape,
     codes_shape,
-    lost_in_carrier,
     scales_shape,
-    window,
 )
+from quantization.noise import Noise
 from quantization.spec import QuantizerSpec
 
 MAX_BLOCK_SIZE = 128
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run in Python on the CPU: TRITON_INTERPRET=1
+PLANS = 512  # kept at most: some for each shape of layer and batch
 
 
 class Tile(NamedTuple):
@@ -53,10 +56,9 @@ if INTERPRETED:  # which takes long for each program; the tiles above are met on
 SURVEY_TILE, TOTAL_TILE, EXPAND_TILE = Tile(128, 64, 4), Tile(512, 8, 4), Tile(32, 128, 2)
 
 
-@functools.cache
-def _grid_of(spec: QuantizerSpec) -> Grid:
+def kernel_spec(spec: QuantizerSpec) -> KernelSpec:
     fmt = spec.format
-    return Grid(
+    return KernelSpec(
         emax=fmt.emax,
         carry=2**23 - 1 - round((fmt.max_significand - 1) * 2**23) if spec.scale_rule == "truncation_free" else 0,
         rounding=spec.rounding,
@@ -68,19 +70,23 @@ def _grid_of(spec: QuantizerSpec) -> Grid:
     )
 
 
-def supports(x: Tensor, spec: QuantizerSpec) -> bool:
-    """Whether `quantize` takes these arguments: blocks of 1, 2, 4, ..., 128 along rows or along a matrix's columns."""
-    fmt, along_rows = spec.format, spec.axis in (-1, x.dim() - 1)
+def serves(spec: QuantizerSpec) -> bool:
+    """Whether the kernels have this quantizer: blocks of 1, 2, 4, ..., 128, and a format that is a small float."""
+    fmt = spec.format
     power_of_two = spec.block_size & (spec.block_size - 1) == 0
     return (
-        (along_rows or x.dim() == 2)
-        and power_of_two
+        power_of_two
         and spec.block_size <= MAX_BLOCK_SIZE
         and fmt.emax >= 1  # else the largest scale is too small for float32
         and fmt.magnitudes[1] >= 2.0**-6  # else the smallest results are none of bfloat16's
         and fmt.mantissa_bits is not None
         and fmt.smallest_normal <= 2.0  # else what undoes `_coded` is no float32 number
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launching
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class _Launcher:
@@ -117,14 +123,14 @@ def _tiles(length: int, side: int) -> int:
     return -(-length // side)
 
 
+_NOTHING_TO_DO = contextlib.nullcontext()
+
+
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
     """Make a device the current one, which it mostly is."""
     if INTERPRETED or device.index == torch.cuda.current_device():
         return _NOTHING_TO_DO
     return torch.cuda.device(device)
-
-
-_NOTHING_TO_DO = contextlib.nullcontext()
 
 
 def _stream(device: torch.device) -> int:
@@ -148,62 +154,76 @@ class _Zeros:
             return memory, first
 
 
-_zeros: dict[tuple[torch.device, int], _Zeros] = collections.defaultdict(_Zeros)
+@functools.lru_cache(maxsize=64)
+def _zeros_of(device: torch.device, stream: int) -> _Zeros:
+    return _Zeros()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preparing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Outputs(NamedTuple):
+    """What one quantizer writes, or None each: as prepare_kernel has its arguments."""
+
+    values: Any = None
+    codes: Any = None
+    scales: Any = None
+    carried: Any = None
+
+    @staticmethod
+    def shapes(job: Job, spec: QuantizerSpec | None, form: str, rows: int, columns: int) -> _Outputs:
+        """Shape and dtype of each."""
+        if form == DENSE:
+            return _Outputs(values=((rows, columns), job.dtype))
+        if form == PACKED:
+            codes, scales = codes_shape(rows, columns), scales_shape(rows, columns, spec)
+            return _Outputs(codes=(codes, torch.uint8), scales=(scales, torch.uint8))
+        return _Outputs(carried=(carried_shape(rows, columns, spec), job.fp8)) if form == CARRIED else _Outputs()
+
+    def make(self, device: torch.device) -> _Outputs:
+        """The tensors, of what `shapes` says."""
+        return _Outputs(*[s if s is None else torch.empty(s[0], dtype=s[1], device=device) for s in self])
+
+    def operand(self, spec: QuantizerSpec, columns: int, factor: Tensor | None) -> Operand | None:
+        if self.values is not None:
+            return Dense(self.values)
+        if self.codes is not None:
+            return Packed(self.codes, self.scales, spec, columns)
+        return None if self.carried is None else Carried(self.carried, factor)
 
 
 class _Plan(NamedTuple):
     """What `prepare` decides once for equal arguments."""
 
-    outputs: tuple[tuple[int, tuple[int, int], torch.dtype], ...]  # place among the arguments, shape, dtype
-    order: tuple[int, ...]  # the places in the order of the results
+    row: _Outputs
+    column: _Outputs
     launch: _Launcher
     survey: _Launcher | None
     total: _Launcher | None
     partial: tuple[int, int]  # shape of the sums of each tile
-    specs: tuple[QuantizerSpec | None, QuantizerSpec | None]  # keeps the ids in the plan's key from being used again
 
 
-_plans: dict[tuple, _Plan] = {}
-
-
-def _plan(
-    rows: int,
-    columns: int,
-    row: QuantizerSpec | None,
-    column: QuantizerSpec | None,
-    forms: tuple[str, str],
-    dtype: torch.dtype,
-    fp8: torch.dtype,
-    chained: bool,
-    sums: bool,
-) -> _Plan:
-    block = max(32, *(spec.block_size for spec in (row, column) if spec is not None))
-    carried = CARRIED in forms
-    tile = Tile(block, block, 1) if block > 32 else CARRIED_TILE if carried else TILE
-    outputs, strides = [], [1, 1]
-    for index, (spec, form) in enumerate(zip((row, column), forms, strict=True)):
-        if form == DENSE:
-            outputs.append((3 * index, (rows, columns), dtype))
-        elif form == PACKED:
-            outputs.append((3 * index + 1, codes_shape(rows, columns), torch.uint8))
-            outputs.append((3 * index + 2, scales_shape(rows, columns, spec), torch.uint8))
-        elif form == CARRIED:
-            shape = carried_shape(rows, columns, spec)
-            outputs.append((6 + index, shape, fp8))
-            strides[index] = shape[1]
-    fp8_window = window((row or column).format, fp8) if carried else None
-    grids = [None if spec is None else _grid_of(spec) for spec in (row, column)]
-    partial_rows = _tiles(rows, (SURVEY_TILE if carried else tile).rows)
+@functools.lru_cache(maxsize=PLANS)
+def _plan(job: Job, rows: int, columns: int, *_compiled_alike: Any) -> _Plan:
+    """_compiled_alike: what else Triton compiles for: dtypes and alignments; and the device."""
+    block = max(32, *(spec.block_size for spec in (job.row, job.column) if spec is not None))
+    tile = Tile(block, block, 1) if block > 32 else CARRIED_TILE if job.carried else TILE
+    row, column = (_Outputs.shapes(job, spec, form, rows, columns) for spec, form in job.uses)
+    strides = [1 if side.carried is None else side.carried[0][1] for side in (row, column)]
+    specs = [None if spec is None else kernel_spec(spec) for spec in (job.row, job.column)]
+    chained = job.chained and job.row is not None and job.column is not None
+    window = job.window if job.carried else None
+    partial_rows = _tiles(rows, (SURVEY_TILE if job.carried else tile).rows)
     steps = _tiles(partial_rows, TOTAL_TILE.rows)
-    places = {place for place, *_ in outputs}
     return _Plan(
-        outputs=tuple(outputs),
-        order=tuple(place for place in (0, 1, 2, 6, 3, 4, 5, 7) if place in places),
-        launch=_Launcher(prepare_kernel, rows, columns, tile, rows, columns, *strides, *grids, chained, fp8_window),
-        survey=_Launcher(survey_kernel, rows, columns, SURVEY_TILE, rows, columns) if carried else None,
-        total=_Launcher(total_kernel, 1, columns, TOTAL_TILE, partial_rows, columns, steps) if sums else None,
+        row=row,
+        column=column,
+        launch=_Launcher(prepare_kernel, rows, columns, tile, rows, columns, *strides, *specs, chained, window),
+        survey=_Launcher(survey_kernel, rows, columns, SURVEY_TILE, rows, columns) if job.carried else None,
+        total=_Launcher(total_kernel, 1, columns, TOTAL_TILE, partial_rows, columns, steps) if job.sums else None,
         partial=(partial_rows, columns),
-        specs=(row, column),
     )
 
 
@@ -212,82 +232,68 @@ def _aligned(tensor: Tensor) -> bool:
 
 
 def prepare(
-    x: Tensor,
-    row: QuantizerSpec | None,
-    column: QuantizerSpec | None,
-    forms: tuple[str, str],
-    dtype: torch.dtype,
-    fp8: torch.dtype,
-    *,
-    chained: bool = False,
-    sums: bool = False,
-    state: Tensor | None = None,
-    streams: tuple[int, int] = (0, 0),
-    shadow: Tensor | None = None,
-) -> list[Tensor]:
-    """`operands.prepare` for a matrix on a GPU: both quantizers in one pass."""
+    x: Tensor, job: Job, noise: Noise | None = None, shadow: Tensor | None = None, lost: Tensor | None = None
+) -> Prepared:
+    """`reference.prepare` for a matrix on a GPU: both quantizers in one pass."""
     x, device = x.contiguous(), x.device
     rows, columns = x.shape
     of_shadow = None
     if shadow is not None:
         shadow = shadow.contiguous()
         of_shadow = shadow.dtype, _aligned(shadow)
-    key = id(row), id(column), forms, dtype, fp8, chained, sums, rows, columns, x.dtype, _aligned(x), of_shadow, device
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _plans[key] = _plan(rows, columns, row, column, forms, dtype, fp8, chained, sums)
-
-    outputs: list[Tensor | None] = [None] * 8
-    for place, shape, out_dtype in plan.outputs:
-        outputs[place] = torch.empty(shape, dtype=out_dtype, device=device)
-    partial = total = peak = factor = lost = None
-    if sums:
+    plan = _plan(job, rows, columns, x.dtype, _aligned(x), of_shadow, lost is None, device)
+    state, stream_of_noise = (None, 0) if noise is None else noise
+    row, column = plan.row.make(device), plan.column.make(device)
+    partial = sums = peak = factor = None
+    if job.sums:
         partial = torch.empty(plan.partial, device=device)
-        total = torch.empty(columns, device=device)
+        sums = torch.empty(columns, device=device)
     with _on(device):
         stream = _stream(device)
         in_prepare = partial
         if plan.survey is not None:
-            factor, lost, in_prepare = torch.empty((), device=device), lost_in_carrier(device), None
+            factor, in_prepare = torch.empty((), device=device), None
             if plan.launch.compiled is None or torch.cuda.is_current_stream_capturing():
                 peak = torch.zeros((), dtype=torch.int32, device=device)
             else:
-                _memory, peak = _zeros[device, stream].take(device)
+                _memory, peak = _zeros_of(device, stream).take(device)
             plan.survey(stream, x, peak, partial)
-        plan.launch(stream, x, shadow, state, *streams, *outputs, in_prepare, peak, factor, lost)
-        if sums:
-            plan.total(stream, partial, total)
-    results = [outputs[place] for place in plan.order]
-    if factor is not None:
-        results.append(factor)
-    if sums:
-        results.append(total)
-    return results
+        plan.launch(
+            stream, x, shadow, state, stream_of_noise + job.row_stream, stream_of_noise + job.column_stream,
+            *row, *column, in_prepare, peak, factor, lost,
+        )  # fmt: skip
+        if job.sums:
+            plan.total(stream, partial, sums)
+    return Prepared(row.operand(job.row, columns, factor), column.operand(job.column, columns, factor), sums)
 
 
-_expansions: dict[tuple, tuple[_Launcher, QuantizerSpec]] = {}
+# ---------------------------------------------------------------------------------------------------------------------
+# Expanding, and one quantizer alone
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def expand(codes: Tensor, scales: Tensor, spec: QuantizerSpec, columns: int, dtype: torch.dtype) -> Tensor:
-    """`operands.expand` on a GPU."""
+@functools.lru_cache(maxsize=PLANS)
+def _plan_expand(spec: QuantizerSpec, rows: int, columns: int, *_compiled_alike: Any) -> _Launcher:
+    axis = 0 if spec.axis == 0 else 1
+    return _Launcher(expand_kernel, rows, columns, EXPAND_TILE, rows, columns, kernel_spec(spec), axis)
+
+
+def expand(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """`reference.expand` on a GPU."""
+    codes, scales, spec, columns = packed
     rows, device = codes.shape[0], codes.device
     out = torch.empty((rows, columns), dtype=dtype, device=device)
-    key = id(spec), rows, columns, dtype, _aligned(codes), _aligned(scales), device
-    if key not in _expansions:
-        axis = 0 if spec.axis == 0 else 1
-        launch = _Launcher(expand_kernel, rows, columns, EXPAND_TILE, rows, columns, _grid_of(spec), axis)
-        _expansions[key] = launch, spec
+    launch = _plan_expand(spec, rows, columns, dtype, _aligned(codes), _aligned(scales), device)
     with _on(device):
-        _expansions[key][0](_stream(device), codes, scales, out)
+        launch(_stream(device), codes, scales, out)
     return out
 
 
 def quantize(x: Tensor, spec: QuantizerSpec, noise: Noise | None = None, shadow: Tensor | None = None) -> Tensor:
-    """`reference.quantize` on a GPU, for what `supports` admits: same arguments, same bits (of a NaN: a NaN)."""
+    """`reference.quantize` on a GPU, along rows or along a matrix's columns: same bits (of a NaN: a NaN)."""
     along_rows = spec.axis in (-1, x.dim() - 1)
     matrix = x.reshape(-1, x.shape[-1])
     shadow = None if shadow is None else shadow.reshape(matrix.shape)
-    state, stream = (None, 0) if noise is None else noise
-    row, column, forms = (spec, None, (DENSE, NOTHING)) if along_rows else (None, spec, (NOTHING, DENSE))
-    (out,) = prepare(matrix, row, column, forms, x.dtype, E4M3, state=state, streams=(stream, stream), shadow=shadow)
-    return out.reshape(x.shape)
+    job = Job(spec, None, DENSE, NOTHING, x.dtype) if along_rows else Job(None, spec, NOTHING, DENSE, x.dtype)
+    prepared = prepare(matrix, job, noise, shadow)
+    return (prepared.row if along_rows else prepared.column).values.reshape(x.shape)

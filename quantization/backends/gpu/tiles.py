@@ -32,7 +32,7 @@ PATCH_ROWS, PATCH_COLUMNS = tl.constexpr(4), tl.constexpr(8)
 _INTEGERS_ONLY = tl.constexpr(1.5 * 2.0**23)  # float32 numbers of this size have no fraction
 
 
-class Grid(NamedTuple):
+class KernelSpec(NamedTuple):
     """A quantizer in the terms of the kernels."""
 
     emax: int
@@ -117,9 +117,9 @@ def random_halves(state, stream, first_row, first_column, ROWS: tl.constexpr, CO
 
 
 @triton.jit
-def scale_code(block_max, GRID: tl.constexpr):
+def scale_code(block_max, SPEC: tl.constexpr):
     """The E8M0 code of the scale, its exponent + 127, from the bits of the block's largest magnitude; from 0 to 254."""
-    return tl.maximum(((block_max + GRID.carry) >> 23) - GRID.emax, 0)
+    return tl.maximum(((block_max + SPEC.carry) >> 23) - SPEC.emax, 0)
 
 
 @triton.jit
@@ -129,22 +129,22 @@ def _nearest_integer(n):
 
 
 @triton.jit
-def _round_nearest(latent, shadow, GRID: tl.constexpr):
+def _round_nearest(latent, shadow, SPEC: tl.constexpr):
     """Round x / S to the grid: float32, the sign kept also at zero. `shadow` (over S) as in the reference, or None."""
     sign = latent.to(tl.int32, bitcast=True) & _SIGN
-    if GRID.saturates:
-        latent = tl.minimum(tl.maximum(latent, -GRID.max), GRID.max)
+    if SPEC.saturates:
+        latent = tl.minimum(tl.maximum(latent, -SPEC.max), SPEC.max)
 
     # The gap of the grid is 2^(exponent - mantissa bits), the exponent being at least that of the smallest normal.
-    BOTTOM: tl.constexpr = (GRID.bottom + 127) << 23
+    BOTTOM: tl.constexpr = (SPEC.bottom + 127) << 23
     binade = tl.maximum(latent.to(tl.int32, bitcast=True) & _EXPONENT, BOTTOM)
-    if GRID.rounding == "nearest_even" and GRID.mantissa_bits > 0 and shadow is None:
+    if SPEC.rounding == "nearest_even" and SPEC.mantissa_bits > 0 and shadow is None:
         # 1.5 * 2^23 gaps: the sum is a whole number of gaps, whose parity is that of the code.
-        anchor = binade.to(tl.float32, bitcast=True) * (1.5 * 2 ** (23 - GRID.mantissa_bits))
+        anchor = binade.to(tl.float32, bitcast=True) * (1.5 * 2 ** (23 - SPEC.mantissa_bits))
         rounded = (latent + anchor) - anchor
     else:
-        gap = binade.to(tl.float32, bitcast=True) * (1.0 / (1 << GRID.mantissa_bits))
-        gaps_per_one = (-(binade - (GRID.mantissa_bits << 23)) + (254 << 23)).to(tl.float32, bitcast=True)
+        gap = binade.to(tl.float32, bitcast=True) * (1.0 / (1 << SPEC.mantissa_bits))
+        gaps_per_one = (-(binade - (SPEC.mantissa_bits << 23)) + (254 << 23)).to(tl.float32, bitcast=True)
         n = tl.abs(latent) * gaps_per_one
         # The integer below: n - 1 for odd n, from where each rounding then goes up to n. Where n - 0.5 is not exact
         # it lies between -0.5 and -0.25, and the integer is 0.
@@ -154,43 +154,43 @@ def _round_nearest(latent, shadow, GRID: tl.constexpr):
             lower += tl.where(n - lower == 1.0, 1.0, 0.0)  # here the pair must begin with n itself
             target = (shadow.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True) * gaps_per_one
         midpoint = lower + 0.5
-        if GRID.rounding == "nearest_away":
+        if SPEC.rounding == "nearest_away":
             up = target >= midpoint
         else:
-            if GRID.rounding == "nearest_up":
+            if SPEC.rounding == "nearest_up":
                 tie_goes_up = sign == 0
             else:
                 integer = (lower + _INTEGERS_ONLY).to(tl.int32, bitcast=True)  # in its lowest bits
-                code = integer + (((binade - BOTTOM) >> 23) << GRID.mantissa_bits)
+                code = integer + (((binade - BOTTOM) >> 23) << SPEC.mantissa_bits)
                 tie_goes_up = (code & 1) == 1
             up = (target > midpoint) | ((target == midpoint) & tie_goes_up)
         rounded = tl.where(up, lower + 1.0, lower) * gap
         if shadow is not None:
-            rounded = tl.minimum(rounded, GRID.max)  # the largest magnitude has no upper neighbour
+            rounded = tl.minimum(rounded, SPEC.max)  # the largest magnitude has no upper neighbour
     magnitude = rounded.to(tl.int32, bitcast=True) & MAGNITUDE
     return (magnitude | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _coded(latent, GRID: tl.constexpr):
+def _coded(latent, SPEC: tl.constexpr):
     """Bring x / S down to where the smallest normal number is 2^-126: its bits, int32."""
-    return (latent * tl.constexpr(2.0 ** (-126 - GRID.bottom))).to(tl.int32, bitcast=True)
+    return (latent * tl.constexpr(2.0 ** (-126 - SPEC.bottom))).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def decoded(bits, GRID: tl.constexpr):
+def decoded(bits, SPEC: tl.constexpr):
     """Undo `_coded`: float32."""
-    return bits.to(tl.float32, bitcast=True) * tl.constexpr(2.0 ** (126 + GRID.bottom))
+    return bits.to(tl.float32, bitcast=True) * tl.constexpr(2.0 ** (126 + SPEC.bottom))
 
 
 @triton.jit
-def _round_stochastic(latent, halves, GRID: tl.constexpr):
+def _round_stochastic(latent, halves, SPEC: tl.constexpr):
     """Round x / S up where place + u > 1, u = (half + 1/2) / 2^16; bits as `_coded` has them."""
-    if GRID.saturates:
-        latent = tl.minimum(tl.maximum(latent, -GRID.max), GRID.max)
-    PLACE: tl.constexpr = 23 - GRID.mantissa_bits  # bits of a float32 below the format's
-    noise = (halves >> GRID.mantissa_bits) | ((1 << (PLACE - 17)) - 1)
-    return (_coded(latent, GRID) + noise) & -(1 << PLACE)
+    if SPEC.saturates:
+        latent = tl.minimum(tl.maximum(latent, -SPEC.max), SPEC.max)
+    PLACE: tl.constexpr = 23 - SPEC.mantissa_bits  # bits of a float32 below the format's
+    noise = (halves >> SPEC.mantissa_bits) | ((1 << (PLACE - 17)) - 1)
+    return (_coded(latent, SPEC) + noise) & -(1 << PLACE)
 
 
 @triton.jit
@@ -217,29 +217,29 @@ def _block_max(x, AXIS: tl.constexpr):
 
 
 @triton.jit
-def quantize_tile(x, shadow, halves, GRID: tl.constexpr, AXIS: tl.constexpr, CODED: tl.constexpr):
+def quantize_tile(x, shadow, halves, SPEC: tl.constexpr, AXIS: tl.constexpr, CODED: tl.constexpr):
     """Quantize a tile of float32 in patches, in blocks along AXIS.
 
     Returns Q(x) / S, or if CODED its bits as `_coded` has them, the codes of the scales and the bits of each block's
     largest magnitude, all as `_in_blocks` has them (dimensions inside a block being 1 of what there is one a block).
     """
-    x = _in_blocks(x, GRID.block, AXIS)
+    x = _in_blocks(x, SPEC.block, AXIS)
     block_max = _block_max(x, AXIS)
     largest = block_max
-    scale = scale_code(block_max, GRID)
+    scale = scale_code(block_max, SPEC)
     to_latent = power_of_two(254 - scale)
     if shadow is not None:
-        shadow = _in_blocks(shadow, GRID.block, AXIS)
+        shadow = _in_blocks(shadow, SPEC.block, AXIS)
         largest = tl.maximum(largest, _block_max(shadow, AXIS))
         shadow = shadow * to_latent
-    if GRID.rounding == "stochastic":
-        rounded = _round_stochastic(x * to_latent, _in_blocks(halves, GRID.block, AXIS), GRID)
+    if SPEC.rounding == "stochastic":
+        rounded = _round_stochastic(x * to_latent, _in_blocks(halves, SPEC.block, AXIS), SPEC)
         if not CODED:
-            rounded = decoded(rounded, GRID)
+            rounded = decoded(rounded, SPEC)
     else:
-        rounded = _round_nearest(x * to_latent, shadow, GRID)
+        rounded = _round_nearest(x * to_latent, shadow, SPEC)
         if CODED:
-            rounded = _coded(rounded, GRID)
+            rounded = _coded(rounded, SPEC)
     return rounded, scale, largest
 
 
@@ -251,10 +251,10 @@ def _in_patches(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def dequantize(
-    rounded, scale, largest, GRID: tl.constexpr, CODED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    rounded, scale, largest, SPEC: tl.constexpr, CODED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Dequantize: float32 in patches, NaN in blocks that are not finite."""
     power = tl.where(largest < INFINITY, power_of_two(scale).to(tl.int32, bitcast=True), NAN)
     if CODED:
-        rounded = decoded(rounded, GRID)
+        rounded = decoded(rounded, SPEC)
     return _in_patches(rounded * power.to(tl.float32, bitcast=True), ROWS, COLUMNS)

@@ -1,0 +1,73 @@
+"""The order of the training samples, and the seeds that every random draw of augmentation comes from.
+
+A draw is a function of (run seed, epoch, global position of the sample in the epoch's order) and of nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+from collections.abc import Iterator, Sized
+
+import numpy as np
+import torch
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import DistributedSampler, Sampler
+
+from config import Config
+
+ORDER, AUGMENT, STREAM = range(3)  # first word of a seed's key, so that no two uses of a seed coincide
+
+Key = tuple[int, int, int]  # index of an image, its global position in the epoch's order, epoch
+
+
+def words(seed: int, *key: int) -> list[int]:
+    """Four 32-bit words, well mixed from the seed and every part of the key."""
+    return np.random.SeedSequence(seed, spawn_key=key).generate_state(4).tolist()
+
+
+@contextlib.contextmanager
+def seeded(seed: int, *key: int) -> Iterator[None]:
+    """Python's, numpy's and torch's CPU generator, all of which augmentation draws from, seeded from (seed, key).
+
+    All three are put back: without loader workers this runs inside the training process.
+    """
+    mixed, python_state, numpy_state = words(seed, *key), random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(mixed[0] << 32 | mixed[1])
+        np.random.seed(mixed)
+        torch.default_generator.manual_seed(mixed[2] << 32 | mixed[3])  # torch.manual_seed would seed the GPUs too
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+class Order(Sampler[Key]):
+    """The training samples of one process, shuffled or shuffled and repeated, from a micro-batch of an epoch on."""
+
+    def __init__(self, images: Sized, cfg: Config, rank: int, world_size: int, batch_size: int) -> None:
+        self._seed, self._batch_size, self._rank, self._world_size = cfg.run.seed, batch_size, rank, world_size
+        if cfg.aug.repeats > 1:
+            # timm rounds an epoch down to whole 256s, as DeiT does; nothing would be left of a smaller set.
+            rounding = 256 if len(images) >= 256 else 0
+            repeats = {"num_repeats": cfg.aug.repeats, "selected_round": rounding}
+            self._indices = RepeatAugSampler(images, world_size, rank, **repeats)
+        else:
+            self._indices = DistributedSampler(images, world_size, rank, drop_last=True)
+        self.begin(0, 0)
+
+    def begin(self, epoch: int, start: int) -> None:
+        self._epoch, self._first = epoch, start * self._batch_size
+        # timm shuffles by the epoch alone, torch by seed + epoch, where seed 0 in epoch 1 repeats seed 1 in epoch 0:
+        # a number mixed from both, given as the epoch, serves either.
+        self._indices.set_epoch(words(self._seed, ORDER, epoch)[0])
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[Key]:
+        places = itertools.count(self._rank, self._world_size)
+        return itertools.islice(zip(self._indices, places, itertools.repeat(self._epoch)), self._first, None)

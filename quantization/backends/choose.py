@@ -1,0 +1,76 @@
+"""Which backend computes what: the Triton kernels where they can serve, else the reference. Both give the same bits."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from quantization.backends import reference
+from quantization.job import Job, Packed
+from quantization.spec import QuantizerSpec
+
+BACKENDS = ("auto", "reference", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IN_LAYERS = "auto"  # the backend of what layers do
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    """The backend of Triton kernels; imported where a tensor is there that it could serve."""
+    from quantization.backends.gpu import launch
+
+    return launch
+
+
+def backend_of_tensor(x: Tensor, spec: QuantizerSpec, backend: str) -> ModuleType:
+    """The backend that quantizes a tensor. Raises ValueError where `backend` is `triton` and it cannot serve."""
+    if backend == "reference" or (backend == "auto" and (not x.is_cuda or isinstance(x, FakeTensor))):
+        return reference
+    try:
+        launch = _kernels()
+    except ImportError as error:  # there is no Triton for macOS, for example
+        if backend == "auto":
+            return reference
+        raise ValueError("backend='triton' needs the package triton, which cannot be imported here") from error
+    if launch.serves(spec) and (x.dim() == 2 or spec.axis in (-1, x.dim() - 1)):
+        if x.is_cuda or launch.INTERPRETED:
+            return launch
+        raise ValueError("backend='triton' takes CUDA tensors; CPU tensors only under TRITON_INTERPRET=1")
+    if backend == "auto":
+        return reference
+    raise ValueError(
+        f"the Triton kernel has no blocks of {spec.block_size} along axis {spec.axis} of a tensor of rank {x.dim()}; "
+        "use backend='auto' or 'reference'"
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _on_gpu(job: Job | QuantizerSpec) -> bool:
+    """Whether the kernels serve a matrix on a GPU."""
+    specs = (job.row, job.column) if isinstance(job, Job) else (job,)
+    try:
+        return all(_kernels().serves(spec) for spec in specs if spec is not None)
+    except ImportError:
+        return False
+
+
+def _backend(x: Tensor, job: Job | QuantizerSpec) -> ModuleType:
+    if x.numel() == 0 or IN_LAYERS == "reference" or (IN_LAYERS == "auto" and not x.is_cuda):
+        return reference
+    if isinstance(x, FakeTensor):
+        return reference
+    return _kernels() if _on_gpu(job) else reference
+
+
+def backend_of_job(x: Tensor, job: Job) -> ModuleType:
+    """The backend that prepares a matrix."""
+    return _backend(x, job)
+
+
+def backend_of_packed(packed: Packed) -> ModuleType:
+    """The backend that expands a packed matrix."""
+    return _backend(packed.codes, packed.spec)

@@ -1,0 +1,108 @@
+"""Which form each quantizer's result has in a linear layer, and the jobs that follow from it.
+
+The carrier of a recipe is the dtype of operands inside a product: `bf16` stands for the compute dtype, `fp8` for E4M3
+(X and W) and E5M2 (G). With P the exponent of the scale that the largest finite magnitude of the matrix calls for, and
+TOP the largest s at which the dtype holds every code times 2^s, numbers are carried times 2^(TOP - P) and the product
+is multiplied by what undoes it. Every code is exact down to the scale exponent P - TOP + LOWEST: with e2m1 over 15
+octaves in E4M3, over 29 in E5M2. In a block below that window numbers are rounded to the fp8 grid (nearest, ties to
+even), and the block is counted. So the carriers compute the same sums, and differ in the order of accumulation and in
+those counted blocks alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantization.job import CARRIED, DENSE, E4M3, E5M2, FP8_MULTIPLE, NOTHING, PACKED, Job, share_a_window
+from quantization.spec import QUANTIZERS, LinearRecipe, QuantizerSpec
+
+X, W, G = "XWG"  # activation, weight, output gradient
+STREAMS = {name: number for number, name in enumerate(QUANTIZERS)}  # of noise, within those of a layer
+
+
+class Role(NamedTuple):
+    """A matrix of a layer: its row and its column quantizer, the fp8 dtype that carries it."""
+
+    row: str
+    column: str
+    fp8: torch.dtype
+    chained: bool  # where backward operands are requantized
+
+
+ROLES = {X: Role("q1", "q6", E4M3, True), W: Role("q2", "q4", E4M3, True), G: Role("q3", "q5", E5M2, False)}
+_PARTNER = {one: other for role in ROLES.values() for one, other in ((role.row, role.column), (role.column, role.row))}
+# Products by their quantizers, and the quantizers that read what these two make.
+_PRODUCTS = ((("q1", "q2"), ("q4", "q6")), (("q3", "q4"), ()), (("q5", "q6"), ()))
+
+
+def _packable(spec: QuantizerSpec | None) -> bool:
+    return spec is not None and spec.block_size == 32 and len(spec.format.magnitudes) == 8
+
+
+def forms_of(recipe: LinearRecipe, weight_shape: tuple[int, int], on_gpu: bool, empty: bool) -> dict[str, str]:
+    """The form of every quantizer's result in a linear layer, by the quantizer's name.
+
+    A product is carried by fp8 where the recipe says so, both its operands are quantized to 4 bits and the sides of the
+    weight are multiples of 16; q1 and q2 only with q6 and q4 after them, which read theirs; and no matrix is carried
+    twice by quantizers that would need two windows. On a GPU, what q6 makes of X is kept packed.
+    """
+    forms = dict.fromkeys(QUANTIZERS, DENSE)
+    if empty:
+        return forms
+    if on_gpu and _packable(recipe.q6):
+        forms["q6"] = PACKED
+    if recipe.carrier == "fp8" and all(side % FP8_MULTIPLE == 0 for side in weight_shape):
+        for pair, readers in _PRODUCTS:
+            carried = all(_packable(getattr(recipe, name)) for name in (*pair, *readers))
+            for name in pair:
+                partner = _PARTNER[name]
+                if carried and forms[partner] == CARRIED:
+                    carried = share_a_window(getattr(recipe, name), getattr(recipe, partner))
+            if carried:
+                forms.update(dict.fromkeys(pair, CARRIED))
+    return forms
+
+
+class LinearJobs:
+    """What a linear layer of `recipe` and a weight of `weight_shape` (C, D) asks of its backend, a Job for each matrix.
+
+    Each is made once for every case that comes up; they follow from the recipe, which must not change.
+    """
+
+    def __init__(self, recipe: LinearRecipe, weight_shape: tuple[int, int]) -> None:
+        self.recipe, self.weight_shape = recipe, tuple(weight_shape)
+        self._made: dict[tuple, Job] = {}
+
+    def of(
+        self, role: str, x: Tensor, dtype: torch.dtype, row: bool = True, column: bool = True, sums: bool = False
+    ) -> Job:
+        """The job for the matrix `x` of a role, X, W or G, with products in `dtype`.
+
+        row, column: whether what the row and the column quantizer make is wanted; sums: whether the sum over rows is.
+        """
+        case = role, dtype, x.is_cuda, x.numel() == 0, row, column, sums
+        if torch.compiler.is_compiling():  # which must not see what was made before
+            return self._make(*case)
+        if case not in self._made:
+            self._made[case] = self._make(*case)
+        return self._made[case]
+
+    def _make(
+        self, role: str, dtype: torch.dtype, on_gpu: bool, empty: bool, row: bool, column: bool, sums: bool
+    ) -> Job:
+        forms, names = forms_of(self.recipe, self.weight_shape, on_gpu, empty), ROLES[role]
+        return Job(
+            row=getattr(self.recipe, names.row) if row else None,
+            column=getattr(self.recipe, names.column) if column else None,
+            row_form=forms[names.row] if row else NOTHING,
+            column_form=forms[names.column] if column else NOTHING,
+            dtype=dtype,
+            fp8=names.fp8,
+            chained=names.chained and self.recipe.backward_operands == "requantized",
+            sums=sums,
+            row_stream=STREAMS[names.row],
+            column_stream=STREAMS[names.column],
+        )

@@ -1,0 +1,91 @@
+"""Operands made and expanded: by kernels or by the reference, and under torch.compile as custom ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import Library, impl, register_fake
+
+from quantization.backends.choose import DTYPES, backend_of_job, backend_of_packed
+from quantization.job import DENSE, Dense, Job, Operand, Packed, Prepared
+from quantization.noise import Noise
+from quantization.spec import QuantizerSpec
+
+
+def prepare(
+    x: Tensor, job: Job, noise: Noise | None = None, shadow: Tensor | None = None, lost: Tensor | None = None
+) -> Prepared:
+    """Quantize a matrix for the two products it enters, reading it once (a carried result needs a second look).
+
+    Args:
+        x: float32, bfloat16 or float16, (rows, columns).
+        noise: of stochastic rounding.
+        shadow: shadow weight of x's shape, for the row quantizer.
+        lost: int64 scalar to which the number of blocks below the window of carried results is added, or None.
+
+    Raises TypeError for another dtype of x.
+    """
+    if job.row is None and job.column is None:
+        prepared = Prepared(sums=x.sum(0, dtype=torch.float32) if job.sums else None)
+    else:
+        if x.dtype not in DTYPES:
+            raise TypeError(f"quantizers take float32, bfloat16 or float16; got {str(x.dtype).removeprefix('torch.')}")
+        if torch.compiler.is_compiling():
+            state, stream = (None, 0) if noise is None else noise
+            tensors = torch.ops.mxfp4.prepare(x, shadow, state, stream, lost, job.write())
+            prepared = job.unflatten(tensors, x.shape[1])
+        else:
+            prepared = backend_of_job(x, job).prepare(x, job, noise, shadow, lost)
+    row, column, sums = prepared
+    if job.row is None and job.row_form == DENSE:
+        row = Dense(x.to(job.dtype))
+    if job.column is None and job.column_form == DENSE:
+        column = row if job.chained else Dense(x.to(job.dtype))
+    return Prepared(row, column, sums)
+
+
+def values_of(operand: Operand, dtype: torch.dtype) -> Tensor:
+    """The numbers of a Dense or Packed operand in the compute dtype, (rows, columns)."""
+    if isinstance(operand, Dense):
+        return operand.values
+    if torch.compiler.is_compiling():
+        codes, scales, spec, columns = operand
+        return torch.ops.mxfp4.expand(codes, scales, spec.text, columns, dtype)
+    return backend_of_packed(operand).expand(operand, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same as custom ops, which torch.compile does not look into. Jobs and specs travel as text. That `lost` is added to
+# is not declared: nothing else in a graph reads it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+_ops = Library("mxfp4", "DEF")
+_ops.define("prepare(Tensor x, Tensor? shadow, Tensor? state, SymInt stream, Tensor? lost, str job) -> Tensor[]")
+_ops.define("expand(Tensor codes, Tensor scales, str spec, SymInt columns, ScalarType dtype) -> Tensor")
+
+
+@impl(_ops, "prepare", "CompositeExplicitAutograd")
+def _prepare(
+    x: Tensor, shadow: Tensor | None, state: Tensor | None, stream: int, lost: Tensor | None, text: str
+) -> list[Tensor]:
+    job, noise = Job.parse(text), None if state is None else Noise(state, stream)
+    return job.flatten(backend_of_job(x, job).prepare(x, job, noise, shadow, lost))
+
+
+@register_fake("mxfp4::prepare", lib=_ops)
+def _shapes_of_prepare(
+    x: Tensor, shadow: Tensor | None, state: Tensor | None, stream: int, lost: Tensor | None, text: str
+) -> list[Tensor]:
+    job = Job.parse(text)
+    return job.flatten(job.empty(x))
+
+
+@impl(_ops, "expand", "CompositeExplicitAutograd")
+def _expand(codes: Tensor, scales: Tensor, spec: str, columns: int, dtype: torch.dtype) -> Tensor:
+    packed = Packed(codes, scales, QuantizerSpec.parse(spec), columns)
+    return backend_of_packed(packed).expand(packed, dtype)
+
+
+@register_fake("mxfp4::expand", lib=_ops)
+def _shape_of_expand(codes: Tensor, scales: Tensor, spec: str, columns: int, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape[0], columns, dtype=dtype)
