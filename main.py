@@ -97,7 +97,7 @@ def run_training(
         check_new(output_dir, cfg)
     if run.epoch >= cfg.schedule.epochs:
         if rank == 0:
-            if here:
+            if here and resume.name == LAST:
                 complete(output_dir, state)
             print(f"{resume} is complete: {run.epoch} epochs, best top-1 {run.best_top1:.2f} %.")
         return
@@ -105,13 +105,13 @@ def run_training(
         output_dir,
         enabled=rank == 0,
         resume=cfg.run.resume == "auto" or here,
-        purge_step=run.global_step if resume else None,
+        purge_step=run.global_step if resume or cfg.run.resume == "auto" else None,
     )
     with run.stop, run.log:
-        if here and rank == 0:
-            mend_best(output_dir, state)
         if here and resume.name != LAST:
             run.save(LAST)
+        if here and rank == 0:
+            mend_best(output_dir, state)
         run.log.go_back(run.epoch, run.step)
         run.log.write_config(dump_config(cfg))
         run.log.write_manifest(describe_run(run, resume))

@@ -102,8 +102,9 @@ def refuse_links(folder: Path, files: tuple[str, ...], folders: tuple[str, ...])
     """
     entries = [Path(e.path) for e in os.scandir(folder) if any(fnmatch(e.name, p) for p in (*files, *folders))]
     for name in folders:
-        for root, inner, plain in os.walk(folder / name):  # follows no link but one at its start, found before
-            entries += [Path(root) / entry for entry in (*inner, *plain)]
+        if not (folder / name).is_symlink():
+            for root, inner, plain in os.walk(folder / name):
+                entries += [Path(root) / entry for entry in (*inner, *plain)]
     for path in entries:
         status = path.lstat()
         if stat.S_ISLNK(status.st_mode):

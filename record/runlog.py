@@ -66,8 +66,8 @@ class RunLog(contextlib.AbstractContextManager):
             self._lock = FolderLock(self.output_dir)
             self._earlier = read_manifest(self.output_dir)
             self._logger, self._file = open_metrics(self.output_dir / METRICS)
-            # TensorBoard means the first step to drop.
-            first_dropped = None if purge_step is None else purge_step + 1
+            # TensorBoard means the first step to drop; of a run that begins again it is that before its first.
+            first_dropped = purge_step + 1 if purge_step else purge_step
             self.tensorboard = TensorBoard(self.output_dir / TENSORBOARD, purge_step=first_dropped)
         except OSError as error:
             self.close()

@@ -419,7 +419,6 @@ def test_a_run_goes_on_without_tensorboard_and_says_so_once(
                 log.log((0, step), {"a": 1.0}, at=step)
         for _ in range(2):
             log.flush()
-        assert not log.tensorboard.works
     said = capsys.readouterr().err
     sentence = "cannot be written (No space left on device); the run goes on without TensorBoard."
     assert said == f"{tmp_path / 'tensorboard'} {sentence}\n"
@@ -435,8 +434,15 @@ def test_a_tensorboard_folder_that_cannot_be_made_stops_no_run(
     assert "the run goes on without TensorBoard." in capsys.readouterr().err
 
 
-def test_points_that_a_checkpoint_covers_outlive_a_kill(tmp_path: Path) -> None:
+def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.endswith(("seconds", "_per_s"))]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def test_points_that_a_checkpoint_covers_outlive_a_kill(tmp_path: Path) -> None:
     code = f"""import os
 from record.runlog import RunLog
 log = RunLog(Path({str(tmp_path)!r}))
@@ -448,9 +454,16 @@ os.kill(os.getpid(), 9)"""
     process = in_a_process(code)
     process.communicate()
     assert process.returncode == -9
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("a")] == [0, 1, 2, 3, 4]
+    assert points(tmp_path) == {"a": [(step, 1.0) for step in range(5)]}
+
+
+@pytest.mark.parametrize("step", [2, 5, 7])
+def test_a_run_killed_and_started_again_has_every_point_once(
+    step: int, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(monkeypatch, tmp_path / "run", step)
+    train(tmp_path / "run", "--resume", "auto")
+    assert points(tmp_path / "run") == points(straight)
 
 
 def test_a_checkpoint_is_saved_after_the_points_it_covers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,15 @@ from record.schema import Arrays, Checkpoint, Figures, Form, Manifest, check, de
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
-MISSING = object()
+
+class Missing:
+    """Stands for no entry at all."""
+
+    def __repr__(self) -> str:
+        return "missing"
+
+
+MISSING = Missing()
 OTHERS = [MISSING, "three", True, None, [], {}, [1], {"a": 1}, -1, 10**12, math.nan, math.inf, 0.5]
 
 
