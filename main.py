@@ -24,8 +24,7 @@ from engine import Run, TrainingError, evaluate, train_one_epoch
 from models import PATCHES, quantizer_table
 from record.checkpoint import BEST, LAST, find_last, load_checkpoint
 from record.manifest import manifest
-from record.metrics import missing_final
-from record.runlog import RunLog, check_new, mend_best
+from record.runlog import RunLog, check_new, complete, mend_best
 from record.weights import load_weights, restore_model
 from training.build import build_run, pick_device
 
@@ -122,15 +121,6 @@ def run_training(
         finally:
             if run.graphs is not None:
                 run.graphs.forget()  # before the communicator goes that they use
-
-
-def complete(output_dir: Path, state: dict[str, Any]) -> None:
-    """Write what a run that was killed in its last moments is missing: the best checkpoint, its final line."""
-    figures = missing_final(output_dir, state["epoch"])
-    mend_best(output_dir, state)
-    if figures is not None:
-        with RunLog(output_dir, resume=True) as log:
-            log.log((), {**figures, "best_top1": state["best_top1"], "epochs": state["epoch"]}, tag="final")
 
 
 def train(run: Run, max_steps: int | None = None) -> None:

@@ -23,9 +23,9 @@ from typing import Any
 from config import Config, UserError, load_config, recipe_differences
 from quantization.watch.recording import Recording
 from record.checkpoint import BEST, LAST, load_checkpoint
-from record.files import LOCK, FolderLock, atomic_write, refuse_links
+from record.files import LOCK, FolderLock, atomic_write, refuse_links, remove_stale
 from record.manifest import MANIFEST, add_session, read_manifest
-from record.metrics import METRICS, VOID, finished_epochs, is_void, open_metrics, plain, read_metrics
+from record.metrics import METRICS, VOID, finished_epochs, is_void, missing_final, open_metrics, plain, read_metrics
 from record.progress import Progress
 from record.recordings import PROBES, set_aside_recordings, write_recording
 from record.tensorboard import TensorBoard
@@ -64,6 +64,7 @@ class RunLog(contextlib.AbstractContextManager):
             self.output_dir.mkdir(parents=True, exist_ok=True)
             refuse_links(self.output_dir, _FILES, (PROBES, TENSORBOARD))
             self._lock = FolderLock(self.output_dir)
+            remove_stale(self.output_dir)
             self._earlier = read_manifest(self.output_dir)
             self._logger, self._file = open_metrics(self.output_dir / METRICS)
             # TensorBoard means the first step to drop; of a run that begins again it is that before its first.
@@ -247,3 +248,23 @@ def mend_best(output_dir: Path, state: Mapping[str, Any]) -> None:
         "better one is kept.",
         file=sys.stderr,
     )
+
+
+def complete(output_dir: Path, state: Mapping[str, Any]) -> None:
+    """Write what a run that was killed in its last moments lacks, its best checkpoint or its final line.
+
+    state: that of last.pt, after the last epoch. A folder that cannot be written stays as it is.
+    """
+    try:
+        lock = FolderLock(output_dir)
+    except OSError:
+        return
+    try:
+        remove_stale(output_dir)
+        mend_best(output_dir, state)
+        figures = missing_final(output_dir, state["epoch"])
+    finally:
+        lock.release()
+    if figures is not None:
+        with RunLog(output_dir, resume=True) as log:
+            log.log((), {**figures, "best_top1": state["best_top1"], "epochs": state["epoch"]}, tag="final")
