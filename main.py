@@ -22,8 +22,7 @@ from engine import Run, Stopped, evaluate, train_one_epoch
 from models import PATCHES, quantizer_table
 from record.checkpoint import BEST, LAST, find_last, load_checkpoint
 from record.manifest import manifest
-from record.metrics import missing_final
-from record.runlog import RunLog, check_new, mend_best
+from record.runlog import RunLog, check_new, complete, mend_best
 from record.weights import load_weights
 from training.build import build_evaluation, build_run, pick_device
 from training.given import as_trained, fit
@@ -102,7 +101,7 @@ def run_training(
         check_new(output_dir, cfg)
     if run.epoch >= cfg.schedule.epochs:
         if rank == 0:
-            if here:
+            if here and resume.name == LAST:
                 complete(output_dir, state)
             print(f"{resume} is complete: {run.epoch} epochs, best top-1 {run.best_top1:.2f} %.")
         return
@@ -110,13 +109,13 @@ def run_training(
         output_dir,
         enabled=rank == 0,
         resume=cfg.run.resume == "auto" or here,
-        purge_step=run.global_step if resume else None,
+        purge_step=run.global_step if resume or cfg.run.resume == "auto" else None,
     )
     with run.stop, run.log:
-        if here and rank == 0:
-            mend_best(output_dir, state)
         if here and resume.name != LAST:
             run.save(LAST)
+        if here and rank == 0:
+            mend_best(output_dir, state)
         run.log.go_back(run.epoch, run.step)
         run.log.write_config(dump_config(cfg))
         run.log.write_manifest(describe_run(run, resume))
@@ -127,15 +126,6 @@ def run_training(
         finally:
             if run.graphs is not None:
                 run.graphs.forget()  # before the communicator goes that they use
-
-
-def complete(output_dir: Path, state: dict[str, Any]) -> None:
-    """Write what a run that was killed in its last moments is missing: the best checkpoint, its final line."""
-    figures = missing_final(output_dir, state["epoch"])
-    mend_best(output_dir, state)
-    if figures is not None:
-        with RunLog(output_dir, resume=True) as log:
-            log.log((), {**figures, "best_top1": state["best_top1"], "epochs": state["epoch"]}, tag="final")
 
 
 def train(run: Run, max_steps: int | None = None) -> None:
@@ -185,7 +175,7 @@ def finish_epoch(run: Run, train_figures: dict[str, float], figures: dict[str, f
     run.meter = type(run.meter)()
     is_best = figures["top1"] > run.best_top1
     run.best_top1 = max(run.best_top1, figures["top1"])
-    run.save(*([BEST, LAST] if is_best else [LAST]))  # killed between the two, the run does this epoch again
+    run.save(*([LAST, BEST] if is_best else [LAST]))  # killed between the two, it is mended when it is started again
     if run.rank == 0:
         scores = {name: value for name, value in figures.items() if name != "seconds"}
         print(
