@@ -22,8 +22,9 @@ import contextlib
 import functools
 import itertools
 import os
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,10 +33,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from config import Config, UserError
-from images.order import Order
-from images.samples import MAX_IN_A_ROW, Images, Stream, collate, outlive_signals
-from images.sets import count_classes, open_sets
+from images.classes import check_splits, class_names, count_classes
+from images.order import Key, Order
+from images.policies import check_policy
+from images.samples import MAX_IN_A_ROW, BrokenStream, Images, Stream, collate
+from images.sets import open_sets
 from images.transforms import eval_transform, train_transform
+from images.workers import CUT_OFF, Leash, failure_of_workers
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W) float32, labels (B,) int64
 
@@ -45,13 +49,17 @@ class Data:
     """The training and evaluation batches of one process, made by `build_data`."""
 
     num_classes: int
+    classes: tuple[str, ...]  # their names by label; empty where the set does not tell
     batches_per_epoch: int  # training micro-batches of this process; a last partial batch is dropped
     eval_size: int  # images of the whole evaluation set, all processes together
-    train_loader: DataLoader
+    train_loader: DataLoader | None  # None in a run that only evaluates
     eval_loader: DataLoader
     skip_corrupt: bool
+    leash: Leash | None  # of the loaders' processes, where there are any
     corrupt: int = 0  # unreadable images this process met so far: replaced in training, left out in evaluation
     _passes: int = 0
+    _warned: bool = False
+    _skipped: dict[str, Skipped] = field(default_factory=dict)  # of the present pass through a set, by its name
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The micro-batches of `epoch` from number `start` on: images (B, 3, H, W) float32, labels (B,) int64.
@@ -62,20 +70,30 @@ class Data:
         loader = self.train_loader
         (loader.dataset if isinstance(loader.dataset, Stream) else loader.sampler).begin(epoch, start)
         self._passes = this = self._passes + 1
-        for batch in itertools.islice(self._batches(loader), self.batches_per_epoch - start):
+        self._tell_skipped()
+        batches = self._batches(loader, f"the training images of epoch {epoch + 1}")
+        for batch in itertools.islice(batches, self.batches_per_epoch - start):
             assert this == self._passes, "a later call of train_batches has taken the loader over"
             yield batch
 
     def eval_batches(self) -> Iterator[Batch]:
         """This process's share of the evaluation set. Over all processes every image comes once; shares are uneven."""
-        return self._batches(self.eval_loader)
+        self._tell_skipped()
+        yield from self._batches(self.eval_loader, "the evaluation images")
+        self._tell_skipped()
 
-    def _batches(self, loader: DataLoader) -> Iterator[Batch]:
+    def close(self) -> None:
+        """End the loaders' processes, if any; there are no more batches."""
+        if self.leash is not None:
+            self.leash.close()
+
+    def _batches(self, loader: DataLoader, what: str) -> Iterator[Batch]:
         """What the workers sent, judged here: an exception out of a worker would reach the user with a traceback in it.
 
-        Raises UserError for an image that cannot be read, unless such images are skipped, and for an impossible label.
+        Raises UserError for an image that cannot be read, unless such images are skipped, for an impossible label, and
+        where a worker has died.
         """
-        for images, targets, unreadable, missing in loader:
+        for images, targets, unreadable, missing in self._loaded(loader):
             if unreadable and not self.skip_corrupt:
                 raise UserError(
                     f"{unreadable[0]}: repair or remove it, or go on without such images by data.on_corrupt=skip "
@@ -83,7 +101,11 @@ class Data:
                 )
             if missing and loader is self.train_loader:
                 raise UserError(f"{unreadable[0]}, nor can the {MAX_IN_A_ROW - 1} images after it: check data.path.")
+            if unreadable and not self._warned:
+                self._warned = True
+                _warn(f"{unreadable[0]}; the run goes on without such images (data.on_corrupt=skip).")
             self.corrupt += len(unreadable)
+            self._skipped.setdefault(what, Skipped()).add(len(images) + missing, unreadable)
             if not len(images):
                 continue
             low, high = int(targets.min()), int(targets.max())
@@ -94,43 +116,76 @@ class Data:
                 )
             yield images, targets
 
+    def _loaded(self, loader: DataLoader) -> Iterator[Any]:
+        try:
+            batches = iter(loader)
+            if self.leash is not None:
+                self.leash.started()
+            yield from batches
+        except BrokenStream as error:
+            what = str(error).strip().splitlines()[-1].removeprefix(f"{BrokenStream.__module__}.BrokenStream: ")
+            raise UserError(f"The stream {what}: check data.set and data.path.") from None
+        except (RuntimeError, OSError, EOFError) as error:
+            exit_code = self.leash and self.leash.exit_code(wait=5.0 if isinstance(error, CUT_OFF) else 0.0)
+            said = failure_of_workers(error, loading=self.leash is not None, exit_code=exit_code)
+            if said is None:
+                raise
+            raise UserError(said) from None
+
+    def _tell_skipped(self) -> None:
+        """Say what the last pass through a set has gone without."""
+        for what, skipped in self._skipped.items():
+            if skipped.unreadable:
+                _warn(f"{skipped.share} of {what} could not be read: {skipped}.")
+        self._skipped.clear()
+
+
+@dataclass
+class Skipped:
+    """The images that a pass through a set could not read."""
+
+    seen: int = 0
+    unreadable: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, seen: int, problems: list[str]) -> None:
+        self.seen += seen
+        self.unreadable += len(problems)
+        self.first += problems[: 3 - len(self.first)]
+
+    @property
+    def share(self) -> str:
+        return f"{self.unreadable} of {self.seen} ({100 * self.unreadable / self.seen:.0f} %)"
+
+    def __str__(self) -> str:
+        more = self.unreadable - len(self.first)
+        names = [problem.split(" cannot be read (")[0] for problem in self.first]
+        return ", ".join(names) + (f" and {more} more" if more else "")
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
 
 def build_data(cfg: Config, *, rank: int, world_size: int, batch_size: int) -> Data:
     """The data of process `rank` of `world_size`, in training micro-batches of `batch_size` images a process.
 
-    Raises UserError for what the user can mend: paths, missing packages, class counts, a batch that does not fit.
+    With run.eval there is no training set, nor need there be one. Raises UserError for what the user can mend: paths,
+    missing packages, class counts, a batch that does not fit.
     """
-    if batch_size % 2 and _mixes(cfg):
+    check_policy(cfg)
+    if batch_size % 2 and _mixes(cfg) and not cfg.run.eval:
         raise UserError(f"mixup pairs the images of a batch, so data.batch_size must be even, not {batch_size}.")
     eval_batch_size = max(1, int(1.5 * batch_size))  # evaluation keeps no activations, so more fits
     train_set, eval_set = open_sets(cfg, batch_size, eval_batch_size)
-    num_classes = count_classes(cfg, train_set, eval_set)
-    workers, seed = _num_workers(cfg), cfg.run.seed
+    classes = class_names(eval_set)
+    if train_set is not None:
+        check_splits(cfg, class_names(train_set), classes)
+    num_classes = count_classes(cfg, classes)
+    workers = _num_workers(cfg)
+    leash = Leash() if workers else None
 
-    if isinstance(train_set, IterableImageDataset):
-        if cfg.aug.repeats > 1:
-            raise UserError(f"data.set {cfg.data.set} is a stream and cannot repeat augmentation: set aug.repeats=1.")
-        for stream in (train_set, eval_set):
-            # The readers would take these from an initialised torch.distributed only.
-            stream.reader.dist_rank, stream.reader.dist_num_replicas = rank, world_size
-            stream.set_loader_cfg(num_workers=max(1, workers))
-        train_images = Stream(train_set, train_transform(cfg), seed, rank)
-        eval_images = Stream(eval_set, eval_transform(cfg), seed, rank)
-        train_order = eval_order = None
-        samples, eval_size = len(train_set), eval_set.reader.num_samples
-    else:
-        train_images = Images(train_set, train_transform(cfg), seed, attempts=MAX_IN_A_ROW)
-        eval_images = Images(eval_set, eval_transform(cfg), seed, attempts=1)
-        train_order = Order(train_set, cfg, rank, world_size, batch_size)
-        eval_order = [(index, index, 0) for index in range(rank, len(eval_set), world_size)]
-        samples, eval_size = len(train_order), len(eval_set)
-    if samples < batch_size:
-        raise UserError(
-            f"An epoch of data.set {cfg.data.set} has {samples} training images for each of {world_size} process(es), "
-            f"fewer than one batch of {batch_size}: lower data.batch_size or optim.global_batch."
-        )
-
-    def loader(images: Dataset, size: int, order: Any, drop_last: bool) -> DataLoader:
+    def loader(images: Dataset, size: int, order: Any, *, drop_last: bool) -> DataLoader:
         return DataLoader(
             images,
             size,
@@ -139,15 +194,63 @@ def build_data(cfg: Config, *, rank: int, world_size: int, batch_size: int) -> D
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=collate,
-            worker_init_fn=outlive_signals,
+            worker_init_fn=leash and leash.hold,
             pin_memory=cfg.data.pin_mem and cfg.run.device != "cpu" and torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(seed),  # its workers' seeds would come from the process's own
+            # The seeds of its workers would come from the process's own generator.
+            generator=torch.Generator().manual_seed(cfg.run.seed),
         )
 
-    train_loader = loader(train_images, batch_size, train_order, True)
-    eval_loader = loader(eval_images, eval_batch_size, eval_order, False)
-    skip = cfg.data.on_corrupt == "skip"
-    return Data(num_classes, samples // batch_size, eval_size, train_loader, eval_loader, skip)
+    eval_images, eval_order, eval_size = _ordered_eval(cfg, eval_set, rank, world_size)
+    train_loader, samples = None, 0
+    if train_set is not None:
+        train_images, train_order, samples = _ordered_train(cfg, train_set, rank, world_size, batch_size)
+        if samples < batch_size:
+            raise UserError(
+                f"An epoch of data.set {cfg.data.set} has {samples} training images for each of {world_size} "
+                f"process(es), fewer than one batch of {batch_size}: lower data.batch_size or optim.global_batch."
+            )
+        train_loader = loader(train_images, batch_size, train_order, drop_last=True)
+    return Data(
+        num_classes=num_classes,
+        classes=classes,
+        batches_per_epoch=samples // batch_size,
+        eval_size=eval_size,
+        train_loader=train_loader,
+        eval_loader=loader(eval_images, eval_batch_size, eval_order, drop_last=False),
+        skip_corrupt=cfg.data.on_corrupt == "skip",
+        leash=leash,
+    )
+
+
+def _ordered_train(
+    cfg: Config, source: Any, rank: int, world_size: int, batch_size: int
+) -> tuple[Images | Stream, Order | None, int]:
+    """The training images of one process, their order (None: the stream's own) and how many they are in an epoch."""
+    if isinstance(source, IterableImageDataset):
+        if cfg.aug.repeats > 1:
+            raise UserError(f"data.set {cfg.data.set} is a stream and cannot repeat augmentation: set aug.repeats=1.")
+        stream = _split_stream(cfg, source, rank, world_size)
+        return Stream(stream, train_transform(cfg), cfg.run.seed, rank), None, len(stream)
+    order = Order(source, cfg, rank, world_size, batch_size)
+    return Images(source, train_transform(cfg), cfg.run.seed, attempts=MAX_IN_A_ROW), order, len(order)
+
+
+def _ordered_eval(
+    cfg: Config, source: Any, rank: int, world_size: int
+) -> tuple[Images | Stream, list[Key] | None, int]:
+    """The same for evaluation, but for the number, which is of the images of all processes."""
+    if isinstance(source, IterableImageDataset):
+        stream = _split_stream(cfg, source, rank, world_size)
+        return Stream(stream, eval_transform(cfg), cfg.run.seed, rank), None, stream.reader.num_samples
+    order = [(index, index, 0) for index in range(rank, len(source), world_size)]
+    return Images(source, eval_transform(cfg), cfg.run.seed, attempts=1), order, len(source)
+
+
+def _split_stream(cfg: Config, stream: IterableImageDataset, rank: int, world_size: int) -> IterableImageDataset:
+    """The stream, told which part of it is this process's; its reader would ask an initialised torch.distributed."""
+    stream.reader.dist_rank, stream.reader.dist_num_replicas = rank, world_size
+    stream.set_loader_cfg(num_workers=max(1, _num_workers(cfg)))
+    return stream
 
 
 def _num_workers(cfg: Config) -> int:

@@ -8,13 +8,14 @@ import time
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from datasets import to_device
 from record.checkpoint import LAST
-from training.ends import StopSignal, TrainingError
+from training.ends import Lockstep, Stopped, StopSignal, TrainingError
 from training.passes import EVALUATION_POSITION, PROBE_POSITION, forward_backward, seed_step, seek_noise
 from training.run import Run
+from training.state import EvaluationState
 from training.step import settle, train_step
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "PROBE_POSITION",
     "Run",
     "StopSignal",
+    "Stopped",
     "TrainingError",
     "evaluate",
     "forward_backward",
@@ -36,7 +38,8 @@ __all__ = [
 def train_one_epoch(run: Run, max_steps: int | None = None) -> None:
     """Train from `run.step` to the end of epoch `run.epoch`, or for `max_steps`, or until a signal has been heard.
 
-    Logs every `run.log_every` steps and checkpoints every `run.save_every`; the epoch's figures are in `run.meter`.
+    Logs every `run.log_every` steps; checkpoints every `run.save_every` and at the end of the epoch, from where a
+    resumed run goes on with its evaluation. The epoch's figures are in `run.meter`.
     Raises TrainingError.
     """
     run.wrapped.train()
@@ -71,7 +74,8 @@ def train_one_epoch(run: Run, max_steps: int | None = None) -> None:
                 images = (run.step - logged_step) * cfg.optim.global_batch
                 log_step(run, images_per_s=images / (now - logged_at))
                 logged_at, logged_step = now, run.step
-            if cfg.run.save_every is not None and run.global_step % cfg.run.save_every == 0:
+            save_due = cfg.run.save_every is not None and run.global_step % cfg.run.save_every == 0
+            if save_due or run.step == total:  # what evaluation may lose is not the epoch
                 settle(run)
                 run.save(LAST)
         settle(run)
@@ -91,25 +95,38 @@ def log_step(run: Run, images_per_s: float) -> None:
 
 
 @torch.no_grad()
-def evaluate(run: Run, model: nn.Module, max_batches: int | None = None) -> dict[str, float]:
+def evaluate(
+    run: EvaluationState, model: nn.Module, max_batches: int | None = None, stop: StopSignal | None = None
+) -> dict[str, float]:
     """Loss, top-1 and top-5 accuracy in % of `model` over the evaluation set, exact on any number of processes.
 
-    Raises TrainingError where there is no image.
+    Raises TrainingError where there is no image, and Stopped within a batch of a signal that `stop` has heard.
     """
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=run.device)
     batches = itertools.islice(to_device(run.data.eval_batches(), run.device), max_batches)
-    for number, (images, targets) in enumerate(batches):
-        seek_noise(model, EVALUATION_POSITION + number)
-        with run.autocast():
-            logits = model(images)
-        logits = logits.float()
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets.unsqueeze(1)
-        totals += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), torch.tensor(len(targets), device=run.device)])
+    lockstep = Lockstep(stop or StopSignal(), run.world_size, run.device)
+    for number in itertools.count():
+        batch = next(batches, None)
+        lockstep.tell(batch is not None)
+        if batch is not None:
+            seek_noise(model, EVALUATION_POSITION + number)
+            totals += _scores(run, model, *batch)
+        if not lockstep.go_on():
+            break
     if run.world_size > 1:
         dist.all_reduce(totals)
     loss_sum, top1, top5, images_seen = totals.tolist()
     if not images_seen:
         raise TrainingError("The evaluation set has no image that can be read.")
     return {"loss": loss_sum / images_seen, "top1": 100 * top1 / images_seen, "top5": 100 * top5 / images_seen}
+
+
+def _scores(run: EvaluationState, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    """Sums over a batch, (4,) float64: loss, images right at first, images right among five, images."""
+    with run.autocast():
+        logits = model(images)
+    logits = logits.float()
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets.unsqueeze(1)
+    return torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), torch.full((), len(targets), device=run.device)])

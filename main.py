@@ -5,28 +5,28 @@ Configuration -> run (data, model, optimizer) -> epochs of training and evaluati
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 
 from config import Config, UserError, dump_config, load_config
 from config.flags import parse_flags
 from config.rows import run_name
-from engine import Run, TrainingError, evaluate, train_one_epoch
+from engine import Run, Stopped, evaluate, train_one_epoch
 from models import PATCHES, quantizer_table
 from record.checkpoint import BEST, LAST, find_last, load_checkpoint
 from record.manifest import manifest
 from record.runlog import RunLog, check_new, complete, mend_best
-from record.weights import load_weights, restore_model
-from training.build import build_run, pick_device
+from record.weights import load_weights
+from training.build import build_evaluation, build_run, pick_device
+from training.given import as_trained, fit
+from training.processes import Processes, leave
 
 SMOKE_STEPS, SMOKE_BATCH = 2, 2
 
@@ -38,15 +38,23 @@ def resume_path(cfg: Config, output_dir: Path) -> Path | None:
     return None if cfg.run.resume is None else Path(cfg.run.resume)
 
 
-def evaluate_only(cfg: Config, run: Run) -> None:
-    """--eval: print loss and accuracy of a checkpoint's weights; writes nothing."""
-    path = resume_path(cfg, run.log.output_dir) or (Path(cfg.run.finetune) if cfg.run.finetune else None)
-    if path is None:
-        raise UserError("--eval needs weights to evaluate; pass --resume CHECKPOINT.")
-    restore_model(run.model, load_weights(path), path)
-    figures = evaluate(run, run.model)
+def evaluate_only(
+    cfg: Config, own: Mapping[str, Any] | None, path: Path, processes: Processes, device: torch.device
+) -> None:
+    """--eval: print loss and accuracy of a checkpoint's weights and, with --model-ema, of their moving average; writes
+    nothing. own: the checkpoint's configuration, if it has one."""
+    run = build_evaluation(cfg, rank=processes.rank, world_size=processes.world_size, device=device)
+    figures: dict[str, float] = {}
+    for prefix in ["", "ema_"] if cfg.model_ema.enabled else [""]:
+        resampled = fit(run.model, load_weights(path, average=bool(prefix)), path, own, cfg.model.img_size)
+        if resampled and not prefix and run.rank == 0:
+            print(f"note: {path} is resampled to images of {cfg.model.img_size} pixels.", file=sys.stderr)
+        figures |= {f"{prefix}{name}": value for name, value in evaluate(run, run.model).items()}
     if run.rank == 0:
-        print(f"{path}: {describe(figures)} on {run.data.eval_size} images")
+        stabilizer = "" if cfg.stabilizer.kind == "none" else f", stabilizer.kind {cfg.stabilizer.kind}"
+        print(
+            f"{path}: {describe(figures)} on {run.data.eval_size} images, quant.scheme {cfg.quant.scheme}{stabilizer}"
+        )
 
 
 def describe(figures: dict[str, float]) -> str:
@@ -81,11 +89,8 @@ def describe_run(run: Run, resumed_from: Path | None) -> dict[str, Any]:
 def run_training(
     cfg: Config, output_dir: Path, *, rank: int, world_size: int, device: torch.device, smoke: bool
 ) -> None:
-    """A run from its configuration to its last epoch: fresh, resumed, or evaluation alone."""
+    """A run from its configuration to its last epoch, fresh or resumed."""
     run = build_run(cfg, output_dir, rank=rank, world_size=world_size, device=device)
-    if cfg.run.eval:
-        evaluate_only(cfg, run)
-        return
     resume = resume_path(cfg, output_dir)
     here = resume is not None and resume.resolve().parent == output_dir.resolve()
     state = None
@@ -131,14 +136,18 @@ def train(run: Run, max_steps: int | None = None) -> None:
         train_one_epoch(run, max_steps)
         trained = time.monotonic() - began
         if run.stop.heard_anywhere:
-            run.save(LAST)
+            if run.step < run.steps_per_epoch:  # a whole epoch is saved already
+                run.save(LAST)
             end_stopped(run)
         rate = (run.step - first_step) * run.cfg.optim.global_batch / trained
         train_figures = {"loss": run.meter.mean("loss"), "lr": run.optimizer.param_groups[0]["lr"]}
         train_figures |= {"images_per_s": rate, "seconds": trained}
         if run.data.corrupt:
             train_figures["corrupt_images"] = run.data.corrupt
-        figures = evaluate_epoch(run, 1 if max_steps else None)
+        try:
+            figures = evaluate_epoch(run, 1 if max_steps else None)
+        except Stopped:  # the epoch is saved
+            end_stopped(run)
         finish_epoch(run, train_figures, figures)
         if max_steps:
             break
@@ -149,9 +158,10 @@ def train(run: Run, max_steps: int | None = None) -> None:
 def evaluate_epoch(run: Run, max_batches: int | None) -> dict[str, float]:
     """Figures of the model, of its moving average where there is one (ema_*), and the seconds it took."""
     began = time.monotonic()
-    figures = evaluate(run, run.model, max_batches)
+    figures = evaluate(run, run.model, max_batches, run.stop)
     if run.ema is not None:
-        figures |= {f"ema_{name}": value for name, value in evaluate(run, run.ema.module, max_batches).items()}
+        average = evaluate(run, run.ema.module, max_batches, run.stop)
+        figures |= {f"ema_{name}": value for name, value in average.items()}
     return {**figures, "seconds": time.monotonic() - began}
 
 
@@ -207,10 +217,12 @@ def smoke_overrides(cfg: Config, world_size: int) -> list[str]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, processes: Processes | None = None) -> None:
     """The command line. Raises UserError and TrainingError, which `command` turns into exit codes."""
+    processes = processes or Processes()
+    processes.look_around()
+    rank, world_size = processes.rank, processes.world_size
     options, overrides = parse_flags(sys.argv[1:] if argv is None else argv)
-    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     cfg = load_config(options.config, overrides, source="the command line")
     if options.smoke:
         cfg = load_config(options.config, overrides + smoke_overrides(cfg, world_size), source="the command line")
@@ -220,39 +232,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = pick_device(cfg)
     name = run_name(options.config) if options.config else cfg.model.name
     output_dir = Path(cfg.run.output_dir or Path("runs") / name)
-    if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            output_dir = Path(scratch) / "smoke" if options.smoke else output_dir
-            run_training(cfg, output_dir, rank=rank, world_size=world_size, device=device, smoke=options.smoke)
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+    if cfg.run.eval:
+        path = resume_path(cfg, output_dir) or (Path(cfg.run.finetune) if cfg.run.finetune else None)
+        if path is None:
+            raise UserError("--eval needs weights to evaluate; pass --resume CHECKPOINT.")
+        cfg, own, said = as_trained(path, options.config, overrides, source="the command line")
+        for sentence in said if rank == 0 else []:
+            print(f"note: {sentence}", file=sys.stderr)
+        with processes.group(device):
+            evaluate_only(cfg, own, path, processes, device)
+        return
+    with processes.group(device), tempfile.TemporaryDirectory() as scratch:
+        output_dir = Path(scratch) / "smoke" if options.smoke else output_dir
+        run_training(cfg, output_dir, rank=rank, world_size=world_size, device=device, smoke=options.smoke)
     if options.smoke and rank == 0:
         print(f"smoke test passed: {SMOKE_STEPS} training steps and 1 evaluation batch of {cfg.model.name}")
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:
     """`main`, with mistakes and failures as one sentence on stderr and an exit code."""
+    processes = Processes()
     try:
-        main(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except torch.OutOfMemoryError as error:
-        said = str(error).split(". ")[0]
-        print(
-            f"error: The device has too little memory ({said}); choose a smaller --batch-size, or --no-cuda-graphs, "
-            "which leaves evaluation the memory of training.",
-            file=sys.stderr,
-        )
-        raise SystemExit(2) from None
+        main(argv, processes)
+    except Exception as error:
+        processes.end_failed(error)
     raise SystemExit(0)
 
 
 if __name__ == "__main__":
-    command()
+    try:
+        command()
+    except SystemExit as end:
+        if not end.code:
+            raise
+        leave(end.code)

@@ -12,16 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import UserError
-from config.explain import fail
+from config.explain import Parser, fail
 from results.curves import write_curves
 from results.figures import write_figures
 from results.tables import write_tables
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="report.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="report.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     curves = commands.add_parser("curves", help="table and picture of loss and accuracy over the epochs")
     curves.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
@@ -35,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     tables.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here instead of printing them")
     tables.add_argument("--csv", type=Path, metavar="FILE", help="write them here as CSV too")
-    options = parser.parse_args(argv)
     try:
+        options = parser.parse_args(argv)
         if options.command == "curves":
             write_curves(options.runs, options.png)
         elif options.command == "figures":

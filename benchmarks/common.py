@@ -127,7 +127,10 @@ def take_turns(
         call begins on an idle device and ends when the device has finished, launches included.
     uncounted: calls before those that count in every turn, so that they follow their own kind, as in training.
     repeat: how many calls in a row count, without waiting for the device between them; a sample is their mean.
+
+    In a quick run every call counts and is a sample.
     """
+    uncounted, repeat = (0, 1) if options.quick else (uncounted, repeat)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     cuda = device.type == "cuda"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import sys
 from collections.abc import Iterable
@@ -18,6 +19,28 @@ def fail(sentence: object, code: int = 2) -> NoReturn:
     """End the program with a sentence on stderr and an exit code; 2 is that of a mistake of the user."""
     print(f"error: {sentence}", file=sys.stderr)
     raise SystemExit(code) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are UserErrors, so that every program reports every mistake in the same way."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments:"):
+            flag = message.split(":", 1)[1].split()[0].split("=")[0]
+            parsers = [self, *(p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values())]
+            near = difflib.get_close_matches(flag, [f for p in parsers for f in p._option_string_actions], n=1)
+            hint = f"did you mean {near[0]}?" if near else "see --help."
+            raise UserError(f"There is no flag {shorten(flag)}; {hint}") from None
+        raise UserError(f"Command line: {shorten(message)}; see --help.") from None
+
+
+def shorten(text: str) -> str:
+    """For a sentence: on one line, and of a long text its beginning."""
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= 200 else f"{text[:150]} ... ({len(text)} characters)"
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
@@ -49,14 +72,18 @@ def explain(error: Any, origins: dict[str, str]) -> str:
         del loc[3:]  # and the first of the types that a value may have
     if error["type"] == "union_tag_invalid":
         loc.append(TAGS[loc[0]])
-    dotted = ".".join(loc)
-    known = [".".join(loc[:n]) for n in range(len(loc), 0, -1) if ".".join(loc[:n]) in origins]
+    dotted = shorten(".".join(loc))
+    known = [name for n in range(len(loc), 0, -1) if (name := ".".join(loc[:n])) in origins]
     where = origins[known[0]] if known else "the configuration"
     given, message = error.get("input"), error["msg"]
-    shown = "null" if given is None else str(given).lower() if isinstance(given, bool) else repr(given)
+    shown = "null" if given is None else str(given).lower() if isinstance(given, bool) else shorten(repr(given))
     if error["type"] in ("extra_forbidden", "invalid_key"):
         keys = {name for name, _ in iter_keys()}
-        if any(f"{key}.".startswith(f"{dotted}.") for key in keys):
+        is_key = any(f"{key}.".startswith(f"{dotted}.") for key in keys)
+        if is_key and (written := next((part for part in loc if "." in part), None)):
+            nested = written.replace(".", ": {") + ": ..." + "}" * written.count(".")
+            return f"{where}: {written} has a dot, as flags have; in a file write {nested}."
+        if is_key and loc[0] in TAGS:
             return f"{where}: {dotted} does not apply while {loc[0]}.{TAGS[loc[0]]} is {tag}."
         if near := _nearest(dotted, sorted(keys | Config.model_fields.keys())):
             return f"{where}: there is no key {dotted}; did you mean {near}?"
@@ -68,7 +95,8 @@ def explain(error: Any, origins: dict[str, str]) -> str:
             return f"{where}: {'.'.join(loc[:-1])} is {shown}: it needs more values."
         return f"{where}: {dotted} is missing."
     if error["type"] == "union_tag_invalid":
-        return f"{where}: {dotted} is {error['ctx']['tag']!r}: input should be one of {error['ctx']['expected_tags']}."
+        shown = shorten(repr(error["ctx"]["tag"]))
+        return f"{where}: {dotted} is {shown}: input should be one of {error['ctx']['expected_tags']}."
     if error["type"] == "value_error":
         return f"{where}: {dotted}: {error['ctx']['error']}."
     if error["type"] in ("model_type", "model_attributes_type", "dict_type"):

@@ -6,8 +6,9 @@ argparse does the parsing; the flags are read off schema.py, so a new key is a n
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
+import os
+import sys
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -15,20 +16,9 @@ from typing import Any, Literal
 import yaml
 from pydantic.fields import FieldInfo
 
-from config.explain import UserError
+from config.deit import without_deits_own
+from config.explain import Parser
 from config.schema import Config, iter_keys, sections_in
-
-
-class _Parser(argparse.ArgumentParser):
-    """ArgumentParser whose errors are UserErrors, so that every mistake is reported in the same way."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        if message.startswith("unrecognized arguments:"):
-            flag = message.split(":", 1)[1].split()[0].split("=")[0]
-            near = difflib.get_close_matches(flag, list(self._option_string_actions), n=1)
-            hint = f"did you mean {near[0]}?" if near else "see --help."
-            raise UserError(f"There is no flag {flag}; {hint}") from None
-        raise UserError(f"Command line: {message}; see --help.") from None
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -42,9 +32,8 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of main.py: --config, --print-config, --smoke and a flag for every key."""
-    parser = _Parser(
+    parser = Parser(
         prog="main.py",
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=34, width=118),
         description="Train or evaluate a vision transformer with every block linear in MXFP4.",
@@ -106,11 +95,15 @@ def _metavar(*fields: FieldInfo) -> str:
     return "VALUE"
 
 
-def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse_flags(argv: Sequence[str], *, notes: bool = True) -> tuple[argparse.Namespace, list[str]]:
     """(namespace with config, print_config and smoke; the other flags as "section.key=value" overrides).
 
     `-` and `_` are alike in the names of flags. Lists are given as in YAML, [q1,q3], or as several words, q1 q3.
+    Flags that only DeiT needs are left out, with a line on stderr from the first process, where `notes` are wanted.
     """
+    argv, of_deit = without_deits_own(argv)
+    for note in of_deit if notes and os.environ.get("RANK", "0") == "0" else ():
+        print(f"note: {note}", file=sys.stderr)
     parser = build_parser()
     canonical = {name.replace("_", "-"): name for name in parser._option_string_actions}
     words = []

@@ -10,6 +10,7 @@ the nearest valid key.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,28 +18,64 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from config.explain import UserError, explain
-from config.files import parse_yaml, read_yaml
+from config.explain import UserError, explain, shorten
+from config.files import MAX_DEPTH, Dumper, parse_mapping, parse_yaml, read_yaml
 from config.rows import is_row, row_config
 from config.schema import TAGS, Config, RunConfig
 
 
 def dump_config(cfg: Config) -> str:
     """The configuration as YAML that `load_config` reads back to an equal object."""
-    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+    return yaml.dump(cfg.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, default_flow_style=None, width=120)
 
 
-# Keys that say where and how a run is executed and not what it computes: a run may be resumed with others.
+def read_stored(text: object, what: str) -> dict[str, Any]:
+    """The dump of a configuration that was stored as YAML, in a checkpoint, say; newer keys get their defaults.
+
+    One that is valid no more comes back as it is. Raises UserError, one sentence about `what`, for what is no YAML.
+    """
+    given = parse_mapping(text, what)
+    try:
+        return Config.model_validate(given).model_dump(mode="json")
+    except ValidationError:
+        return given
+
+
+MAX_FILES = 100  # that one configuration extends
+# Keys that say where and how a run is executed and not what it computes. Compiled or recorded as graphs, a run has the
+# same arithmetic but for the order of sums; which precision `amp: auto` means depends on the device.
 _EXECUTION = {
-    *(f"run.{name}" for name in RunConfig.model_fields if name != "seed"),
-    *(f"data.{name}" for name in ("path", "batch_size", "num_workers", "pin_mem", "on_corrupt")),
+    *(f"run.{name}" for name in RunConfig.model_fields if name not in ("seed", "amp")),
+    *(f"data.{name}" for name in ("path", "num_workers", "pin_mem", "on_corrupt")),
     "probes",
     "paper",
 }
+# Of the keys that make two recipes, those that a run may be continued with another value of.
+CONTINUABLE = ("schedule.epochs", "data.batch_size")
+
+
+def _section(dumped: dict[str, Any], name: str) -> dict[str, Any]:
+    return section if isinstance(section := dumped.get(name), dict) else {}
+
+
+def precision(dumped: dict[str, Any]) -> str:
+    """The autocast of a dumped configuration: run.amp, where `auto` is none on a CPU and bfloat16 elsewhere."""
+    run = _section(dumped, "run")
+    amp = run.get("amp", "auto")
+    return amp if amp != "auto" else "none" if run.get("device") == "cpu" else "bfloat16"
+
+
+def mixes(dumped: dict[str, Any]) -> bool:
+    """Whether a dumped configuration mixes images, which mixup and cutmix do batch by batch of a process."""
+    aug = _section(dumped, "aug")
+    return bool(aug.get("mixup") or aug.get("cutmix") or aug.get("cutmix_minmax"))
 
 
 def recipe_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Keys in which two dumped configurations differ that change what is computed: "optim.lr 0.001 (here 0.0005)"."""
+    """Keys in which two dumped configurations differ that change what is computed: "optim.lr 0.001 (here 0.0005)".
+
+    data.batch_size counts where mixup draws over it, and null, which follows from the processes, equals any size.
+    """
 
     def leaves(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -49,7 +86,12 @@ def recipe_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
         return found
 
     a, b = leaves(one), leaves(other)
-    return [f"{key} {a.get(key)} (here {b.get(key)})" for key in {**a, **b} if a.get(key) != b.get(key)]
+    different = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    alike = {"run.amp"} if precision(one) == precision(other) else set()
+    sizes = a.get("data.batch_size"), b.get("data.batch_size")
+    if None in sizes or not (mixes(one) or mixes(other)):
+        alike.add("data.batch_size")
+    return [f"{key} {a.get(key)} (here {b.get(key)})" for key in different if key not in alike]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,10 +126,16 @@ def _read_config(path: Path, child: Path | None) -> dict[str, Any]:
     return row_config(str(path)) if is_row(path) or "rows" in data else data
 
 
-def _fold_file(path: Path, origins: dict[str, str], chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """One file with everything it extends. `origins` gains, for every key, the file it was last set in."""
-    if path.resolve() in [p.resolve() for p in chain]:
+def _fold_file(path: Path, origins: dict[str, str], read: list[Path], chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One file with everything it extends. `origins` gains, for every key, the file it was last set in.
+
+    read: every file so far; chain: those that lead to this one.
+    """
+    if "\0" not in str(path) and os.path.realpath(path) in map(os.path.realpath, chain):
         raise UserError(f"{path} extends itself by way of {' -> '.join(p.name for p in chain)}.")
+    read.append(path)
+    if len(read) > MAX_FILES:
+        raise UserError(f"{read[0]} extends more than {MAX_FILES} files, those that they extend counted.")
     data = _read_config(path, chain[-1] if chain else None)
     parents = data.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
@@ -95,7 +143,7 @@ def _fold_file(path: Path, origins: dict[str, str], chain: tuple[Path, ...] = ()
         raise UserError(f"{path}: extends must be a file name or a list of file names.")
     folded: dict[str, Any] = {}
     for parent in parents:
-        folded = _merge(folded, _fold_file(path.parent / parent, origins, (*chain, path)))
+        folded = _merge(folded, _fold_file(path.parent / parent, origins, read, (*chain, path)))
     folded.pop("paper", None)  # a published figure belongs to the file that states it and to no other
     origins.update(dict.fromkeys(_paths(data), str(path)))
     return _merge(folded, data)
@@ -106,9 +154,10 @@ def _fold_overrides(overrides: Sequence[str], origins: dict[str, str], source: s
     for override in overrides:
         dotted, equals, text = override.partition("=")
         parts = dotted.strip().split(".")
-        if not equals or not all(parts):
+        if not equals or not all(parts) or len(parts) > MAX_DEPTH:
+            override = shorten(override)
             raise UserError(f"The override '{override}' must be of the form key=value, such as schedule.epochs=10.")
-        value = parse_yaml(text, f"{source}: {override}")
+        value = parse_yaml(text, f"{source}: {shorten(override)}")
         for part in reversed(parts):
             value = {part: value}
         folded = _merge(folded, value)
@@ -124,7 +173,9 @@ def load_config(
     Raises UserError, one sentence that names the file (or `source`), the key and the nearest valid key.
     """
     origins: dict[str, str] = {}
-    folded = _fold_file(Path(path), origins) if path is not None else {}
+    if isinstance(path, str) and "://" in path:
+        raise UserError(f"{shorten(str(path))} is a URL and a configuration file was expected; download it first.")
+    folded = _fold_file(Path(path), origins, []) if path is not None else {}
     folded = _merge(folded, _fold_overrides(overrides, origins, source))
     model = folded.get("model")
     name = model.get("name") if isinstance(model, dict) else None

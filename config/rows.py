@@ -77,14 +77,25 @@ class Cell:
     @property
     def run_reference(self) -> str:
         """What load_config takes for the run that this cell is."""
-        if not self.same:
-            return self.reference
-        return find_cell(self.base).run_reference if is_row(self.base) else self.base
+        return self._run[1]
 
     @property
     def run(self) -> str:
         """The name of its run, which is that of the run's folder below runs/."""
-        return run_name(self.base) if self.same else f"{self.file.stem}_{self.row}_{self.column}".replace("/", "_")
+        return self._run[0]
+
+    @property
+    def _run(self) -> tuple[str, str]:
+        """(name, reference) of its run, through every cell that it is the same as. Raises UserError for a circle."""
+        cell, passed = self, [self.reference]
+        while cell.same:
+            if not is_row(cell.base):
+                return Path(cell.base).stem, cell.base
+            cell = find_cell(cell.base)
+            if cell.reference in passed:
+                raise UserError(f"{self.reference} is the same run as itself, by way of {' -> '.join(passed)}.")
+            passed.append(cell.reference)
+        return f"{cell.file.stem}_{cell.row}_{cell.column}".replace("/", "_"), cell.reference
 
 
 def is_row(reference: str | Path) -> bool:
@@ -172,14 +183,19 @@ def row_config(reference: str) -> dict[str, Any]:
 def table_cells(number: int, folder: Path = TABLES) -> list[Cell]:
     """The cells of one table, row by row."""
     file = folder / f"table{number}.yaml"
+    if not file.exists() and (numbers := _numbers(folder)):
+        raise UserError(f"There is no table {number}; there are {', '.join(map(str, numbers))}.")
     table = _read_table(file)
     return [_cell(file, table, name, column) for name in table.rows for column in table.columns]
 
 
 def all_cells(folder: Path = TABLES) -> list[Cell]:
     """The cells of all tables, table by table and row by row."""
-    numbers = sorted(int(path.stem.removeprefix("table")) for path in folder.glob("table*.yaml"))
-    return [cell for number in numbers for cell in table_cells(number, folder)]
+    return [cell for number in _numbers(folder) for cell in table_cells(number, folder)]
+
+
+def _numbers(folder: Path) -> list[int]:
+    return sorted(int(path.stem.removeprefix("table")) for path in folder.glob("table*.yaml"))
 
 
 def run_name(reference: str | Path) -> str:

@@ -6,12 +6,13 @@ from follow from the same field. fold.py builds a `Config` from files and flags.
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticKnownError
 
@@ -47,6 +48,27 @@ def _key(default: Any, help: str, *flags: str, consts: dict[str, Any] | None = N
     )
 
 
+def _path(value: str | None, info: ValidationInfo) -> str | None:
+    """Refuses what can be no path on this machine."""
+    if value is None:
+        return None
+    if not value.strip():
+        raise ValueError("a path was expected, not an empty text")
+    if "\0" in value:
+        raise ValueError("a path cannot have a NUL character in it")
+    # Sets of timm may be elsewhere, and the file of a teacher that is not wanted is not looked at.
+    elsewhere = "/" in info.data.get("set", "") or info.data.get("type") == "none"
+    if re.match(r"[A-Za-z][\w+.-]*://", value) and not elsewhere:
+        raise ValueError(f"{value[:100]} is a URL and a path was expected; download it and give the path of the copy")
+    return value
+
+
+def _range(value: tuple[float, float] | None) -> tuple[float, float] | None:
+    if value is not None and (value[0] > value[1] or not value[1]):
+        raise ValueError(f"a range was expected, the smaller share first; got {list(value)}")
+    return value
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
@@ -57,14 +79,25 @@ class ModelConfig(_Section):
     """Model: one of the five models of the paper, or any timm model with transformer blocks."""
 
     name: str = _key("deit_tiny_patch16_224", "timm model name", "--model")
-    img_size: Int = _key(224, "input resolution in pixels", "--input-size", ge=1)
-    patch_size: Int | None = _key(None, "patch size in pixels; null keeps the model's own", ge=1)
-    num_classes: Int | None = _key(None, "number of classes; null takes the data set's", "--nb-classes", ge=1)
+    img_size: Int = _key(224, "input resolution in pixels", "--input-size", ge=1, le=16384)
+    patch_size: Int | None = _key(None, "patch size in pixels; null keeps the model's own", ge=1, le=16384)
+    num_classes: Int | None = _key(None, "number of classes; null takes the data set's", "--nb-classes", ge=1, le=10**6)
     drop: Float = _key(0.0, "dropout rate before the head", "--drop", ge=0, lt=1)
     drop_path: Float = _key(0.1, "stochastic depth rate of the last block", "--drop-path", ge=0, lt=1)
     kwargs: dict[str, bool | int | float | str | list[Int]] = _key(
         {}, "further arguments of the timm model, such as {embed_dim: 96, depth: 4}"
     )
+
+    @field_validator("kwargs")
+    @classmethod
+    def _no_hub(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        for name in ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only"):
+            if kwargs.get(name):
+                raise ValueError(
+                    f"{name} is not for this program, which makes models without the network and for training; to "
+                    "start from weights give their file to --finetune"
+                )
+        return kwargs
 
 
 class NoQuant(_Section):
@@ -136,10 +169,12 @@ class QRamping(_Section):
 
     kind: Literal["qramping"]
     k1: Float = _key(16.0, "qramping: oscillation ratio of one ramp", gt=0)
-    k2: Int = _key(5, "qramping: steps added for each ramp", ge=0)
-    detect_steps: Int = _key(30, "qramping: training steps of a detection, undone afterwards", ge=1)
-    update_period: Int | None = _key(None, "qramping: steps between detections; null: one epoch", ge=1)
-    n_max: Int | None = _key(None, "qramping: longest period of an element; null: the steps of one epoch", ge=1)
+    k2: Int = _key(5, "qramping: steps added for each ramp", ge=0, le=2**30)
+    detect_steps: Int = _key(30, "qramping: training steps of a detection, undone afterwards", ge=1, le=10**5)
+    update_period: Int | None = _key(None, "qramping: steps between detections; null: one epoch", ge=1, le=2**30)
+    n_max: Int | None = _key(
+        None, "qramping: longest period of an element; null: the steps of one epoch", ge=1, le=2**30
+    )
 
 
 class Dampen(_Section):
@@ -166,7 +201,7 @@ class OptimConfig(_Section):
     opt: str = _key("adamw", "optimizer, by timm's name", "--opt")
     lr: Float = _key(5e-4, "learning rate for a global batch of 512", "--lr", gt=0)
     unscale_lr: bool = _key(False, "use lr as it is instead of lr * global_batch / 512", "--unscale-lr")
-    global_batch: Int = _key(1024, "samples of one optimizer step over all processes", "--global-batch", ge=1)
+    global_batch: Int = _key(1024, "samples of one optimizer step over all processes", "--global-batch", ge=1, le=2**20)
     betas: tuple[Float, Float] | None = _key(
         (0.9, 0.999), "optimizer betas; null for the optimizer's own", "--opt-betas"
     )
@@ -183,17 +218,17 @@ class OptimConfig(_Section):
 class ScheduleConfig(_Section):
     """Learning-rate schedule."""
 
-    epochs: Int = _key(90, "epochs to train", "--epochs", ge=1)
+    epochs: Int = _key(90, "epochs to train", "--epochs", ge=1, le=10**5)
     sched: Literal["cosine", "step"] = _key("cosine", "shape of the schedule, from timm", "--sched")
     step_on: Literal["epoch", "iteration"] = _key(
         "epoch", "change the rate once an epoch (DeiT) or each iteration (Swin)"
     )
-    warmup_epochs: Int = _key(5, "epochs of linear warm-up", "--warmup-epochs", ge=0)
+    warmup_epochs: Int = _key(5, "epochs of linear warm-up", "--warmup-epochs", ge=0, le=10**5)
     warmup_lr: Float = _key(1e-6, "learning rate the warm-up starts from", "--warmup-lr", ge=0)
     warmup_prefix: bool = _key(False, "start the cosine after the warm-up instead of under it")
     min_lr: Float = _key(1e-5, "learning rate the schedule ends at", "--min-lr", ge=0)
     decay_epochs: Float = _key(30, "epochs between steps of the step schedule", "--decay-epochs", gt=0)
-    decay_rate: Float = _key(0.1, "factor of each step of the step schedule", "--decay-rate", gt=0)
+    decay_rate: Float = _key(0.1, "factor of each step of the step schedule", "--decay-rate", gt=0, le=1)
 
 
 class AugConfig(_Section):
@@ -215,10 +250,11 @@ class AugConfig(_Section):
         "repeated augmentation: views of an image in an epoch",
         consts={"--repeated-aug": 3, "--no-repeated-aug": 1},
         ge=1,
+        le=100,
     )
     reprob: Float = _key(0.25, "probability of random erasing", "--reprob", ge=0, le=1)
     remode: Literal["pixel", "rand", "const"] = _key("pixel", "filling of erased areas", "--remode")
-    recount: Int = _key(1, "erased areas an image", "--recount", ge=1)
+    recount: Int = _key(1, "erased areas an image", "--recount", ge=1, le=100)
     mixup: Float = _key(0.8, "mixup alpha; 0 for none", "--mixup", ge=0)
     cutmix: Float = _key(1.0, "cutmix alpha; 0 for none", "--cutmix", ge=0)
     cutmix_minmax: tuple[Share, Share] | None = _key(
@@ -227,6 +263,15 @@ class AugConfig(_Section):
     mixup_prob: Float = _key(1.0, "probability of mixup or cutmix on a batch", "--mixup-prob", ge=0, le=1)
     mixup_switch_prob: Float = _key(0.5, "probability of cutmix where both are on", "--mixup-switch-prob", ge=0, le=1)
     mixup_mode: Literal["batch", "pair", "elem"] = _key("batch", "what mixup draws its weights for", "--mixup-mode")
+
+    _ranges = field_validator("scale", "cutmix_minmax")(_range)
+
+    @field_validator("aa")
+    @classmethod
+    def _policy(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("the name of a policy was expected, or null for none")
+        return value
 
 
 class LossConfig(_Section):
@@ -252,6 +297,8 @@ class DistillationConfig(_Section):
     alpha: Float = _key(0.5, "weight of the distillation term", "--distillation-alpha", ge=0, le=1)
     tau: Float = _key(1.0, "temperature of soft distillation", "--distillation-tau", gt=0)
 
+    _paths = field_validator("teacher_path")(_path)
+
 
 class DataConfig(_Section):
     """Data."""
@@ -263,10 +310,18 @@ class DataConfig(_Section):
     )
     path: str | None = _key(None, "folder of the data set", "--data-path")
     batch_size: Int | None = _key(
-        None, "samples of one process at a time; null fits the global batch, 256 at most", "--batch-size", ge=1
+        None,
+        "samples of one process at a time; null fits the global batch, 256 at most",
+        "--batch-size",
+        ge=1,
+        le=2**20,
     )
     num_workers: Int | None = _key(
-        None, "loader processes of one process; null: its share of the cores, 10 at most", "--num_workers", ge=0
+        None,
+        "loader processes of one process; null: its share of the cores, 10 at most",
+        "--num_workers",
+        ge=0,
+        le=1024,
     )
     pin_mem: bool = _key(True, "pin host memory for copies to a GPU", "--pin-mem")
     eval_crop_ratio: Float = _key(0.875, "evaluation: centre crop over resized side", "--eval-crop-ratio", ge=0.1, le=1)
@@ -275,7 +330,11 @@ class DataConfig(_Section):
     on_corrupt: Literal["error", "skip"] = _key(
         "error", "an image that cannot be read stops the run (error) or is replaced and counted (skip)", "--on-corrupt"
     )
-    num_images: Int = _key(1280, "training images of the generated set (a tenth as many for evaluation)", ge=1)
+    num_images: Int = _key(
+        1280, "training images of the generated set (a tenth as many for evaluation)", ge=1, le=10**9
+    )
+
+    _paths = field_validator("path")(_path)
 
 
 class RunConfig(_Section):
@@ -288,6 +347,9 @@ class RunConfig(_Section):
     device: str = _key("auto", "auto, cpu or cuda", "--device")
     amp: Literal["auto", "none", "bfloat16"] = _key("auto", "autocast; auto: bfloat16 on a GPU, none on a CPU", "--amp")
     compile: bool = _key(False, "run the model under torch.compile", "--compile")
+    grad_checkpointing: bool = _key(
+        False, "compute activations again in the backward pass: less memory, more time", "--grad-checkpointing"
+    )
     cuda_graphs: bool = _key(True, "on a GPU, record forward and backward pass as CUDA graphs", "--cuda-graphs")
     eval: bool = _key(False, "evaluate only (the checkpoint of --resume)", "--eval")
     resume: str | None = _key(None, "checkpoint to continue from; auto: the last one in output_dir, if any", "--resume")
@@ -296,6 +358,8 @@ class RunConfig(_Section):
     )
     save_every: Int | None = _key(None, "also checkpoint every so many optimizer steps", "--save-every", ge=1)
     log_every: Int = _key(50, "optimizer steps between logged lines", "--log-every", ge=1)
+
+    _paths = field_validator("output_dir", "resume", "finetune")(_path)
 
 
 class ProbesConfig(_Section):

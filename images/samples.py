@@ -6,13 +6,11 @@ All of this runs in the loader's worker processes, where there are any.
 from __future__ import annotations
 
 import os
-import signal
-import tarfile
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset
 from timm.data.readers.shared_count import SharedCount
 from torch import Tensor
@@ -20,9 +18,10 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from images.decode import open_image, reason, to_rgb
 from images.order import AUGMENT, STREAM, Key, seeded
+from images.tars import ImageTar
 
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, tarfile.TarError, Image.DecompressionBombError)
 MAX_IN_A_ROW = 100  # unreadable images in a row: beyond this the disk is broken, not an image
 
 Sample = tuple[Tensor | None, int, str | None]  # image (3, H, W) float32, label, what could not be read
@@ -43,9 +42,8 @@ class Images(Dataset[Sample]):
         for index in (i % len(self._source) for i in range(first, first + self._attempts)):
             try:
                 image, target = self._read(index)
-            except _DECODE_ERRORS as error:
-                reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-                problem = problem or f"{self._name(index)} cannot be read ({reason})"
+            except Exception as error:  # Pillow has no list of what it raises for a damaged file
+                problem = problem or f"{self._name(index)} cannot be read ({reason(error)})"
                 continue
             with seeded(self._seed, AUGMENT, epoch, position):
                 return self._transform(image), target, problem
@@ -55,17 +53,24 @@ class Images(Dataset[Sample]):
         if isinstance(self._source, ImageDataset):  # past timm's own reading, which replaces unreadable images unasked
             stream, target = self._source.reader[index]
             with stream:
-                return Image.open(stream).convert("RGB"), int(target)
+                return open_image(stream), int(target)
         image, target = self._source[index]
-        return (image if image.mode == "RGB" else image.convert("RGB")), int(target)
+        return to_rgb(image), int(target)
 
     def _name(self, index: int) -> str:
         if isinstance(self._source, ImageFolder):
             return self._source.samples[index][0]
+        if isinstance(self._source, ImageTar):
+            return self._source.filename(index)
         if isinstance(self._source, ImageDataset):
-            name = self._source.filename(index, absolute=True) or f"image {index}"
-            return os.path.join(self._source.reader.root or "", name)
+            name = self._source.filename(index, absolute=True)
+            if isinstance(name, str) and name:  # readers without names give a label or nothing
+                return os.path.join(getattr(self._source.reader, "root", None) or "", name)
         return f"image {index} of {type(self._source).__name__}"
+
+
+class BrokenStream(Exception):  # noqa: N818 (of one argument, so that torch can raise it again in the main process)
+    """A stream ended in an error. What is broken is the last line of its text; a worker's traceback may precede it."""
 
 
 class Stream(IterableDataset[Sample]):
@@ -73,6 +78,7 @@ class Stream(IterableDataset[Sample]):
 
     def __init__(self, source: IterableImageDataset, transform: transforms.Compose, seed: int, rank: int) -> None:
         self._source, self._transform, self._seed, self._rank = source, transform, seed, rank
+        self._name = getattr(source.reader, "root", None) or type(source.reader).__name__
         self._epoch = SharedCount()  # shared memory, for workers that outlive an epoch
 
     def begin(self, epoch: int, start: int) -> None:
@@ -82,7 +88,15 @@ class Stream(IterableDataset[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         info = torch.utils.data.get_worker_info()
         worker = self._rank * info.num_workers + info.id if info else self._rank
-        for position, (image, target) in enumerate(self._source):
+        images = enumerate(self._source)
+        while True:
+            try:
+                position, (image, target) = next(images)
+                image = to_rgb(image)
+            except StopIteration:
+                return
+            except Exception as error:  # whatever the packages behind timm raise; no image follows
+                raise BrokenStream(f"{self._name} cannot be read any further ({reason(error)})") from None
             with seeded(self._seed, STREAM, self._epoch.value, worker, position):
                 sample = self._transform(image), int(target), None
             yield sample
@@ -93,12 +107,3 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str], int]:
     found = [(image, target) for image, target, _ in samples if image is not None]
     images, targets = default_collate(found) if found else (torch.empty(0), torch.empty(0, dtype=torch.int64))
     return images, targets, [problem for *_, problem in samples if problem], len(samples) - len(found)
-
-
-def outlive_signals(worker_id: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach every process of a group; the main one saves and then ends its workers.
-
-    A second SIGTERM ends a worker: it is what the main process sends to one that does not leave by itself.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -1,6 +1,7 @@
 """The images of a run as they lie on disk: folders and tar files, CIFAR, digits, generated images, timm's sets.
 
 A set is a sequence of (PIL image, label), timm's ImageDataset, or one of timm's streams; samples.py reads them.
+classes.py says what classes it has.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from timm.data import ImageDataset, create_dataset
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.data import create_dataset
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from config import Config, UserError
+from images.decode import open_image
+from images.tars import ImageTar
 
 _SETS = ("imagenet", "cifar10", "cifar100", "digits", "generated", "torch/", "hfds/", "hfids/", "wds/", "tfds/")
 _NEEDS = {  # optional packages: import name and what to pip install
@@ -33,7 +35,10 @@ _NEEDS = {  # optional packages: import name and what to pip install
 
 
 def open_sets(cfg: Config, batch_size: int, eval_batch_size: int) -> tuple[Any, Any]:
-    """The training and the evaluation set. Raises UserError where one cannot be opened."""
+    """The training and the evaluation set; no training set for a run that only evaluates.
+
+    Raises UserError where one cannot be opened.
+    """
     name, size = cfg.data.set, cfg.model.img_size
     prefix, slash, _ = name.partition("/")
     if (prefix + slash) not in _SETS:
@@ -43,23 +48,27 @@ def open_sets(cfg: Config, batch_size: int, eval_batch_size: int) -> tuple[Any, 
     for module, package in _NEEDS.get(prefix, {}).items():
         if _find(module) is None:
             raise UserError(f"data.set {name} needs a package that is not installed: pip install {package}")
-    if name == "imagenet":
-        root = _path(cfg, "the folder that holds train/ and val/")
-        return _image_folder(root, "train"), _image_folder(root, "val")
-    if name.startswith("cifar"):
-        return _cifar(cfg, train=True), _cifar(cfg, train=False)
     if name == "digits":
-        return _digits()
-    if name == "generated":
-        num_classes, n = cfg.model.num_classes or 1000, cfg.data.num_images
-        return _Generated(0, n, size, num_classes), _Generated(1, max(1, n // 10), size, num_classes)
+        train, held_out = _digits()
+        return (None if cfg.run.eval else train), held_out
     if prefix in ("torch", "wds"):
         _path(cfg, "the files of the data set")
     if prefix in ("hfds", "hfids"):
         _expose_hugging_face()
-    train = _timm_set(cfg, ("train",), is_training=True, batch_size=batch_size)
-    # Published sets name what they hold out in one of these ways.
-    return train, _timm_set(cfg, ("validation", "val", "test"), is_training=False, batch_size=eval_batch_size)
+
+    def open_set(training: bool) -> Any:
+        if name == "imagenet":
+            return _image_folder(_path(cfg, "the folder that holds train/ and val/"), "train" if training else "val")
+        if name.startswith("cifar"):
+            return _cifar(cfg, train=training)
+        if name == "generated":
+            length = cfg.data.num_images if training else max(1, cfg.data.num_images // 10)
+            return _Generated(int(not training), length, size, cfg.model.num_classes or 1000)
+        # Published sets name what they hold out in one of these ways.
+        splits = ("train",) if training else ("validation", "val", "test")
+        return _timm_set(cfg, splits, is_training=training, batch_size=batch_size if training else eval_batch_size)
+
+    return (None if cfg.run.eval else open_set(True)), open_set(False)
 
 
 def _path(cfg: Config, what: str) -> Path:
@@ -72,7 +81,7 @@ def _path(cfg: Config, what: str) -> Path:
     return Path(path)
 
 
-def _image_folder(root: Path, split: str) -> ImageFolder | ImageDataset:
+def _image_folder(root: Path, split: str) -> ImageFolder | ImageTar:
     """root/split with one folder a class; or that as root/split.tar; or one tar file a class in root/split."""
     folder, tar = root / split, root / f"{split}.tar"
     source = tar if tar.is_file() and not folder.is_dir() else folder
@@ -85,8 +94,8 @@ def _image_folder(root: Path, split: str) -> ImageFolder | ImageDataset:
         )
     try:
         if source is tar or (any(folder.glob("*.tar")) and not any(entry.is_dir() for entry in folder.iterdir())):
-            return ImageDataset(str(source), reader=ReaderImageInTar(str(source)))
-        return ImageFolder(source)
+            return ImageTar(source, split)
+        return ImageFolder(source, loader=open_image)
     except (OSError, AssertionError, ValueError, tarfile.TarError) as error:  # torchvision names the empty class
         raise UserError(
             f"{source} must hold one folder a class, each with at least one image: {_first_line(error)}"
@@ -105,7 +114,11 @@ def _cifar(cfg: Config, *, train: bool) -> CIFAR10 | CIFAR100:
         ) from None
 
 
-def _digits() -> tuple[list[tuple[Image.Image, int]], list[tuple[Image.Image, int]]]:
+class _Digits(list[tuple[Image.Image, int]]):
+    class_to_idx = {str(digit): digit for digit in range(10)}  # noqa: RUF012
+
+
+def _digits() -> tuple[_Digits, _Digits]:
     """scikit-learn's 1797 handwritten digits, 8x8 gray as RGB; always the same 1437 to train and 360 to evaluate."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -114,7 +127,7 @@ def _digits() -> tuple[list[tuple[Image.Image, int]], list[tuple[Image.Image, in
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # gray levels are 0 to 16
     samples = [(Image.fromarray(p).convert("RGB"), int(t)) for p, t in zip(pixels, digits.target, strict=True)]
     train, held_out = train_test_split(samples, test_size=360, stratify=digits.target, random_state=0)
-    return train, held_out
+    return _Digits(train), _Digits(held_out)
 
 
 class _Generated(Dataset[tuple[Image.Image, int]]):
@@ -138,9 +151,13 @@ def _timm_set(cfg: Config, splits: tuple[str, ...], *, is_training: bool, batch_
     hints = {"is_training": is_training, "batch_size": batch_size, "seed": cfg.run.seed}  # read by streams alone
     for split in splits:
         try:
-            return create_dataset(name, path, split, **hints)
+            source = create_dataset(name, path, split, **hints)
         except Exception as error:  # anything the packages behind timm raise: files, splits, networks
             problems.append(f"{type(error).__name__}: {_first_line(error)}")
+            continue
+        if hasattr(source, "loader"):  # torchvision's way to name what opens an image
+            source.loader = open_image
+        return source
     raise UserError(f"data.set {name} has no usable split {' or '.join(splits)} under data.path {path}: {problems[0]}")
 
 
@@ -160,35 +177,6 @@ def _expose_hugging_face() -> None:
     if getattr(sys.modules.get("datasets"), "__file__", None) != spec.origin:
         sys.modules["datasets"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["datasets"])
-
-
-def _class_to_idx(source: Any) -> dict[str, int]:
-    """The set's classes by name, under the attribute it keeps them in; empty where it knows none."""
-    reader = getattr(source, "reader", source)
-    return getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
-
-
-def count_classes(cfg: Config, train_set: Any, eval_set: Any) -> int:
-    """The number of classes. Raises UserError where the two sets, or they and model.num_classes, disagree."""
-    name, wanted = cfg.data.set, cfg.model.num_classes
-    train, held_out = _class_to_idx(train_set), _class_to_idx(eval_set)
-    if train != held_out:
-        odd = sorted(set(train) ^ set(held_out))
-        example = f"only one of them has {odd[0]}" if odd else "their order differs"
-        raise UserError(
-            f"Training and evaluation need the same classes, but data.set {name} has {len(train)} for training and "
-            f"{len(held_out)} for evaluation ({example}): give both the same class folders."
-        )
-    fixed = {"digits": 10, "generated": wanted or 1000}
-    found = fixed.get(name) or len(set(train.values())) or None
-    if found is None and wanted is None:
-        raise UserError(f"data.set {name} does not tell how many classes it has: set model.num_classes.")
-    if found and wanted and found != wanted:
-        raise UserError(
-            f"data.set {name} has {found} classes but model.num_classes is {wanted}: leave model.num_classes out to "
-            "take the number from the data."
-        )
-    return found or wanted
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,20 +9,20 @@ import timm
 from torch import nn
 
 from models.zoo import PREFIX, ZOO, ZooModel
-from quantization import PRESETS, LinearRecipe, convert_linears
+from quantization import LinearRecipe, convert_linears
 from timm_patches import Patch
 
 
 def entrypoint(model: ZooModel) -> Callable[..., nn.Module]:
     """The function that timm's registry calls for the `mxfp4_` twin of a model."""
 
-    def create(pretrained: bool = False, recipe: LinearRecipe = PRESETS["tetrajet"], **kwargs: Any) -> nn.Module:
+    def create(pretrained: bool = False, recipe: LinearRecipe | str = "tetrajet", **kwargs: Any) -> nn.Module:
         net = timm.models.model_entrypoint(model.timm_name)(pretrained=pretrained, **kwargs)
         convert_linears(net, recipe)
         return net
 
     create.__name__ = create.__qualname__ = PREFIX + model.timm_name
-    create.__doc__ = f"{model.timm_name} with its block linears in MXFP4 (`recipe`: a LinearRecipe; default TetraJet)."
+    create.__doc__ = f"{model.timm_name} with its block linears in MXFP4 (`recipe`: one, or a preset's name)."
     return create
 
 

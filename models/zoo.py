@@ -73,6 +73,15 @@ def create_model(cfg: Config, num_classes: int) -> nn.Module:
         raise UserError(
             f"model.img_size of {cfg.model.img_size} is smaller than one patch of {name}; see model.patch_size."
         )
+    embedding = getattr(model, "patch_embed", None)
+    sides = getattr(embedding, "patch_size", ())
+    for patch in sides if isinstance(sides, tuple) and not getattr(embedding, "dynamic_img_pad", False) else ():
+        if cfg.model.img_size % patch:
+            fitting = cfg.model.img_size // patch * patch
+            raise UserError(
+                f"model.img_size of {cfg.model.img_size} is no multiple of {name}'s patches of {patch} pixels, so that "
+                f"the edge of images would be cut off; choose {fitting} or {fitting + patch}, or a model.patch_size."
+            )
     recipe = resolve(cfg.quant)
     if recipe.active:
         try:

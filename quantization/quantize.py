@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from quantization.backends.choose import BACKENDS, DTYPES, backend_of_tensor
 from quantization.noise import Noise
@@ -29,11 +30,17 @@ def fake_quantize(
         backend: `reference`, `triton` (for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1), or `auto`: the
             kernel where it can serve a CUDA tensor, else the reference. Both give the same bits.
 
+    The gradient goes straight through: that of x is that of the result, unchanged, also where elements saturate. A
+    shadow gets none.
+
     A value that rounds beyond the largest number of x's dtype becomes Inf, as in any cast (e2m1, nearest: float16 from
     57344 on, float32 and bfloat16 from 2.98e38 on).
 
-    Raises TypeError for another dtype, ValueError for shapes, axes and arguments that do not fit together.
+    Raises TypeError for another dtype and for what is no QuantizerSpec, ValueError for shapes, axes and arguments that
+    do not fit together.
     """
+    if not isinstance(spec, QuantizerSpec):
+        raise TypeError(f"expected a QuantizerSpec, such as QuantizerSpec(element='e2m1'); got {spec!r}")
     if x.dtype not in DTYPES:
         raise TypeError(f"fake_quantize takes float32, bfloat16 or float16; got {str(x.dtype).removeprefix('torch.')}")
     if not -x.dim() <= spec.axis < x.dim():
@@ -51,6 +58,20 @@ def fake_quantize(
     noise = None
     if spec.stochastic:
         if seed is None:
-            seed = int(torch.randint(2**62, ()))
+            draw = torch.randint(2**62, (1,), device="cpu")
+            seed = Noise(torch.cat([draw, torch.zeros_like(draw)]).to(x.device))
         noise = seed if isinstance(seed, Noise) else Noise.from_seed(seed, x.device)
-    return implementation.quantize(x.detach(), spec, noise, shadow)
+    result = implementation.quantize(x.detach(), spec, noise, None if shadow is None else shadow.detach())
+    return _StraightThrough.apply(x, result) if x.requires_grad and torch.is_grad_enabled() else result
+
+
+class _StraightThrough(torch.autograd.Function):
+    """`result`, as a function of x whose derivative is 1."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, result: Tensor) -> Tensor:
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None

@@ -65,6 +65,18 @@ PRESETS: dict[str, LinearRecipe] = {
 }
 
 
+def as_recipe(recipe: LinearRecipe | Int4Recipe | str) -> LinearRecipe | Int4Recipe:
+    """A recipe, or that of a preset's name. Raises ValueError for another name, TypeError for anything else."""
+    if isinstance(recipe, str):
+        expect("a recipe", recipe, PRESETS)
+        return PRESETS[recipe]
+    if not isinstance(recipe, LinearRecipe | Int4Recipe):
+        raise TypeError(
+            f"a recipe is a LinearRecipe, an Int4Recipe or the name of a preset ({', '.join(PRESETS)}); got {recipe!r}"
+        )
+    return recipe
+
+
 def resolve(quant: Any) -> LinearRecipe | Int4Recipe:
     """The recipe of the `quant` section of a configuration, by its scheme: none, mx or int4."""
     if quant.scheme == "none":

@@ -168,7 +168,13 @@ class _Probe(Form):
         return self
 
 
-class Checkpoint(Form):
+class WithConfig(Form):
+    """A file that says how it was trained."""
+
+    config: Annotated[dict[str, Any], BeforeValidator(_config)]
+
+
+class Checkpoint(WithConfig):
     """last.pt and best.pt: the state of a run."""
 
     format: Many
@@ -180,9 +186,9 @@ class Checkpoint(Form):
     epoch: Count
     step: Count
     steps_per_epoch: Many
+    passes: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of one process; positions of noise beyond are evaluation's
     best_top1: Annotated[float, Field(ge=-1, le=100, allow_inf_nan=False)]
     meter: dict[str, Annotated[list[Finite], Field(min_length=2, max_length=2)]]
-    config: Annotated[dict[str, Any], BeforeValidator(_config)]
     blocks_below_window: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of a run whose products are in FP8
 
     @model_validator(mode="after")

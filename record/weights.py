@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from config import UserError
 from record.checkpoint import EXPECTED, read_file
-from record.schema import tensor_fault
+from record.schema import WithConfig, check, tensor_fault
 
 _PLAIN = ("model", "state_dict")
 _AVERAGES = ("ema", "model_ema", "state_dict_ema")  # of this program, DeiT, timm
@@ -51,6 +52,16 @@ def load_weights(path: str | Path, *, average: bool = False) -> dict[str, Tensor
             break
         weights = {name.partition(".")[2]: value for name, value in weights.items()}
     return weights
+
+
+def saved_config(path: str | Path) -> dict[str, Any] | None:
+    """The configuration that a checkpoint of ours was trained with; None for the files of others. Raises UserError."""
+    held = read_file(Path(path))
+    text = held.get("config") if isinstance(held, Mapping) else None
+    if not isinstance(text, str):
+        return None
+    check(WithConfig, {"config": text}, f"{path} cannot be used")
+    return yaml.safe_load(text)
 
 
 def _find(held: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Any] | None:

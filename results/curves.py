@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from config import UserError, load_config
 from record.metrics import finished_epochs
 from record.runlog import CONFIG
 from results.style import DPI, labels, line_styles, method_name, picture
+
+PARTS = ("train", "eval")  # of an epoch
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,12 @@ class RunFigures:
     seconds: float
 
 
+def figure_of(data: dict[str, Any], name: str) -> float:
+    """A figure of an epoch; NaN where it is missing or no number."""
+    value = data.get(name)
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
 def read_run(directory: Path) -> RunFigures:
     """Raises UserError for a folder that is not a run or has no epoch yet."""
     if not (directory / CONFIG).is_file():
@@ -37,10 +47,10 @@ def read_run(directory: Path) -> RunFigures:
         directory=directory,
         method=method_name(load_config(directory / CONFIG)),
         epochs=list(finished),
-        train_loss=[data["train.loss"] for data in epochs],
-        eval_loss=[data["eval.loss"] for data in epochs],
-        top1=[data["eval.top1"] for data in epochs],
-        seconds=sum(data["train.seconds"] + data["eval.seconds"] for data in epochs),
+        train_loss=[figure_of(data, "train.loss") for data in epochs],
+        eval_loss=[figure_of(data, "eval.loss") for data in epochs],
+        top1=[figure_of(data, "eval.top1") for data in epochs],
+        seconds=sum(filter(math.isfinite, (figure_of(data, f"{part}.seconds") for data in epochs for part in PARTS))),
     )
 
 

@@ -10,17 +10,20 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config import UserError, load_config, recipe_differences
+from config import UserError, load_config, read_yaml, recipe_differences
+from config.fold import mixes, precision
 from config.rows import QUANTITIES, ROOT, Cell, all_cells, shown
 from record.manifest import read_manifest
 from record.metrics import finished_epochs
 from record.runlog import CONFIG
+from results.curves import figure_of
 
 RUNS = ROOT / "runs"
 METRICS = {name: f"eval.{name}" for name in QUANTITIES}  # what runs call the paper's figures
@@ -41,6 +44,29 @@ class TableRun:
     figures: dict[str, float]
     manifest: dict[str, Any]
 
+    def recorded(self, kind: type, *path: str) -> list[Any]:
+        """What the manifest says of an entry that is of this kind: the values of all starts of the run."""
+        found: dict[Any, None] = {}
+        for entries in (*self.manifest.get("sessions", []), self.manifest):
+            value: Any = entries
+            for name in path:
+                value = value.get(name) if isinstance(value, dict) else None
+            if isinstance(value, kind):
+                found[value] = None
+        return list(found)
+
+    @property
+    def drawn_over(self) -> list[int]:
+        """The images that mixup draws over, those of one process at a time; empty where it is off or not recorded."""
+        if not mixes(self.configs[-1]):
+            return []
+        given = (cfg["data"]["batch_size"] for cfg in self.configs)
+        return sorted({*self.recorded(int, "batch", "process"), *(size for size in given if size is not None)})
+
+    def comparable(self, other: TableRun) -> bool:
+        """Whether two runs of one row may be averaged as its seeds."""
+        return not self.drawn_over or not other.drawn_over or self.drawn_over == other.drawn_over
+
     @property
     def seed(self) -> int:
         return self.configs[0]["run"]["seed"]
@@ -55,11 +81,25 @@ class TableRun:
             if cfg["run"]["finetune"] is not None:
                 found[f"run.finetune {cfg['run']['finetune']}"] = None
         steps = IMAGENET["images"] // cell_config["optim"]["global_batch"]
-        if (classes := self.manifest.get("classes", IMAGENET["classes"])) != IMAGENET["classes"]:
-            found[f"{classes} classes"] = None
-        if abs((given := self.manifest.get("steps_per_epoch", steps)) - steps) > 1:
-            found[f"{given} steps an epoch (ImageNet-1K has {steps})"] = None
+        for classes in self.recorded(int, "classes"):
+            if classes != IMAGENET["classes"]:
+                found[f"{classes} classes"] = None
+        for given in self.recorded(int, "steps_per_epoch"):
+            if abs(given - steps) > 1:
+                found[f"{given} steps an epoch (ImageNet-1K has {steps})"] = None
+        for autocast in self.recorded(str, "autocast"):  # what run.amp, if it is auto, came to
+            if autocast.lower() != precision(cell_config) and not any(d.startswith("run.amp ") for d in found):
+                found.setdefault(f"autocast {autocast} (the row has {precision(cell_config)})")
         return list(found)
+
+
+def _resolved(path: Path) -> dict[str, Any]:
+    """The configuration of a run; one that does not even say what was trained is not that of the defaults."""
+    cfg = load_config(path).model_dump(mode="json")
+    given = read_yaml(path)
+    if missing := [name for name in ("model", "quant", "optim", "schedule", "data", "run") if name not in given]:
+        raise UserError(f"{path} is no resolved configuration: {missing[0]} is missing.")
+    return cfg
 
 
 def read_table_run(directory: Path) -> TableRun:
@@ -67,12 +107,16 @@ def read_table_run(directory: Path) -> TableRun:
     epochs = finished_epochs(directory, required=False)
     last = max(epochs, default=0)
     data = epochs.get(last, {})
+    try:
+        manifest = read_manifest(directory)
+    except OSError as error:
+        raise UserError(f"The manifest in {directory} cannot be read ({error.strerror or error}).") from None
     return TableRun(
         directory=directory,
-        configs=[load_config(path).model_dump(mode="json") for path in sorted(directory.glob("resolved*.yaml"))],
+        configs=[_resolved(path) for path in sorted(directory.glob("resolved*.yaml"))],
         epochs=last,
-        figures={name: data[key] for name, key in METRICS.items() if key in data},
-        manifest=read_manifest(directory),
+        figures={name: value for name, key in METRICS.items() if math.isfinite(value := figure_of(data, key))},
+        manifest=manifest,
     )
 
 
@@ -132,6 +176,12 @@ def assign(directories: Iterable[Path], cells: Sequence[Cell]) -> tuple[dict[str
                 notes.append(f"{directory}: {name}, unfinished: {run.epochs} of {ours[name].total} epochs")
             elif twin is not None:
                 notes.append(f"{directory}: {name}, seed {run.seed} again, as {twin.directory}")
+            elif (other := next((o for o in ours[name].finished if not o.comparable(run)), None)) is not None:
+                drawn = [" and ".join(map(str, r.drawn_over)) for r in (run, other)]
+                notes.append(
+                    f"{directory}: {name}, mixup draws over {drawn[0]} images at a time and over {drawn[1]} in "
+                    f"{other.directory}, so it is not averaged with it"
+                )
             else:
                 ours[name].finished.append(run)
             continue

@@ -24,6 +24,10 @@ if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
     echo "usage: bash scripts/run.sh CONFIG [flags of main.py]" >&2
     exit 2
 fi
+die() {
+    echo "run.sh: $1" >&2
+    exit 2
+}
 config="$1"
 shift
 row=""
@@ -41,6 +45,7 @@ for word in "$@"; do
 done
 
 PYTHON="${PYTHON:-$(bash "$root/scripts/setup.sh")}"
+command -v -- "$PYTHON" >/dev/null || die "there is no program at PYTHON=$PYTHON"
 
 name="$(basename -- "$file" .yaml)"
 if [ -n "$row" ]; then name="$("$PYTHON" "$root/study.py" name "$config")"; fi # it may be the same run as another
@@ -48,7 +53,8 @@ if [ -n "$row" ]; then name="$("$PYTHON" "$root/study.py" name "$config")"; fi #
 gpus() {
     if ! command -v nvidia-smi >/dev/null; then
         if [ -e /dev/nvidiactl ] || [ -e /dev/kfd ]; then
-            "$PYTHON" -c 'import torch; print(torch.cuda.device_count())'
+            # Without the folder one is in, whose torch.py would be run.
+            "$PYTHON" -c 'import sys; sys.path = [p for p in sys.path if p]; import torch; print(torch.cuda.device_count())'
         else
             echo 0
         fi
@@ -67,12 +73,14 @@ else
     nproc="${NPROC:-$(gpus)}"
     if [ "$nproc" = 0 ]; then nproc=1; fi
 fi
-case "$nnodes:$nproc" in
-    *[!0-9:]* | :* | *: | 0:* | *:0)
-        echo "run.sh: NNODES and NPROC must be whole numbers from 1, not '$nnodes' and '$nproc'" >&2
-        exit 2
-        ;;
-esac
+whole() { # whether $1 is a whole number from $2 to $3
+    case "$1" in '' | *[!0-9]* | ??????*) return 1 ;; esac
+    [ "$((10#$1))" -ge "$2" ] && [ "$((10#$1))" -le "$3" ]
+}
+if ! whole "$nnodes" 1 99999 || ! whole "$nproc" 1 99999; then
+    die "NNODES and NPROC must be whole numbers from 1, not '$nnodes' and '$nproc'"
+fi
+nnodes=$((10#$nnodes)) nproc=$((10#$nproc))
 
 launch=("$PYTHON")
 if [ "$nnodes" -gt 1 ]; then
@@ -80,17 +88,25 @@ if [ "$nnodes" -gt 1 ]; then
     if [ -z "$address" ] && [ -n "${SLURM_JOB_NODELIST:-}" ] && command -v scontrol >/dev/null; then
         address="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
     fi
-    if [ -z "$address" ]; then
-        echo "run.sh: NNODES is $nnodes; set MASTER_ADDR to the host name of node 0" >&2
-        exit 2
+    if [ -z "$address" ]; then die "NNODES is $nnodes; set MASTER_ADDR to the host name of node 0"; fi
+    rank="${NODE_RANK:-${SLURM_NODEID:-0}}" port="${MASTER_PORT:-29500}"
+    whole "$rank" 0 $((nnodes - 1)) || die "NODE_RANK must be a whole number from 0 to $((nnodes - 1)), not '$rank'"
+    whole "$port" 1 65535 || die "MASTER_PORT must be a whole number from 1 to 65535, not '$port'"
+    if [ "$((10#$rank))" = 0 ] && (exec 3<>"/dev/tcp/127.0.0.1/$((10#$port))") 2>/dev/null; then
+        die "port $port of this node is in use; set MASTER_PORT to a free one, the same on all nodes"
     fi
-    launch+=(-m torch.distributed.run --nnodes "$nnodes" --node-rank "${NODE_RANK:-${SLURM_NODEID:-0}}"
-        --master-addr "$address" --master-port "${MASTER_PORT:-29500}" --nproc-per-node "$nproc")
+    launch+=(-m torch.distributed.run --nnodes "$nnodes" --node-rank "$rank"
+        --master-addr "$address" --master-port "$port" --nproc-per-node "$nproc")
 elif [ "$nproc" -gt 1 ]; then
     launch+=(-m torch.distributed.run --standalone --nproc-per-node "$nproc")
 fi
 if [ ${#launch[@]} -gt 1 ]; then
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun's own default; set here, it says nothing about it
+    # A mistake is one sentence here, and one of each process once torchrun has started them.
+    if [ -e "${config%"$row"}" ]; then "$PYTHON" "$root/study.py" check "$config" "$((nnodes * nproc))" -- "$@"; fi
+    # `python -m` looks for modules in the folder one is in first, torch.py among them; from 3.11 on it can be told not
+    # to, and main.py, which is told too, then finds its own modules by PYTHONPATH.
+    export PYTHONSAFEPATH=1 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 fi
 
 # ${resume[@]+...}: an empty array is an unset variable to bash before 4.4.

@@ -10,7 +10,11 @@
 # Started again, it goes on where it stopped. The first run that fails or is stopped ends it, with that run's exit code.
 set -euo pipefail
 root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
-table="${1:?"usage: bash scripts/table.sh TABLE [ROW|all [MODEL]] [flags of main.py]"}"
+if [ $# = 0 ]; then
+    echo "error: table.sh needs the number of a table, as in: bash scripts/table.sh 1 ROW [MODEL] [flags of main.py]" >&2
+    exit 2
+fi
+table="$1"
 shift
 words=()
 while [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; do

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import UserError, load_config, recipe_differences
+from config.batches import plan_batches
 from config.explain import did_you_mean
 from config.flags import parse_flags
 from config.rows import QUANTITIES, shown, table_cells
@@ -37,7 +38,10 @@ def _complete(directory: Path, reference: str, overrides: Sequence[str]) -> bool
         return False
     from record.metrics import finished_epochs  # here, because it imports torch, which takes seconds
 
-    epochs = finished_epochs(directory, required=False)
+    try:
+        epochs = finished_epochs(directory, required=False)
+    except UserError:  # main.py's to say, when it is asked to go on with such a run
+        return False
     if not epochs:
         return False
     cfg = load_config(reference, overrides, source="the command line")
@@ -48,7 +52,7 @@ def _complete(directory: Path, reference: str, overrides: Sequence[str]) -> bool
     except UserError:
         return False
     differences = recipe_differences(given.model_dump(mode="json"), cfg.model_dump(mode="json"))
-    return all(d.startswith("schedule.epochs ") for d in differences)
+    return given.run.finetune == cfg.run.finetune and all(d.startswith("schedule.epochs ") for d in differences)
 
 
 def runs_to_start(number: int, words: Sequence[str], flags: Sequence[str], runs: Path) -> list[str]:
@@ -71,7 +75,9 @@ def runs_to_start(number: int, words: Sequence[str], flags: Sequence[str], runs:
     wanted = {cell.run: cell.run_reference for cell in cells}
     if {"-h", "--help"} & {*flags}:
         return list(wanted.values())[:1]
-    options, overrides = parse_flags(flags)
+    options, overrides = parse_flags(flags, notes=False)
+    for reference in list(wanted.values())[:1]:
+        load_config(reference, overrides, source="the command line")  # a mistake is the same for every run
     one_folder = os.environ.get("OUTPUT_DIR") or any(o.startswith("run.output_dir=") for o in overrides)
     if one_folder and (row == "all" or len(wanted) > 1):
         raise UserError("OUTPUT_DIR and --output_dir are the folder of one run; RUNS_DIR is that of several.")
@@ -82,3 +88,11 @@ def runs_to_start(number: int, words: Sequence[str], flags: Sequence[str], runs:
             print(f"{runs / name} is complete.", file=sys.stderr)
         wanted = {name: reference for name, reference in wanted.items() if name not in complete}
     return list(wanted.values())
+
+
+def check(reference: str, processes: int, flags: Sequence[str]) -> None:
+    """Raises UserError where a run has a mistake that can be seen before torch and `processes` are started."""
+    options, overrides = parse_flags(flags, notes=False)
+    cfg = load_config(reference, overrides, source="the command line")
+    if not options.smoke and not cfg.run.eval:
+        plan_batches(cfg, processes)

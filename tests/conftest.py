@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,17 @@ import pytest
 import torch
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # What has been imported lives as long as the process: the collector need not look through it again and again.
+    gc.collect()
+    gc.freeze()
+    # The longest test is a process of its own, which one process of tests leaves a core to.
+    alone = not hasattr(session.config, "workerinput")
+    for item in session.items:
+        if item.name == "test_in_the_interpreter" and alone:
+            item.module.begin()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -34,7 +46,10 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     folder = tmp_path_factory.mktemp("straight")
 
     def run(kind: str) -> Path:
-        return folder / kind if (folder / kind).exists() else train(folder / kind, *SMALL, *FLAGS[kind])
+        if not (folder / kind).exists():
+            with torch.enable_grad():  # whatever the test that asks first has switched off
+                train(folder / kind, *SMALL, *FLAGS[kind])
+        return folder / kind
 
     return run
 

@@ -1,7 +1,4 @@
-"""Tiny runs of main.py for the tests of program and training: in this process, as a process, or two under torchrun.
-
-Run as a script (under torchrun), it works through a plan of runs within one process group; see `in_two_processes`.
-"""
+"""Tiny runs of main.py for the tests of program and training: in this process, as a process, or in two of one group."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import hashlib
 import io
 import json
 import os
-import subprocess
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run_in_two
 
 import engine
 import main
@@ -244,6 +241,10 @@ def environment() -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def stop_in_evaluation(run: Run) -> None:
+    run.model.register_forward_hook(lambda model, *_: None if model.training else stop_itself(run))
+
+
 def stop_itself(run: Run) -> None:
     run.stop._remember(15, None)
 
@@ -252,7 +253,7 @@ def break_weight(run: Run) -> None:
     run.model.blocks[1].mlp.fc1.weight.data[0] = torch.inf
 
 
-ACTIONS = {"stop": stop_itself, "break": break_weight}
+ACTIONS = {"stop": stop_itself, "stop in evaluation": stop_in_evaluation, "break": break_weight}
 
 
 def in_two_processes(folder: Path, runs: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -263,15 +264,13 @@ def in_two_processes(folder: Path, runs: Sequence[Mapping[str, Any]]) -> list[li
     digest of the weights after every step, "recordings": one of every recording of a probe}.
     """
     (folder / "plan.json").write_text(json.dumps(list(runs)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, __file__, str(folder)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
+    run_in_two(work_through, folder)
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     return [list(reports) for reports in zip(*ranks, strict=True)]
 
 
-def _work(folder: Path) -> None:
+def work_through(folder: Path) -> None:
+    """What each of them does."""
     rank, reports = int(os.environ["RANK"]), []
     # One group serves all runs.
     leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None
@@ -305,7 +304,3 @@ def _work(folder: Path) -> None:
         reports.append({"code": code, "stderr": stderr.getvalue(), **report})
     (folder / f"rank{rank}.json").write_text(json.dumps(reports))
     leave()
-
-
-if __name__ == "__main__":
-    _work(Path(sys.argv[1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import bench_linear
 import bench_operands
 import bench_probe
 import bench_quantize
+import bench_scaling
 import bench_stabilizers
 import bench_step
 import common
@@ -111,11 +113,14 @@ def test_help_and_a_machine_without_a_gpu(name: str, no_gpu: None, capsys: pytes
 NO_GPU = "This benchmark needs a CUDA device and torch sees none; --quick runs a tiny one on the CPU."
 
 
-def test_a_mistake_at_the_command_is_one_line_and_exit_code_2() -> None:
-    env = {**environment(), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "benchmarks/bench_linear.py")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {NO_GPU}\n")
+def test_a_mistake_at_the_command_is_one_line_and_exit_code_2(
+    no_gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = str(ROOT / "benchmarks/bench_linear.py")
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script, run_name="__main__")
+    assert (end.value.code, *capsys.readouterr()) == (2, "", f"error: {NO_GPU}\n")
 
 
 def test_too_little_memory_is_one_line_too(capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,13 +157,20 @@ def test_numbers_of_rounds(no_gpu: None) -> None:
             common.parse(common.parser_for("", rounds=5), flags)
 
 
+def test_one_process_is_no_two(
+    no_gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_scaling.py", "--quick"])
+    with pytest.raises(SystemExit) as end:
+        common.command(bench_scaling.main)
+    said = "error: This benchmark needs several processes; start it with torchrun --nproc-per-node 2.\n"
+    assert (end.value.code, capsys.readouterr().err) == (2, said)
+
+
 def test_two_processes_against_one(tmp_path: Path) -> None:
     script, out = str(ROOT / "benchmarks/bench_scaling.py"), tmp_path / "out.csv"
     flags = ["--models", "deit_tiny", "--carriers", "bf16", "--quick", "--output", str(out), "--commit", "abc"]
     env = {**environment(), "CUDA_VISIBLE_DEVICES": ""}
-    alone = subprocess.run([sys.executable, script, *flags], env=env, capture_output=True, text=True)
-    said = "error: This benchmark needs several processes; start it with torchrun --nproc-per-node 2.\n"
-    assert (alone.returncode, alone.stderr, out.exists()) == (2, said, False)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*torchrun, script, *flags], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -199,6 +211,15 @@ def test_a_turn_may_begin_with_calls_that_do_not_count() -> None:
     samples = common.take_turns(calls, torch.device("cpu"), options_of(), kernels=False, uncounted=2)
     assert "".join(called) == ("aaabbb" + "bbbaaa") * 3
     assert {name: len(times) for name, times in samples.items()} == dict.fromkeys("ab", 4)
+
+
+def test_a_quick_run_takes_every_call_once_in_a_turn() -> None:
+    called: list[str] = []
+    calls = {name: lambda name=name: called.append(name) for name in "ab"}
+    options = options_of(rounds=2, warmup=1, quick=True)
+    samples = common.take_turns(calls, torch.device("cpu"), options, kernels=False, uncounted=2, repeat=4)
+    assert "".join(called) == "ab" + "ba" + "ab"
+    assert {name: len(times) for name, times in samples.items()} == dict.fromkeys("ab", 2)
 
 
 def test_a_sample_may_be_the_mean_of_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:

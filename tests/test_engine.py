@@ -23,6 +23,7 @@ from helpers import (
     before_step,
     column,
     differences,
+    exit_code,
     in_two_processes,
     metrics,
     outcome,
@@ -30,6 +31,7 @@ from helpers import (
     tiny,
     train,
 )
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import engine
@@ -184,7 +186,7 @@ def test_four_micro_batches_equal_one_batch(tmp_path: Path) -> None:
 def test_two_processes(tmp_path: Path) -> None:
     """All that needs two processes, in one start of them: each run is a few steps."""
     plain = [*PLAIN, "--batch-size", "4"]  # two micro-batches for each of two processes
-    tetrajet = [*PLAIN, "--quant.scheme", "mx"]
+    tetrajet = [*PLAIN, "--quant.scheme", "mx", "--data.num_images", "72"]  # evaluates 7
 
     def folder(name: str) -> Path:
         return tmp_path / name
@@ -199,10 +201,12 @@ def test_two_processes(tmp_path: Path) -> None:
             {"argv": tiny(folder("broken"), *plain), "rank": 1, "step": 5, "action": "break"},
             {"argv": tiny(folder("rehearsed"), *tetrajet, *QRAMPING, "--stabilizer.k2", "0")},
             {"argv": tiny(folder("ramped"), *tetrajet, *METHODS["qramping"])},
+            {"argv": tiny(folder("evaluating"), *tetrajet), "rank": 1, "step": 3, "action": "stop in evaluation"},
+            {"argv": tiny(folder("evaluating"), *tetrajet, "--resume", "auto")},
         ],
     )
     codes = [[report["code"] for report in run] for run in reports]
-    assert codes == [[0, 0], [0, 0], [143, 143], [0, 0], [1, 1], [0, 0], [0, 0]]
+    assert codes == [[0, 0], [0, 0], [143, 143], [0, 0], [1, 1], [0, 0], [0, 0], [143, 143], [0, 0]]
     assert all(run[0]["weights"] == run[1]["weights"] for run in (*reports[:4], *reports[5:]))
 
     one = train(folder("one"), *plain)
@@ -227,6 +231,10 @@ def test_two_processes(tmp_path: Path) -> None:
 
     # A signal that one process hears stops both after the same step, and they go on bit for bit.
     assert differences(outcome(folder("tetrajet")), outcome(folder("stopped"))) == []
+
+    # So does one that it hears in evaluation, of which the shares are uneven.
+    assert "at epoch 0, step 4; the state is in" in reports[7][0]["stderr"]
+    assert differences(outcome(folder("tetrajet")), outcome(folder("evaluating"))) == []
 
     # Q-Ramping rehearses on both, without a trace where all periods are 1, and sets the same periods.
     weights = outcome(folder("tetrajet"))["last.pt"]["model"]
@@ -299,3 +307,39 @@ def test_top_1_and_top_5_count_what_they_say() -> None:
 def test_an_evaluation_set_without_images_is_a_failure() -> None:
     with pytest.raises(TrainingError, match="no image"):
         evaluate(fixed_run([]), Fixed())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations computed again
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["none", "qema", "qramping", "int4"])
+def test_a_run_that_computes_its_activations_again_is_the_same_bit_for_bit(method: str, tmp_path: Path) -> None:
+    flags = [*FULL, "--epochs", "1", "--batch-size", "8", *METHODS.get(method, [])]
+    outcomes, calls = [], []
+    for name, more in {"kept": [], "computed": ["--grad-checkpointing"]}.items():
+        called: list[int] = []
+
+        def count(run: Run, called: list[int] = called) -> None:
+            run.model.blocks[0].attn.qkv.register_forward_hook(
+                lambda layer, *_: called.append(1) if layer.training else None
+            )
+
+        with pytest.MonkeyPatch.context() as patch:
+            replace(patch, engine.train_step, before_step(0, count))
+            outcomes.append(outcome(train(tmp_path / name, *flags, *more)))
+        calls.append(len(called))
+    assert differences(*outcomes) == []
+    assert calls[1] == 2 * calls[0] > 0
+
+
+def test_a_model_that_cannot_compute_its_activations_again_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(model: nn.Module, enable: bool = True) -> None:
+        assert not enable, "gradient checkpointing not supported"  # as timm's models do
+
+    monkeypatch.setattr(VisionTransformer, "set_grad_checkpointing", refuse)
+    assert exit_code(tiny(tmp_path / "run", "--grad-checkpointing")) == 2
+    assert "cannot compute its activations again; leave --grad-checkpointing away" in capsys.readouterr().err

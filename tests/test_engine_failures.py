@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import FULL, Box, before_step, break_weight, differences, exit_code, replace, tiny
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 import engine
 from datasets import build_data
@@ -108,10 +109,16 @@ def test_the_first_step_may_fail_before_there_is_a_checkpoint(
     assert err.endswith(f"; there is no checkpoint in {tmp_path / 'run'} yet.\n")
 
 
-def test_a_failed_step_is_repeated_on_what_it_was_fed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", [False, True], ids=["drawn again", "kept"])
+def test_a_failed_step_is_repeated_on_what_it_was_fed(
+    kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Tensor] = []
 
     def act(run: Run) -> None:
+        if kept:
+            replace(monkeypatch, IterableDataset, object)  # as if they came of a stream
+            monkeypatch.setattr(run.data, "train_batches", None)
         run.model.patch_embed.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].clone()))
         run.model.head.register_forward_hook(lambda _m, _i, output: seen.append(output.detach().clone()))
         break_gradient_of_parameter(run)

@@ -5,7 +5,8 @@ A GPU's fused AdamW makes a run do that; torch has it for a CPU too, so these te
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def note_what_is_late(patch: pytest.MonkeyPatch) -> list[bool]:
 def test_a_run_is_the_same_bit_for_bit_with_its_figures_read_late(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = FULL if method == "full" else ["--quant.scheme", "mx", *METHODS[method]]
+    shallow = ["--data.num_images", "48", "--model.kwargs", "{embed_dim: 32, depth: 1, num_heads: 2}"]
+    flags = FULL if method == "full" else ["--quant.scheme", "mx", *METHODS[method], *shallow]  # 2 epochs of 3 steps
     results, late = [], []
     for deferred in (False, True):
         with monkeypatch.context() as patch:
@@ -156,3 +158,27 @@ def test_nothing_is_recorded_of_an_epoch_whose_last_step_failed(
     flags = ["--quant.scheme", "mx", "--probes", "--probes.steps", "2", "--log-every", "9"]
     assert exit_code(tiny(tmp_path / "run", *flags)) == 1
     assert [path.name for path in sorted((tmp_path / "run" / "probes").iterdir())] == ["epoch_0001.npz"]
+
+
+def test_the_images_of_a_step_that_was_launched_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are drawn again where the step turns out to have failed."""
+    alive: list[int] = []
+    drawn: list[weakref.ref[Tensor]] = []
+
+    def watch(run: Run) -> None:
+        batches = run.data.train_batches
+
+        def noted(*args: Any, **kwargs: Any) -> Iterator[tuple[Tensor, Tensor]]:
+            for images, targets in batches(*args, **kwargs):
+                drawn.append(weakref.ref(images))
+                yield images, targets
+
+        run.data.train_batches = noted
+        run.optimizer.register_step_pre_hook(lambda *_: alive.append(sum(ref() is not None for ref in drawn)))
+
+    use_fused_optimizer(monkeypatch, deferred=True)
+    replace(monkeypatch, engine.train_step, before_step(0, watch))
+    late = note_what_is_late(monkeypatch)
+    train(tmp_path / "run", "--log-every", "9", "--batch-size", "4")
+    assert any(late) and len(drawn) >= 28  # eight steps of four micro-batches, but for what was under way at the start
+    assert max(alive) <= 3  # the present one, the one ahead on the device, the one from the loader

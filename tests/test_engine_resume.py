@@ -9,37 +9,39 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stabilizer_helpers
 import torch
 from helpers import (
     FULL,
     METHODS,
     QRAMPING,
-    ROOT,
     before_step,
     column,
     differences,
-    environment,
     exit_code,
     killed,
     outcome,
     replace,
+    stop_itself,
     tiny,
     train,
 )
+from processes import start
 
 import engine
 import main
 from config import load_config
 from engine import Run
-from record.checkpoint import load_checkpoint
+from record.checkpoint import load_checkpoint, save_checkpoint
+from record.weights import load_weights
+from training import passes
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -169,47 +171,49 @@ def test_a_run_leaves_the_process_s_handlers_as_it_found_them(tmp_path: Path) ->
 
 
 @contextlib.contextmanager
-def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A process that does not outlive the test."""
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+def started(argv: list[str], output: Path) -> Iterator[BaseProcess]:
+    """main.py as a process that does not outlive the test."""
+    process = start(main.command, argv, output=output)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: BaseProcess, output: Path) -> None:
     deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive(), output.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 def test_a_process_killed_then_terminated_then_resumed_equals_one_run_bit_for_bit(tmp_path: Path) -> None:
     flags = [*FULL, "--data.num_images", "320", "--save-every", "5", "--schedule.step_on", "iteration"]  # 20 steps
-    output_dir = tmp_path / "run"
-    main_py = [sys.executable, str(ROOT / "main.py"), *tiny(output_dir, *flags)]
+    output_dir, output = tmp_path / "run", tmp_path / "output.txt"
+    argv = tiny(output_dir, *flags)
 
     def lines(epoch: int) -> int:
         log = output_dir / "metrics.log"
         return log.read_text().count(f'"step": [{epoch}, ') if log.exists() else 0
 
-    with started(main_py) as process:
-        wait_for(lambda: (output_dir / "last.pt").exists() and lines(0) >= 7, process)
-    assert process.returncode == -signal.SIGKILL
+    with started(argv, output) as process:
+        wait_for(lambda: (output_dir / "last.pt").exists() and lines(0) >= 7, process, output)
+    assert process.exitcode == -signal.SIGKILL
     seen = lines(0)
     assert load_checkpoint(output_dir / "last.pt")["step"] in range(5, 20, 5)
 
-    with started([*main_py, "--resume", "auto"]) as process:
-        wait_for(lambda: lines(0) > seen, process)
+    with started([*argv, "--resume", "auto"], output) as process:
+        wait_for(lambda: lines(0) > seen, process, output)
         process.terminate()
-        out, err = process.communicate(timeout=120)
-    assert process.returncode == 143, err
+        process.join(120)
+        said = output.read_text()
+        assert process.exitcode == 143, said
     state = load_checkpoint(output_dir / "last.pt")
-    assert err.startswith(f"Stopped by SIGTERM at epoch {state['epoch']}, step {state['step']}; the state is in ")
-    assert re.search(r"Continuing .*last\.pt at epoch 0, step \d+\.", out)
+    stopped = f"Stopped by SIGTERM at epoch {state['epoch']}, step {state['step']}; the state is in "
+    assert re.search(f"^{re.escape(stopped)}", said, re.MULTILINE)
+    assert re.search(r"Continuing .*last\.pt at epoch 0, step \d+\.", said)
     assert state["epoch"] * 20 + state["step"] < 40
 
     train(output_dir, *flags, "--resume", "auto")
@@ -273,3 +277,77 @@ def test_rehearsed_steps_leave_no_trace(straight: dict[str, Path], tmp_path: Pat
     for line in ramped["metrics"]:
         line["data"] = {name: value for name, value in line["data"].items() if not name.startswith("stabilizer.")}
     assert differences(plain["metrics"], [line for line in ramped["metrics"] if line["data"]]) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other micro-batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def drawn_by(monkeypatch: pytest.MonkeyPatch, *argv: str) -> list[tuple[int, bytes]]:
+    """Of every training pass of a run: its position of noise, and the state that torch's generator is set to."""
+    drawn: list[tuple[int, bytes]] = []
+    seed = passes.seed_step
+
+    def note(run: Run, position: int) -> None:
+        seed(run, position)
+        drawn.append((position, torch.get_rng_state().numpy().tobytes()))
+
+    with monkeypatch.context() as patch:
+        replace(patch, passes.seed_step, note)
+        assert exit_code([*argv]) in (0, 143)
+    return drawn
+
+
+@pytest.mark.parametrize(
+    "sizes", [("16", "8", "4"), ("4", "16", "8"), ("8", "4", "16")], ids=lambda sizes: "_".join(sizes)
+)
+def test_a_session_with_other_micro_batches_draws_what_none_before_it_drew(
+    sizes: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[int, bytes]] = []
+    for number, size in enumerate(sizes):
+        with monkeypatch.context() as patch:
+            replace(patch, engine.train_step, before_step(3 * number + 2, stop_itself))
+            flags = ["--quant.scheme", "mx", "--batch-size", size, "--epochs", "3", "--resume", "auto"]
+            session = drawn_by(monkeypatch, *tiny(tmp_path / "run", *flags))
+        assert len(session) == 3 * 16 // int(size)
+        drawn += session
+    positions, states = zip(*drawn, strict=True)
+    assert list(positions) == list(range(len(drawn)))
+    assert len(set(states)) == len(drawn)
+
+
+def test_a_checkpoint_that_counts_no_passes_goes_on_at_those_of_its_steps(
+    straight: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those written before passes were counted."""
+    killed(monkeypatch, tmp_path / "run", 6, *FULL, "--save-every", "1")
+    last = tmp_path / "run" / "last.pt"
+    state = load_checkpoint(last)
+    assert state.pop("passes") == 6
+    save_checkpoint(last, state)
+    train(tmp_path / "run", *FULL, "--save-every", "1", "--resume", "auto")
+    assert differences(outcome(straight["epoch"]), outcome(tmp_path / "run")) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints of earlier versions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_written_before_passes_were_counted_ends_as_it_would_have_then(tmp_path: Path) -> None:
+    """data/ has a run of Q-EMA as an earlier version saved it after six of its eight steps, and its weights at the end.
+
+    On the kind of machine that it was written on, they are the same bit for bit; another may add in another order.
+    """
+    data = Path(__file__).parent / "data"
+    flags = [*stabilizer_helpers.SMALL, *METHODS["qema"]]
+    run = train(tmp_path / "run", *flags, "--resume", str(data / "qema_step_6.pt"))
+    begun, ended, expected = (
+        load_weights(path) for path in (data / "qema_step_6.pt", run / "last.pt", data / "qema_end.pt")
+    )
+    assert ended.keys() == expected.keys()
+    for name, value in expected.items():
+        off = (ended[name] - value).abs().mean()
+        assert off <= 0.05 * (begun[name] - value).abs().mean(), name

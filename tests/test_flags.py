@@ -398,3 +398,69 @@ def test_the_help_fits_its_page() -> None:
     assert "  --lr, --optim.lr VALUE          learning rate for a global batch of 512 (default: 0.0005)" in lines
     assert "%(" not in text and "None" not in text
     assert lines[0].startswith("usage: main.py [--config FILE] [flags]")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags that DeiT has and this program has no use for
+# ---------------------------------------------------------------------------------------------------------------------
+
+NOT_NEEDED = [
+    *("--dist-eval", "--no-dist-eval", "--dist_url env://", "--world_size 8", "--dist-backend nccl", "--dist_on_itp"),
+    *("--local_rank 0", "--rank 0", "--gpu 0", "--distributed", "--start_epoch 3", "--model-ema-force-cpu"),
+    *("--resplit", "--cooldown-epochs 10", "--patience-epochs 10", "--lr-noise-pct 0.67", "--lr-noise-std 1.0"),
+    *("--inat-category name", "--train-mode", "--fp32-resume"),
+]
+NOT_AVAILABLE = ["--lr-noise 0.4", "--lr-noise 0.4 0.8", "--no-train-mode", "--attn-only", "--cosub"]
+
+
+# All flags of its main.py.
+DEITS = """
+--batch-size --epochs --bce-loss --unscale-lr --model --input-size --drop --drop-path --model-ema
+--no-model-ema --model-ema-decay --model-ema-force-cpu --opt --opt-eps --opt-betas --clip-grad --momentum
+--weight-decay --sched --lr --lr-noise --lr-noise-pct --lr-noise-std --warmup-lr --min-lr --decay-epochs
+--warmup-epochs --cooldown-epochs --patience-epochs --decay-rate --color-jitter --aa --smoothing
+--train-interpolation --repeated-aug --no-repeated-aug --train-mode --no-train-mode --ThreeAugment --src --reprob
+--remode --recount --resplit --mixup --cutmix --cutmix-minmax --mixup-prob --mixup-switch-prob --mixup-mode
+--teacher-model --teacher-path --distillation-type --distillation-alpha --distillation-tau --cosub --finetune
+--attn-only --data-path --data-set --inat-category --output_dir --device --seed --resume --start_epoch --eval
+--eval-crop-ratio --dist-eval --num_workers --pin-mem --no-pin-mem --distributed --world_size --dist_url
+"""
+
+
+@pytest.mark.parametrize("line", NOT_NEEDED)
+@pytest.mark.parametrize("after", [[], ["--lr", "1"], ["--eval"]], ids=str)
+def test_a_flag_of_deit_that_is_not_needed_is_taken_and_explained(
+    line: str, after: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    flag, *values = line.split()
+    forms = [[flag, *values], [flag.replace("-", "_").replace("__", "--", 1), *values]]
+    for words in [*forms, *([[f"{flag}={values[0]}"]] if values else [])]:
+        assert changed(*words, *after) == changed(*after) == changed(*after, *words)
+        capsys.readouterr()
+        parse(*words, *after)
+        (note,) = capsys.readouterr().err.splitlines()
+        assert note.startswith(f"note: {words[0].partition('=')[0]} of DeiT is not needed here: ") and note.endswith(
+            "."
+        )
+    monkeypatch.setenv("RANK", "1")
+    parse(*words)
+    assert capsys.readouterr().err == ""  # the first process has said it
+
+
+@pytest.mark.parametrize("line", NOT_AVAILABLE)
+def test_a_flag_of_deit_that_trains_something_else_is_refused(line: str) -> None:
+    assert mistake(*line.split(), "--lr", "1").startswith(f"{line.split()[0]} of DeiT is not available: ")
+
+
+def test_a_flag_of_deit_without_its_value_is_named() -> None:
+    assert mistake("--world_size") == "Command line: argument --world_size: expected one argument; see --help."
+    assert mistake("--world_size", "--lr", "1").startswith("Command line: argument --world_size: expected one argument")
+    assert mistake("--dist-eval=yes").startswith("Command line: argument --dist-eval: ignored explicit argument 'yes'")
+
+
+def test_no_flag_of_deit_is_left_over() -> None:
+    """All that DeiT's main.py has is a flag here, or explained."""
+    explained = {line.split()[0] for line in (*NOT_NEEDED, *NOT_AVAILABLE)}
+    assert set(DEITS.split()) <= actions().keys() | explained
+    assert not actions().keys() & explained

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import pickle
 import random
 import sys
-import tarfile
 import types
 from pathlib import Path
 
@@ -15,7 +15,16 @@ import pytest
 import timm.data
 import torch
 import torchvision
-from data_helpers import assert_same, folder_config, generator_states, make_config, make_data, make_folder, spoil, stack
+from data_helpers import (
+    assert_same,
+    folder_config,
+    generator_states,
+    make_config,
+    make_data,
+    make_folder,
+    stack,
+    user_error_of,
+)
 from PIL import Image
 
 import datasets
@@ -73,42 +82,6 @@ def test_cifar(tmp_path, monkeypatch, name, classes):
         make_data("model.num_classes=3", base=base)
 
 
-@pytest.mark.parametrize("one_tar_a_class", [False, True])
-def test_tar_files_give_what_the_folder_gives(tmp_path, one_tar_a_class):
-    source, packed = make_folder(tmp_path / "folder"), tmp_path / "packed"
-    packed.mkdir()
-    for split in ("train", "val"):
-        if one_tar_a_class:
-            (packed / split).mkdir()
-            for folder in (source / split).iterdir():
-                with tarfile.open(packed / split / f"{folder.name}.tar", "w") as tar:
-                    for path in folder.iterdir():
-                        tar.add(path, path.name)
-        else:
-            with tarfile.open(packed / f"{split}.tar", "w") as tar:
-                tar.add(source / split, "")
-    for workers in (0, 2):
-        a, b = (
-            make_data(f"data.num_workers={workers}", base=folder_config(root), batch_size=4)
-            for root in (source, packed)
-        )
-        colours = [{tuple(c.tolist()) for c in stack(d.eval_batches())[0][:, :, 0, 0]} for d in (a, b)]
-        assert colours[0] == colours[1] and len(colours[0]) == 8
-        assert stack(b.eval_batches())[1].bincount().tolist() == [4, 4]
-        assert len(list(b.train_batches(0))) == 3
-
-
-def test_unreadable_image_in_a_tar_is_not_replaced_unasked(tmp_path):
-    """timm's own ImageDataset takes the next image and logs a warning."""
-    source = make_folder(tmp_path / "folder")
-    spoil(source / "train/ant/2.png", "empty")
-    for split in ("train", "val"):
-        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
-            tar.add(source / split, "")
-    with pytest.raises(UserError, match=r"train\.tar/ant/2\.jpg cannot be read"):
-        list(make_data(base=folder_config(tmp_path), batch_size=4).train_batches(0))
-
-
 def test_torchvision_sets_by_timms_naming(monkeypatch, tmp_path):
     class Gray(torch.utils.data.Dataset):
         class_to_idx = {"a": 0, "b": 1}  # noqa: RUF012
@@ -130,6 +103,34 @@ def test_torchvision_sets_by_timms_naming(monkeypatch, tmp_path):
     assert next(data.train_batches(0))[0].shape == (8, 3, 16, 16)
     with pytest.raises(UserError, match=r"torch/mnits has no usable split train under .*: AssertionError: Unknown"):
         make_data("data.set=torch/mnits", base=base)
+
+
+class Nameless(timm.data.readers.reader.Reader):
+    """As timm's reader of Hugging Face's sets: bytes, and in place of a file's name its label."""
+
+    class_to_idx = {"a": 0, "b": 1}  # noqa: RUF012
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
+        content = io.BytesIO()
+        Image.new("RGB", (20, 20), (index * 10, 0, 0)).save(content, "PNG")
+        return io.BytesIO(content.getvalue() if index != 5 else b"text"), index % 2
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> int:
+        return index % 2
+
+
+def test_unreadable_image_without_a_name(monkeypatch):
+    monkeypatch.setattr(image_sets, "create_dataset", lambda *args, **hints: timm.data.ImageDataset("", Nameless()))
+    monkeypatch.setattr(image_sets, "_find", lambda module: types.SimpleNamespace())
+    monkeypatch.setattr(image_sets, "_expose_hugging_face", lambda: None)
+    base = ["data.set=hfds/some", "model.img_size=16", "aug.repeats=1"]
+    assert make_data(base=base).classes == ("a", "b")
+    message = user_error_of(make_data(base=base).eval_batches())
+    assert message.startswith("image 5 of ImageDataset cannot be read (not an image): repair")
+    assert user_error_of(make_data("data.on_corrupt=skip", base=base).eval_batches()) == "no error"
 
 
 class FakeReader:
@@ -188,6 +189,22 @@ def test_stream_epochs(stream, workers):
     before = generator_states()
     assert stack(data.eval_batches())[1].bincount().tolist() == [2, 2, 2]
     assert generator_states() == before
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [OSError("gone"), KeyError("png"), RuntimeError("two\nlines")])
+@pytest.mark.parametrize("skip", ["error", "skip"])
+def test_a_stream_that_breaks_off_is_one_sentence(stream, monkeypatch, workers, error, skip):
+    def places(self):
+        yield from range(6)
+        raise error
+
+    monkeypatch.setattr(FakeReader, "_places", places)
+    monkeypatch.setattr(FakeReader, "__iter__", lambda self: ((Image.new("L", (20, 20)), 0) for _ in self._places()))
+    data = make_data(f"data.num_workers={workers}", f"data.on_corrupt={skip}", base=stream, batch_size=4)
+    message = user_error_of(data.train_batches(0))
+    assert message.startswith("The stream FakeReader cannot be read any further (") and "\n" not in message
+    assert message.endswith("): check data.set and data.path.")
 
 
 def test_stream_errors(stream):

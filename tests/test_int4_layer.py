@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from int4_helpers import PLAIN, RECIPES, layer_of, normal, operand, run, state, tensors, transform
 from torch import nn
 
+from quantization import convert_linears
 from quantization.layers import int4
 from quantization.layers.int4 import Int4Linear, Int4LinearFunction
 from quantization.spec import Int4Recipe
@@ -238,3 +239,23 @@ def test_a_step_after_the_first_does_not_synchronise(recipe):
         torch.cuda.set_sync_debug_mode("default")
     assert output.dtype == torch.bfloat16 and made.weight.grad.dtype == torch.float32
     assert all(p.grad.isfinite().all() for p in made.parameters()) and X.grad.isfinite().all()
+
+
+def test_a_model_takes_a_state_of_full_precision_and_starts_its_steps_anew():
+    torch.manual_seed(3)
+    plain = nn.Sequential(nn.Linear(48, 40), nn.GELU(), nn.Linear(40, 8))
+    converted = copy.deepcopy(plain)
+    convert_linears(converted, Int4Recipe(), ["0", "2"])
+    x = torch.randn(16, 48)
+    converted(x)
+    assert converted[0].step_x_known
+    other = nn.Sequential(nn.Linear(48, 40), nn.GELU(), nn.Linear(40, 8))
+    result = converted.load_state_dict(other.state_dict())  # strict
+    assert result.missing_keys == result.unexpected_keys == []
+    fresh = copy.deepcopy(other)
+    convert_linears(fresh, Int4Recipe(), ["0", "2"])
+    for ours, theirs in zip(converted.state_dict().values(), fresh.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(converted(x), fresh(x))
+    with pytest.raises(RuntimeError, match="Missing key"):  # what else is missing is still missed
+        converted.load_state_dict({"0.weight": other[0].weight})

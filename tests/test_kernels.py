@@ -7,21 +7,23 @@ its own, with TRITON_INTERPRET=1, where the others are. `tests/test_gpu.py` comp
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import itertools
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import pytest
 import torch
 from operand_helpers import job_of
 
-from quantization import PRESETS, LinearRecipe, QuantizerSpec, fake_quantize
+from quantization import PRESETS, LinearRecipe, QuantizerSpec, build_recipe, fake_quantize
 from quantization.backends import choose, reference
 from quantization.formats import FORMATS, ElementFormat
 from quantization.job import (
@@ -40,7 +42,7 @@ from quantization.job import (
     window,
 )
 from quantization.noise import Noise, uniform
-from quantization.operands import prepare, values_of
+from quantization.operands import LinearJobs, X, prepare, values_of
 from quantization.spec import QUANTIZERS, ROUNDINGS, SCALE_RULES
 from quantization.stabilizers import qramping
 
@@ -181,13 +183,24 @@ SHAPES = ((34, 70), (49, 33), (1, 33), (33, 1), (66, 31), (32, 64))
 
 if not INTERPRETED:
 
-    def test_in_the_interpreter():
-        pytest.importorskip("triton")
-        root = Path(__file__).parent.parent
+    @functools.cache
+    def begin() -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+        """This file in a process with the interpreter, and what it says. conftest.py begins it before all tests."""
+        output = tempfile.TemporaryFile()  # noqa: SIM115
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
         env = {**os.environ, "TRITON_INTERPRET": "1"}
-        run = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600)
-        assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-5000:] + run.stderr[-2000:]
+        root = Path(__file__).parent.parent
+        process = subprocess.Popen(command, cwd=root, env=env, stdout=output, stderr=subprocess.STDOUT)
+        atexit.register(process.kill)
+        return process, output
+
+    def test_in_the_interpreter():
+        pytest.importorskip("triton")
+        process, output = begin()
+        code = process.wait(600)
+        output.seek(0)
+        said = output.read().decode()
+        assert code == 0 and " passed" in said, said[-7000:]
 
     def test_cpu_tensors_need_the_interpreter():
         pytest.importorskip("triton")
@@ -196,6 +209,7 @@ if not INTERPRETED:
 
     def test_without_triton_a_demand_for_it_is_refused(monkeypatch):
         # What an import then raises is ImportError.
+        monkeypatch.setattr(choose, "_kernels", choose._kernels.__wrapped__)
         monkeypatch.setitem(sys.modules, "quantization.backends.gpu.launch", None)
         monkeypatch.delattr("quantization.backends.gpu.launch", raising=False)
         with pytest.raises(ValueError, match="needs the package triton"):
@@ -203,6 +217,9 @@ if not INTERPRETED:
         assert torch.equal(fake_quantize(torch.ones(2, 32), QuantizerSpec()), torch.ones(2, 32))
 
 else:
+    import fast_interpreter
+
+    fast_interpreter.install()
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s}/{s.axis}")
@@ -457,9 +474,8 @@ else:
         monkeypatch.setattr(reference, "rounds_up", with_moved_thresholds)
         assert differing(x, spec) > 0
 
-    @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.3, 0.0)], ids=str)
-    @pytest.mark.parametrize("guarded", [False, True], ids=["", "found_inf"])
-    def test_a_ramped_step_is_torch_s(guarded, betas):
+    @pytest.mark.parametrize(("betas", "guarded"), [((0.9, 0.999), True), ((0.3, 0.0), False)], ids=str)
+    def test_a_ramped_step_is_torch_s(betas, guarded):
         """To a rounding: the interpreter fuses no multiply-add. On a GPU bit for bit, in tests/test_qramping.py."""
         from test_qramping import ramped_steps
 
@@ -469,3 +485,19 @@ else:
         *expected, expected_counts = ramped_steps(qramping._step_in_chunks, torch.device("cpu"), betas, guarded)
         torch.testing.assert_close(floats, expected, rtol=2e-6, atol=1e-6, equal_nan=True)
         assert all(map(torch.equal, counts, expected_counts))
+
+
+def test_plans_are_kept_by_value_and_not_without_end():
+    launch = pytest.importorskip("quantization.backends.gpu.launch")
+    launch._plan.cache_clear()
+    launch._plan_expand.cache_clear()
+    recipes = [build_recipe() for _ in range(40)]
+    jobs = [LinearJobs(recipe, (48, 64)).of(X, torch.ones(8, 64), torch.float32) for recipe in recipes]
+    assert len({id(launch._plan(job, 8, 64, torch.float32)) for job in jobs}) == 1
+    assert launch._plan.cache_info().currsize == 1
+    for plan, key in ((launch._plan, jobs[0]), (launch._plan_expand, recipes[0].q6)):
+        for rows in range(1, launch.PLANS + 50):
+            plan(key, rows, 64, torch.float32)
+        assert plan.cache_info().currsize == launch.PLANS
+    launch._plan.cache_clear()
+    launch._plan_expand.cache_clear()

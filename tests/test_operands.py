@@ -275,6 +275,44 @@ def test_other_block_sizes_and_an_empty_batch_fall_back():
     assert carried(one) == {"q1", "q2", "q3", "q4"}
 
 
+OTHER_ELEMENTS = list(itertools.product(FORMATS, repeat=6))[1::9]
+
+
+@pytest.mark.parametrize("elements", OTHER_ELEMENTS, ids="+".join)
+@pytest.mark.parametrize("operands", ["requantized", "original"])
+def test_no_matrix_is_carried_by_two_windows_whatever_the_elements(operands, elements):
+    """With e2m1 and e3m0 for the two uses of one matrix fp8 would overflow to NaN: such a product is not carried."""
+    specs = {
+        name: dataclasses.replace(getattr(TETRAJET_FP8, name), element=e)
+        for name, e in zip(QUANTIZERS, elements, strict=True)
+    }
+    recipe = LinearRecipe(**specs, backward_operands=operands, carrier="fp8")
+    forms = forms_of(recipe, (32, 48), False, False)
+    for one, other in (("q1", "q6"), ("q2", "q4"), ("q3", "q5")):
+        both = forms[one] == forms[other] == CARRIED
+        assert not both or specs[one].element == specs[other].element
+    for a, b in (("q1", "q2"), ("q3", "q4"), ("q5", "q6")):
+        assert (forms[a] == CARRIED) == (forms[b] == CARRIED)
+    data = tensors((32,), 48, 32)
+    plain = by_function(*data, dataclasses.replace(recipe, carrier="bf16"))
+    for name, value in by_function(*data, recipe).items():
+        assert torch.equal(value, plain[name]), name
+
+
+@pytest.mark.parametrize("rules", itertools.product(SCALE_RULES, repeat=2), ids="+".join)
+def test_nor_whatever_the_scale_rules(rules):
+    specs = {"q1": rules[0], "q2": rules[0], "q3": rules[1], "q4": rules[1], "q5": rules[0], "q6": rules[1]}
+    recipe = LinearRecipe(
+        **{n: dataclasses.replace(getattr(TETRAJET_FP8, n), scale_rule=r) for n, r in specs.items()}, carrier="fp8"
+    )
+    assert carried(recipe) == (set(QUANTIZERS) if len(set(rules)) == 1 else {"q1", "q2"})
+
+
+def test_a_job_with_two_windows_is_refused():
+    with pytest.raises(ValueError, match="fp8 cannot carry"):
+        job_of(QuantizerSpec(), QuantizerSpec("e3m0", axis=0), (CARRIED, CARRIED), torch.float32)
+
+
 # The window of fp8 ----------------------------------------------------------------------------------------------------
 
 

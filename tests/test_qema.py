@@ -242,3 +242,17 @@ def test_the_shadow_starts_from_the_weights_the_training_starts_from(
         assert torch.equal(layer.shadow, weights[f"{name}.weight"])
         assert torch.equal(layer.shadow, layer.weight)
         assert not torch.equal(layer.shadow, fresh.stabilizer.layers[name].shadow)
+
+
+def test_fine_tuning_goes_on_with_the_shadows_of_a_file_that_has_them(
+    straight: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = last(straight("qema"))["model"]
+    flags = [*SMALL, *FLAGS["qema"], "--nb-classes", "3", "--model-ema"]
+    run = captured(monkeypatch, tmp_path / "tuned", *flags, "--finetune", str(straight("qema") / "last.pt"))
+    averaged = dict(run.ema.module.named_buffers())
+    for name, layer in run.stabilizer.layers.items():
+        assert torch.equal(layer.weight, given[f"{name}.weight"])
+        assert torch.equal(layer.shadow, given[f"{name}.shadow"]) and not torch.equal(layer.shadow, layer.weight)
+        assert torch.equal(averaged[f"{name}.shadow"], layer.shadow)
+    assert run.not_loaded == ["head.weight", "head.bias"]

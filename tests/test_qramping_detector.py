@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import engine
 from engine import Run
 from quantization.stabilizers import QRampingAdamW
+from quantization.stabilizers.qramping import periods
 from training.graphs import Pass
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -280,3 +281,13 @@ def test_detection_is_at_step_0_and_every_update_period(update_period: int | Non
         figures = stabilizer.before_step(step, Trainer())
         assert figures == (None if step not in steps else {"oscillating_share": 0.0, "mean_period": 1.0})
     assert found == [(step, 7) for step in steps]
+
+
+@pytest.mark.parametrize("n_max", [5, 2**24 + 1, 2**31 - 1, 2**31, 2**40])
+@pytest.mark.parametrize("k2", [0, 1, 5, 2**31, 2**62])
+def test_no_period_leaves_the_numbers_that_there_are(k2: int, n_max: int) -> None:
+    ramps = {0.0: 0, 1.0: 0, 15.9: 0, 16.0: 1, 1e3: 62, 1e30: 10**30, torch.inf: 10**60}
+    found = periods(torch.tensor(list(ramps)), 16.0, k2, n_max)
+    assert found.dtype == torch.int32 and (found >= 1).all()
+    for number, floor in zip(found.tolist(), ramps.values(), strict=True):
+        assert number == pytest.approx(min(k2 * floor + 1, n_max, 2**31 - 1), rel=1e-6)

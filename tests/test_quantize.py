@@ -2,9 +2,12 @@
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
+from helpers import environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -301,12 +304,13 @@ def test_an_empty_tensor_stays_empty(spec, shape):
         assert q.shape == shape and q.dtype == dtype
 
 
-def test_the_input_is_left_alone_and_the_result_is_a_new_tensor_outside_autograd():
+def test_the_input_is_left_alone_and_the_result_is_a_new_tensor():
     x = normal(4, 64).requires_grad_()
     before = x.detach().clone()
     q = fake_quantize(x, QuantizerSpec())
-    assert not q.requires_grad
-    q.zero_()
+    assert q.requires_grad
+    with torch.no_grad():
+        q.zero_()
     assert_same_bits(x.detach(), before)
     on_grid = torch.tensor([6.0, 1.0])
     assert fake_quantize(on_grid, QuantizerSpec()).data_ptr() != on_grid.data_ptr()
@@ -481,3 +485,65 @@ def test_the_reference_is_a_backend_by_name_and_an_unknown_one_is_refused():
     assert_same_bits(fake_quantize(x, QuantizerSpec(), backend="reference"), fake_quantize(x, QuantizerSpec()))
     with pytest.raises(ValueError, match="backend must be one of auto, reference, triton; got 'cuda'"):
         fake_quantize(x, QuantizerSpec(), backend="cuda")
+
+
+@pytest.mark.parametrize("mode", ["torch.inference_mode()", "FakeTensorMode()"])
+def test_what_is_kept_does_not_outlive_the_mode_it_was_made_in(mode):
+    """In a process of its own each, where nothing is kept yet."""
+    code = f"""
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from quantization import QuantizerSpec, fake_quantize
+from quantization.oscillation import quantization_confidence
+from quantization.rotation import hadamard
+
+specs = [QuantizerSpec(element, rounding="stochastic") for element in ("e2m1", "e3m0")]
+def results(x):
+    of_specs = [f(x, spec) for spec in specs for f in (fake_quantize, quantization_confidence)]
+    return [*of_specs, hadamard(x)]
+
+with {mode}:
+    results(torch.ones(3, 40))
+x = torch.arange(120.0).view(3, 40)
+for y in results(x):
+    assert type(y) is torch.Tensor and not y.is_inference() and y.sum().item() > 0
+w = torch.randn(4, 40, requires_grad=True)
+(hadamard(w) * hadamard(x[:1])).sum().backward()
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# The gradient ---------------------------------------------------------------------------------------------------------
+
+
+@every_spec
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_goes_straight_through(spec, dtype):
+    x = (8 * torch.randn(5, 70, generator=torch.Generator().manual_seed(0))).to(dtype)
+    leaf, factors = x.clone().requires_grad_(), torch.arange(350.0).view(5, 70).to(dtype)
+    y = fake_quantize(leaf, spec, seed=1)
+    assert y.requires_grad and torch.equal(y.detach(), fake_quantize(x, spec, seed=1))
+    (y * factors).sum().backward()
+    assert torch.equal(leaf.grad, factors)
+    assert not fake_quantize(x, spec, seed=1).requires_grad
+    with torch.no_grad():
+        assert not fake_quantize(leaf, spec, seed=1).requires_grad
+
+
+def test_the_gradient_of_a_sum_reaches_all_its_terms():
+    w, b = torch.randn(4, 32, requires_grad=True), torch.zeros(4, requires_grad=True)
+    (fake_quantize(w, QuantizerSpec()).sum(1) + b).sum().backward()
+    assert torch.equal(w.grad, torch.ones(4, 32)) and torch.equal(b.grad, torch.ones(4))
+
+
+def test_a_shadow_gets_no_gradient():
+    w, shadow = (torch.randn(4, 32, requires_grad=True) for _ in range(2))
+    fake_quantize(w, QuantizerSpec(), shadow=shadow).sum().backward()
+    assert torch.equal(w.grad, torch.ones(4, 32)) and shadow.grad is None
+
+
+@pytest.mark.parametrize("given", ["e2m1", "tetrajet", None, {"element": "e2m1"}], ids=str)
+def test_what_is_no_spec_is_refused_with_what_was_expected(given):
+    with pytest.raises(TypeError, match=r"expected a QuantizerSpec, such as QuantizerSpec\(element='e2m1'\)"):
+        fake_quantize(torch.ones(2, 32), given)

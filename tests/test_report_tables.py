@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from pathlib import Path
@@ -218,6 +219,100 @@ def test_another_row_under_the_name_of_one_counts_as_what_it_is(tmp_path: Path) 
     lines = lines_of(tmp_path)
     assert lines["1", "q1", "deit_tiny", "top1"]["ours"] == "61.00"
     assert lines["2", "tetrajet", "deit_tiny", "top1"]["ours"] == ""
+
+
+def test_runs_of_another_precision_are_no_seeds(tmp_path: Path) -> None:
+    make_run(tmp_path / "auto", "deit_tiny_qema", top1=60.0)
+    make_run(tmp_path / "gpu", "deit_tiny_qema", "run.seed=1", "run.amp=bfloat16", top1=61.0)
+    make_run(tmp_path / "none", "deit_tiny_qema", "run.seed=2", "run.amp=none", top1=99.0)
+    make_run(tmp_path / "cpu", "deit_tiny_qema", "run.seed=3", top1=99.0, manifest={**MANIFEST, "autocast": "None"})
+    recorded = {**MANIFEST, "autocast": "bfloat16"}
+    make_run(tmp_path / "recorded", "deit_tiny_qema", "run.seed=4", top1=62.0, manifest=recorded)
+    moved = {**recorded, "sessions": [{"autocast": "None"}, {}]}  # begun on a CPU, continued on a GPU
+    run = make_run(tmp_path / "moved", "deit_tiny_qema", "run.seed=5", top1=99.0)
+    (run / "manifest.json").write_text(json.dumps(moved))
+    line = lines_of(tmp_path)["2", "tetrajet_qema", "deit_tiny", "top1"]
+    assert (line["ours"], line["seeds"]) == ("61.00", "3")
+    _, notes = assign(find_runs([tmp_path]), CELLS)
+    row = "Table 2 tetrajet_qema deit_tiny, differs:"
+    assert notes == [
+        f"{tmp_path / 'cpu'}: {row} autocast None (the row has bfloat16)",
+        f"{tmp_path / 'moved'}: {row} autocast None (the row has bfloat16)",
+        f"{tmp_path / 'none'}: {row} run.amp none (the row has auto)",
+    ]
+
+
+def test_runs_whose_mixup_draws_over_other_batches_are_not_averaged(tmp_path: Path) -> None:
+    def batch(size: int) -> dict[str, Any]:
+        return {**MANIFEST, "batch": {"process": size, "accumulation": 1, "global": 1024}}
+
+    make_run(tmp_path / "a", "deit_tiny_qema", top1=60.0, manifest=batch(128))
+    make_run(tmp_path / "b", "deit_tiny_qema", "run.seed=1", "data.batch_size=128", top1=61.0)
+    make_run(tmp_path / "c", "deit_tiny_qema", "run.seed=2", top1=99.0, manifest=batch(256))
+    make_run(tmp_path / "d", "deit_tiny_qema", "run.seed=3", "data.batch_size=64", top1=99.0)
+    make_run(tmp_path / "e", "deit_tiny_qema", "run.seed=4", top1=62.0)  # of which nothing is known
+    line = lines_of(tmp_path)["2", "tetrajet_qema", "deit_tiny", "top1"]
+    assert (line["ours"], line["seeds"]) == ("61.00", "3")
+    _, notes = assign(find_runs([tmp_path]), CELLS)
+    assert notes == [
+        f"{tmp_path / name}: deit_tiny_qema, mixup draws over {size} images at a time and over 128 in "
+        f"{tmp_path / 'a'}, so it is not averaged with it"
+        for name, size in (("c", 256), ("d", 64))
+    ]
+
+
+LINE = 'DLLL {"type": "LOG", "step": %s, "data": %s}'
+GARBAGE = {
+    "resolved.yaml": ["", "text", "[1]", "a: &a [*a]\n", "\0", "optim: {lr: many}\n", "optim.lr: 3\n", "run: 3\n"],
+    "manifest.json": [
+        *("", "[]", "3", "null", "[" * 9999, '{"classes": "x"}', '{"sessions": 3}', '{"sessions": [3]}'),
+        *('{"steps_per_epoch": null}', '{"autocast": 3}', '{"batch": {"process": []}}', '{"steps_per_epoch": [1]}'),
+        *('{"batch": 3}', '{"sessions": [{"autocast": 3, "batch": 3, "classes": "x", "steps_per_epoch": []}]}'),
+    ],
+    "metrics.log": [
+        *('DLLL {"type": "LOG", "step": [89]}', "DLLL 3", "\0\0", "[" * 9999, LINE % (3, "{}")),
+        *(
+            LINE % (step, '{"eval.top1": 3}')
+            for step in ('["a"]', "[{}]", "[null]", "[-5]", "[[1]]", "[1e9]", "[1e999]")
+        ),
+        *(
+            LINE % ("[89]", data)
+            for data in ("3", "[]", *(json.dumps({"eval.top1": value}) for value in ("x", float("nan"), [], {})))
+        ),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in GARBAGE.items() for text in texts])
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "after the others"])
+def test_one_broken_run_does_not_end_the_report(
+    name: str, text: str, added: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "good", "deit_tiny_fp", top1=63.5)
+    broken = make_run(tmp_path / "broken", "deit_tiny_tetrajet", top1=60.0) / name
+    broken.write_text((broken.read_text() + "\n" if added else "") + text)
+    main(["tables", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "| full_precision | deit_tiny | top1 | 63.73 | 63.50 | - | 1 | -0.23 | 90/90 |" in out
+    assert "| nan" not in out
+    for command in (["curves", str(tmp_path / "broken"), "--png", str(tmp_path / "a.png")],):
+        with contextlib.suppress(SystemExit):
+            main(command)
+        assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["resolved.yaml", "manifest.json", "metrics.log"])
+@pytest.mark.parametrize("kind", ["folder", "loop", "zero"])
+def test_a_file_of_a_run_that_is_none(name: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "good", "deit_tiny_fp", top1=63.5)
+    path = make_run(tmp_path / "broken", "deit_tiny_tetrajet", epochs=3) / name
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif name == "resolved.yaml" or kind == "loop":
+        path.symlink_to("/dev/zero" if kind == "zero" else path)
+    main(["tables", str(tmp_path)])
+    assert "| full_precision | deit_tiny | top1 | 63.73 | 63.50 |" in capsys.readouterr().out
 
 
 def test_runs_that_cannot_be_read(tmp_path: Path) -> None:

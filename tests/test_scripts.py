@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from script_helpers import ROOT, SCRIPTS, STUB, TORCHRUN, bash, clean_env, executable
@@ -100,6 +103,102 @@ def test_run_refuses_a_bad_number(launch: Launcher, bad: dict[str, str]) -> None
     assert launch(**bad) == []
     assert launch.result.returncode == 2
     assert "must be whole numbers" in launch.result.stderr
+
+
+NODES = {"NPROC": "2", "NNODES": "2", "MASTER_ADDR": "localhost"}
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"NPROC": ""}, None),  # as if it were not set
+        ({"NPROC": "2.5"}, "NNODES and NPROC must be whole numbers from 1, not '1' and '2.5'"),
+        ({"NPROC": "9" * 30}, "NNODES and NPROC must be whole numbers"),
+        ({"NPROC": "1:2"}, "NNODES and NPROC must be whole numbers"),
+        ({"NPROC": "1", "NNODES": "two"}, "NNODES and NPROC must be whole numbers"),
+        ({"NPROC": "1", "SLURM_NNODES": "1-2"}, "NNODES and NPROC must be whole numbers"),
+        *(({**NODES, "NODE_RANK": rank}, f"NODE_RANK must be a whole number from 0 to 1, not '{rank}'")
+          for rank in ("x", "-1", "2", "1.0", "$(id)")),
+        ({**NODES, "SLURM_NODEID": "7"}, "NODE_RANK must be a whole number from 0 to 1, not '7'"),
+        *(({**NODES, "MASTER_PORT": port}, f"MASTER_PORT must be a whole number from 1 to 65535, not '{port}'")
+          for port in ("x", "0", "-1", "65536", "99999999999", "80a")),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_run_refuses_what_is_no_number(launch: Launcher, env: dict[str, str], said: str | None) -> None:
+    words = launch(**env)
+    if said is None:
+        assert words and launch.result.returncode == 0
+        return
+    assert (words, launch.result.returncode) == ([], 2)
+    assert launch.result.stderr.startswith(f"run.sh: {said}") and len(launch.result.stderr.splitlines()) == 1
+
+
+def test_run_takes_numbers_with_leading_zeros(launch: Launcher) -> None:
+    assert launch(NPROC="08") == [*TORCHRUN, "--standalone", "--nproc-per-node", "8", *MAIN, "--resume", "auto"]
+
+
+def test_run_names_a_port_in_use(launch: Launcher) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        assert launch(**NODES, MASTER_PORT=port) == []
+        assert launch.result.returncode == 2
+        assert launch.result.stderr == (
+            f"run.sh: port {port} of this node is in use; set MASTER_PORT to a free one, the same on all nodes\n"
+        )
+        assert launch(**NODES, MASTER_PORT=port, NODE_RANK="1")  # it is node 0's port
+    assert launch(**NODES, MASTER_PORT=port)
+
+
+def test_run_names_a_python_that_is_none(tmp_path: Path) -> None:
+    env = clean_env(PYTHON=tmp_path / "nowhere", NPROC="1")
+    result = bash(SCRIPTS / "run.sh", "configs/a.yaml", env=env, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (2, f"run.sh: there is no program at PYTHON={tmp_path / 'nowhere'}\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "sentence"),
+    [
+        ([], {"NPROC": "3"}, "The global batch of 1024 does not divide among 3 processes."),
+        ([], {**NODES, "NPROC": "3"}, "The global batch of 1024 does not divide among 6 processes."),
+        (["--global-batch", "30"], {"NPROC": "4"}, "The global batch of 30 does not divide among 4 processes."),
+        (["--batch-size", "100"], {"NPROC": "2"}, "The global batch of 1024 is not a multiple of 2 process(es) x 100"),
+        (["--epoch", "3"], {"NPROC": "2"}, "There is no flag --epoch; did you mean --epochs?"),
+        (["--lr", "fast"], {"NPROC": "2"}, "the command line: optim.lr is 'fast': input should be a valid number"),
+    ],
+)
+def test_run_says_a_mistake_once_and_not_once_a_process(
+    launch: Launcher, flags: list[str], env: dict[str, str], sentence: str
+) -> None:
+    assert launch(*flags, config="configs/deit_tiny_fp.yaml", **env) == []
+    assert launch.result.returncode == 2
+    assert launch.result.stderr.startswith(f"error: {sentence}") and len(launch.result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flags", [["--smoke"], ["--eval", "--resume", "x.pt"], ["--global-batch", "30"]], ids=" ".join)
+def test_run_starts_where_the_processes_fit(launch: Launcher, flags: list[str]) -> None:
+    assert launch(*flags, config="configs/deit_tiny_fp.yaml", NPROC="3")[:2] == TORCHRUN
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_run_runs_no_module_of_the_callers_folder(processes: str, tmp_path: Path) -> None:
+    """`python -m`, which starts torchrun, looks there first."""
+    for name in ("torch", "yaml", "argparse", "json", "config", "numpy", "typing", "main"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the caller was run')\n")
+    env = clean_env(PYTHON=sys.executable, NPROC=processes, OMP_NUM_THREADS="1")
+    tiny = ["--smoke", "--device", "cpu", "--input-size", "32", "--model.kwargs", "{depth: 1, embed_dim: 48}"]
+    command = ["bash", str(SCRIPTS / "run.sh"), "configs/digits_fp.yaml", *tiny, "--model.patch_size", "16"]
+    result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and "smoke test passed" in result.stdout, result.stderr
+
+
+def test_run_counts_gpus_without_the_callers_torch(launch: Launcher) -> None:
+    """Where there is a driver and no nvidia-smi, torch is asked."""
+    line = next(line for line in (SCRIPTS / "run.sh").read_text().splitlines() if "device_count()" in line)
+    code = line.split("'")[1].replace("torch.cuda.device_count()", "torch.__name__")
+    (launch.folder / "torch.py").write_text("raise SystemExit('torch.py of the caller was run')\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=launch.folder, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "torch\n"), done.stderr
 
 
 def test_run_counts_gpus(launch: Launcher) -> None:
@@ -211,29 +310,48 @@ def test_configuration_loads(path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def smoke(script: Path, *words: str, cwd: Path) -> None:
+def smoking(script: Path, *words: str, cwd: Path) -> subprocess.Popen[str]:
     env = clean_env(PYTHON=sys.executable, NPROC="1", OMP_NUM_THREADS="1")
-    command = ["bash", str(script), *words, "--smoke", "--device", "cpu"]
-    result = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1].startswith("smoke test passed")
+    command, pipe = ["bash", str(script), *words, "--smoke", "--device", "cpu"], subprocess.PIPE
+    return subprocess.Popen(command, env=env, cwd=cwd, stdout=pipe, stderr=pipe, text=True)
+
+
+def smoke(process: subprocess.Popen[str], cwd: Path) -> None:
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.splitlines()[-1].startswith("smoke test passed")
     assert not list(cwd.iterdir())
 
 
-@pytest.mark.parametrize("words", [["table1.sh", "q1", "deit_tiny"], ["deit_tiny_qramping.sh"], ["swin_tiny_int4.sh"]])
-def test_a_script_for_real(words: list[str], tmp_path: Path) -> None:
-    shape = "{depth: 1}" if "swin" not in words[0] else "{depths: [1, 1, 1, 1]}"
-    smoke(SCRIPTS / words[0], *words[1:], "--input-size", "32", "--model.kwargs", shape, cwd=tmp_path)
+REAL = [("table1.sh", "q1", "deit_tiny"), ("deit_tiny_qramping.sh",), ("swin_tiny_int4.sh",)]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, ...], tuple[Any, Path]]]:
+    """Those of REAL, side by side: a core is free while the other waits for Python's imports."""
+    started = {}
+    for words in REAL:
+        shape = "{depth: 1}" if "swin" not in words[0] else "{depths: [1, 1, 1, 1]}"
+        flags, cwd = ["--input-size", "32", "--model.kwargs", shape], tmp_path_factory.mktemp("real")
+        started[words] = smoking(SCRIPTS / words[0], *words[1:], *flags, cwd=cwd), cwd
+    yield started
+    for process, _ in started.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("words", REAL, ids=" ".join)
+def test_a_script_for_real(words: tuple[str, ...], real: dict[tuple[str, ...], tuple[Any, Path]]) -> None:
+    smoke(*real[words])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE_2)
 def test_every_script_of_table_2(name: str, tmp_path: Path) -> None:
-    smoke(SCRIPTS / f"{name}.sh", cwd=tmp_path)
+    smoke(smoking(SCRIPTS / f"{name}.sh", cwd=tmp_path), tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", [c for c in CELLS if not c.same], ids=lambda c: f"{c.table}-{c.row}-{c.column}")
 def test_every_row_with_a_run_of_its_own(cell: Cell, tmp_path: Path) -> None:
     """With the scripts of Table 2 all 75 runs. tests/test_paper_rows.py says that each other row starts one of them."""
-    smoke(SCRIPTS / f"table{cell.table}.sh", cell.row, cell.column, cwd=tmp_path)
+    smoke(smoking(SCRIPTS / f"table{cell.table}.sh", cell.row, cell.column, cwd=tmp_path), tmp_path)

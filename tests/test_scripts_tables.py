@@ -127,6 +127,7 @@ def test_one_folder_is_for_one_run(tables: Tables) -> None:
             "table1.sh takes ROW [MODEL], or all [MODEL]; got q1 deit_tiny deit_small.",
         ),
         (["--smoke"], "table1.sh takes ROW [MODEL], or all [MODEL] before the flags."),
+        (["all", "--lr", "fast"], "the command line: optim.lr is 'fast': input should be a valid number"),
         (["all", "--epoch", "3"], "There is no flag --epoch; did you mean --epochs?"),
     ],
 )
@@ -135,6 +136,20 @@ def test_a_mistake_at_a_table_script(tables: Tables, words: list[str], message: 
     assert (tables.result.returncode, tables.result.stdout) == (2, "")
     assert tables.result.stderr.startswith(f"error: {message}")
     assert len(tables.result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "table.sh needs the number of a table, as in: bash scripts/table.sh 1 ROW [MODEL] [flags of main.py]"),
+        (["11"], "There is no table 11; there are 1, 2, 3, 4, 5, 6, 7, 8, 9, 10."),
+        (["11", "q1"], "There is no table 11; there are 1, 2, 3, 4, 5, 6, 7, 8, 9, 10."),
+        (["one"], "Command line: argument table: invalid int value: 'one'; see --help."),
+    ],
+)
+def test_a_table_that_is_none(tables: Tables, words: list[str], sentence: str) -> None:
+    result = bash(SCRIPTS / "table.sh", *words, env=tables.environment(), cwd=tables.runs_dir.parent)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"error: {sentence}\n")
 
 
 def test_all_runs_what_is_missing(tables: Tables) -> None:

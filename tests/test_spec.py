@@ -237,3 +237,23 @@ def test_the_quantizers_that_a_configuration_can_name_are_those_of_a_recipe():
     (quantizer, _) = typing.get_args(dict(iter_keys())["quant.active"].annotation)
     named = typing.get_args(quantizer)
     assert named == QUANTIZERS == tuple(f.name for f in dataclasses.fields(LinearRecipe) if f.name.startswith("q"))
+
+
+@pytest.mark.parametrize("axis", [-1, 0, 1])
+def test_a_recipe_gives_its_quantizers_the_axes_of_their_places(axis):
+    specs = {name: QuantizerSpec("e3m0", "floor", "stochastic", axis, 16) for name in QUANTIZERS}
+    recipe = LinearRecipe(**specs)
+    assert [getattr(recipe, name).axis for name in QUANTIZERS] == [-1, -1, -1, 0, 0, 0]
+    assert {dataclasses.replace(getattr(recipe, name), axis=axis) for name in QUANTIZERS} == {specs["q1"]}
+    assert dataclasses.replace(recipe, q6=QuantizerSpec()).q6.axis == 0
+    assert LinearRecipe(q6=QuantizerSpec()) == LinearRecipe(q6=QuantizerSpec(axis=0))
+
+
+def test_a_recipe_written_by_hand_trains_as_the_one_that_is_built():
+    by_hand = LinearRecipe(
+        **{
+            name: QuantizerSpec(rounding="nearest_even" if name in ("q1", "q2") else "stochastic")
+            for name in QUANTIZERS
+        }
+    )
+    assert by_hand == PRESETS["tetrajet"] and hash(by_hand) == hash(PRESETS["tetrajet"])

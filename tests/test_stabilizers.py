@@ -5,17 +5,18 @@ Each has a file of its own beside: test_qema.py, test_qramping.py, test_dampen.p
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, before_step, differences, environment, exit_code, killed, outcome, replace, tiny, train
+import torch.distributed as dist
+from helpers import before_step, differences, exit_code, killed, outcome, replace, tiny, train
+from processes import run_in_two
 from stabilizer_helpers import FLAGS, KINDS, SMALL, block, build, last, layer_of, normal, stabilized
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -254,25 +255,7 @@ def test_a_step_does_not_synchronise(kind: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-TWO_PROCESSES = """
-import functools, gc, json, os, sys
-from pathlib import Path
-
-import torch
-import torch.distributed as dist
-
-import main
-from helpers import tiny
-
-# One group serves all runs.
-leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None
-dist.init_process_group = functools.cache(dist.init_process_group)
-runs, train = [], main.train
-main.train = lambda run, max_steps=None: (runs.append(run), train(run, max_steps))
-folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-
-
-def tensors(value, name=""):
+def tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, dict):
@@ -280,7 +263,8 @@ def tensors(value, name=""):
             yield from tensors(value[key], f"{name}/{key}")
 
 
-def unlike(state):
+def unlike(state: dict[str, Any]) -> tuple[list[str], int]:
+    """The tensors that differ between the two processes, and how many there are."""
     found, count = [], 0
     for name, value in tensors(state):
         mine = value.detach().contiguous().reshape(-1).view(torch.uint8).clone()
@@ -291,22 +275,29 @@ def unlike(state):
     return found, count
 
 
-report = {}
-for kind, argv in json.loads((folder / "plan.json").read_text()).items():
-    main.main(argv)
-    run = runs.pop()
-    found, count = unlike(run.state_dict())
-    report[kind] = {"unlike": found, "tensors": count, "noise": unlike({"state": run.model.noise.state})[0]}
-    report[kind]["steps"] = run.global_step
-one = torch.ones(3)
-one[1] += rank * 2.0**-23
-report["control"] = unlike({"a": torch.ones(2), "b": one})[0]
-if rank == 0:
-    (folder / "report.json").write_text(json.dumps(report))
-del run  # a model that outlives the group it was distributed over can abort the process at its exit
-gc.collect()
-leave()
-"""
+def compare_processes(folder: Path) -> None:
+    """Train what plan.json says; report.json says what differs between the two. For a process that then ends."""
+    # One group serves all runs.
+    leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None
+    dist.init_process_group = functools.cache(dist.init_process_group)
+    runs: list[Run] = []
+    train = main.train
+    main.train = lambda run, max_steps=None: (runs.append(run), train(run, max_steps))
+    report: dict[str, Any] = {}
+    for kind, argv in json.loads((folder / "plan.json").read_text()).items():
+        main.main(argv)
+        run = runs.pop()
+        found, count = unlike(run.state_dict())
+        report[kind] = {"unlike": found, "tensors": count, "noise": unlike({"state": run.model.noise.state})[0]}
+        report[kind]["steps"] = run.global_step
+    rank, one = dist.get_rank(), torch.ones(3)
+    one[1] += rank * 2.0**-23
+    report["control"] = unlike({"a": torch.ones(2), "b": one})[0]
+    if rank == 0:
+        (folder / "report.json").write_text(json.dumps(report))
+    del run  # a model that outlives the group it was distributed over can abort the process at its exit
+    gc.collect()
+    leave()
 
 
 def test_two_processes_keep_the_same_state(tmp_path: Path) -> None:
@@ -317,13 +308,7 @@ def test_two_processes_keep_the_same_state(tmp_path: Path) -> None:
     flags["freeze"] += ["--stabilizer.start", "0"]
     plan = {kind: tiny(tmp_path / kind, *flags[kind]) for kind in KINDS}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    script = tmp_path / "two_processes.py"
-    script.write_text(TWO_PROCESSES)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = environment()
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run([*torchrun, str(script), str(tmp_path)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_in_two(compare_processes, tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report.pop("control") == ["/b"]
     assert set(report) == set(KINDS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import re
 from pathlib import Path
 
@@ -18,20 +17,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
 from config import Config, UserError
+from config.batches import MAX_BATCH, plan_batches
 from datasets import Data, build_data, build_mixup
 from models import create_model
-from quantization.layers.clock import NoiseClock
+from quantization.layers.clock import clock_of
 from quantization.stabilizers import Plan, Stabilizer, build_stabilizer
 from quantization.watch.probe import OscillationProbe, Probe
 from record.runlog import RunLog
-from record.weights import finetune_from, load_weights
+from record.weights import finetune_from
+from training.given import load_rest, starting_weights
 from training.graphs import GraphedPasses, leave_default_stream
 from training.losses import build_loss
 from training.passes import PROBE_POSITION
+from training.processes import environment_number
 from training.run import Run
-from training.state import Setup
-
-MAX_BATCH = 256  # samples of one process at a time, where the configuration leaves it open
+from training.state import EvaluationState, Setup
 
 
 def pick_device(cfg: Config) -> torch.device:
@@ -45,7 +45,7 @@ def pick_device(cfg: Config) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device is cuda and torch sees no CUDA device; use --device cpu or auto.")
-        index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+        index = environment_number("LOCAL_RANK", 0) if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise UserError(
                 f"Process {index} of this node has no GPU: torch sees {torch.cuda.device_count()}; start at most one "
@@ -63,25 +63,6 @@ def check_carrier(cfg: Config, device: torch.device) -> None:
     if torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device)
         raise UserError(f"quant.carrier is fp8 and {name} has no FP8 products; use --quant.carrier bf16.")
-
-
-def plan_batches(cfg: Config, world_size: int) -> tuple[int, int]:
-    """(samples of one process at a time, micro-batches of an optimizer step) for the recipe's global batch.
-
-    Raises UserError where the global batch is not a multiple of processes x batch size.
-    """
-    global_batch, batch_size = cfg.optim.global_batch, cfg.data.batch_size
-    if global_batch % world_size:
-        raise UserError(f"The global batch of {global_batch} does not divide among {world_size} processes.")
-    share = global_batch // world_size
-    if batch_size is None:
-        batch_size = next(b for b in range(min(share, MAX_BATCH), 0, -1) if share % b == 0)
-    if share % batch_size:
-        raise UserError(
-            f"The global batch of {global_batch} is not a multiple of {world_size} process(es) x {batch_size} samples; "
-            f"choose a --batch-size that divides {share}, or another --global-batch."
-        )
-    return batch_size, share // batch_size
 
 
 def build_optimizer(
@@ -122,6 +103,16 @@ def build_schedule(cfg: Config, optimizer: torch.optim.Optimizer, steps_per_epoc
             f"With schedule.warmup_prefix the warm-up of {s.warmup_epochs} epochs must be shorter than the "
             f"{s.epochs} epochs of training; lower --warmup-epochs or raise --epochs."
         )
+    peak = max(cfg.optim.lr, optimizer.param_groups[0]["lr"])  # --smoke and small batches scale it down below any end
+    if s.sched == "cosine" and s.min_lr > peak:
+        raise UserError(
+            f"The schedule would rise from optim.lr {cfg.optim.lr:g} to schedule.min_lr {s.min_lr:g}; lower --min-lr."
+        )
+    if s.warmup_epochs and s.warmup_lr > peak:
+        raise UserError(
+            f"The warm-up would fall from schedule.warmup_lr {s.warmup_lr:g} to optim.lr {cfg.optim.lr:g}; lower "
+            "--warmup-lr."
+        )
     return create_scheduler_v2(
         optimizer,
         sched=s.sched,
@@ -153,7 +144,7 @@ def fixed_images(data: Data, count: int) -> Tensor:
 
 def build_probe(cfg: Config, model: nn.Module, plan: Plan, data: Data, amp: torch.dtype | None) -> Probe:
     """The probe of the `probes` section."""
-    if not cfg.probes.enabled or cfg.run.eval:
+    if not cfg.probes.enabled:
         return Probe()
     device = next(model.parameters()).device
     images = fixed_images(data, cfg.probes.images).to(device)
@@ -164,15 +155,49 @@ def build_probe(cfg: Config, model: nn.Module, plan: Plan, data: Data, amp: torc
         raise UserError(f"{error}; see probes in the configuration.") from None
 
 
-def build_model(cfg: Config, num_classes: int, *, rank: int, device: torch.device) -> tuple[nn.Module, list[str]]:
-    """The model on its device with the weights that training starts from, and what --finetune found no weights for."""
+def build_model(cfg: Config, num_classes: int, *, rank: int, device: torch.device) -> nn.Module:
+    """The model on its device, initialised by the run's seed."""
     torch.manual_seed(cfg.run.seed)  # the same initial weights on all processes
     model = create_model(cfg, num_classes).to(device)
-    if isinstance(clock := getattr(model, "noise", None), NoiseClock):
+    if (clock := clock_of(model)) is not None:
         clock.reseed(cfg.run.seed, rank)
-    if cfg.run.finetune is None or cfg.run.eval:
-        return model, []
-    return model, finetune_from(model, load_weights(Path(cfg.run.finetune)), Path(cfg.run.finetune))
+    return model
+
+
+def stabilize(cfg: Config, model: nn.Module, plan: Plan) -> Stabilizer:
+    """The stabilizer, and in the model what it keeps there. Raises UserError."""
+    try:
+        return build_stabilizer(cfg.stabilizer, model, plan)
+    except ValueError as error:
+        raise UserError(f"{error}; see quant and stabilizer in the configuration.") from None
+
+
+def checkpoint_activations(cfg: Config, model: nn.Module) -> None:
+    """Let each block's activations be computed again in the backward pass. Raises UserError where timm cannot."""
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise UserError(
+            f"The model {cfg.model.name} cannot compute its activations again; leave --grad-checkpointing away."
+        ) from None
+
+
+def autocast_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
+    """bfloat16, or None for no autocast."""
+    return torch.bfloat16 if cfg.run.amp == "bfloat16" or (cfg.run.amp == "auto" and device.type == "cuda") else None
+
+
+def build_evaluation(cfg: Config, *, rank: int, world_size: int, device: torch.device) -> EvaluationState:
+    """The evaluation set and the model, with random weights: what --eval needs, and no more of the recipe."""
+    check_carrier(cfg, device)
+    batch_size = cfg.data.batch_size or max(1, min(MAX_BATCH, cfg.optim.global_batch // world_size))
+    data = build_data(cfg, rank=rank, world_size=world_size, batch_size=batch_size)
+    model = build_model(cfg, data.num_classes, rank=rank, device=device)
+    stabilize(cfg, model, Plan(1, 1))
+    if cfg.run.compile:
+        model.compile()
+    setup = Setup(cfg, rank, world_size, device, autocast_dtype(cfg, device), batch_size, 1, 1)
+    return EvaluationState(setup=setup, model=model, data=data)
 
 
 def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, device: torch.device) -> Run:
@@ -193,26 +218,29 @@ def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, devi
     if not steps_per_epoch:
         raise UserError(f"The training set has fewer images than the global batch of {cfg.optim.global_batch}.")
     mixup = build_mixup(cfg, data.num_classes)
-    amp = torch.bfloat16 if cfg.run.amp == "bfloat16" or (cfg.run.amp == "auto" and device.type == "cuda") else None
-    setup = Setup(cfg, rank, world_size, device, amp, batch_size, accumulation, steps_per_epoch)
+    setup = Setup(cfg, rank, world_size, device, autocast_dtype(cfg, device), batch_size, accumulation, steps_per_epoch)
 
     # 3. The model, with the weights that training starts from.
-    model, not_loaded = build_model(cfg, data.num_classes, rank=rank, device=device)
+    model = build_model(cfg, data.num_classes, rank=rank, device=device)
+    weights, not_loaded = {}, []
+    if cfg.run.finetune:
+        weights = starting_weights(cfg)
+        not_loaded = finetune_from(model, weights, cfg.run.finetune)
 
-    # 4. What begins as a copy of those weights: a stabilizer's shadows, the moving average. The teacher's random
-    #    initialisation draws after the model's.
+    # 4. What begins as a copy of those weights: a stabilizer's shadows, unless the file has them, and the moving
+    #    average. The teacher's random initialisation draws after the model's.
     plan = Plan(steps_per_epoch, cfg.schedule.epochs * steps_per_epoch)
-    try:
-        stabilizer = build_stabilizer(cfg.stabilizer, model, plan)
-    except ValueError as error:
-        raise UserError(f"{error}; see quant and stabilizer in the configuration.") from None
+    stabilizer = stabilize(cfg, model, plan)
+    not_loaded = load_rest(model, weights, not_loaded)
     loss = build_loss(cfg, model, num_classes=data.num_classes, mixed_targets=mixup is not None, device=device)
     ema = ModelEmaV3(model, decay=cfg.model_ema.decay) if cfg.model_ema.enabled else None
 
     # 5. The optimizer, by the stabilizer's choice, on the parameters of the bare model; then its schedule.
     optimizer = build_optimizer(cfg, model, stabilizer, device)
 
-    # 6. Compiled in place, then wrapped: processes meet here, all or none.
+    # 6. Passes: what they keep, compiled in place, then wrapped: processes meet here, all or none.
+    if cfg.run.grad_checkpointing:
+        checkpoint_activations(cfg, model)
     if cfg.run.compile:
         model.compile()
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
@@ -228,7 +256,7 @@ def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, devi
         mixup=mixup,
         ema=ema,
         stabilizer=stabilizer,
-        probe=build_probe(cfg, model, plan, data, amp),
+        probe=build_probe(cfg, model, plan, data, setup.amp),
         log=RunLog(output_dir, enabled=False),
         graphs=GraphedPasses(list(model.parameters())) if graphed else None,
         not_loaded=not_loaded,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -12,8 +13,9 @@ from training.passes import forward_backward, position_of
 from training.state import TrainingState
 
 
-def first_non_finite(run: TrainingState, micro_batches: list[tuple[Tensor, Tensor]]) -> str:
-    """Name what first became NaN or Inf in a failed step, by repeating it on the weights that the optimizer left alone.
+def first_non_finite(run: TrainingState, fed: list[tuple[Tensor, Tensor]] | None) -> str:
+    """Name what first became NaN or Inf in the present step, which failed, by repeating it on the weights that the
+    optimizer left alone. fed: its micro-batches; None: they are drawn again, each sample being a function of its place.
 
     A stabilizer's shadow or newly frozen weights may be a step or two further; that does not bring a value back.
     The order is that of computation: parameters, input, activations, gradients of activations, gradients of parameters.
@@ -38,7 +40,8 @@ def first_non_finite(run: TrainingState, micro_batches: list[tuple[Tensor, Tenso
         look(f"the parameter {name}", parameter)
     handles = [m.register_forward_hook(hook(n)) for n, m in run.model.named_modules() if n and not list(m.children())]
     run.optimizer.zero_grad()
-    for micro, (images, targets) in enumerate(micro_batches):
+    batches = run.upcoming_batches() if fed is None else fed
+    for micro, (images, targets) in enumerate(itertools.islice(batches, run.accumulation)):
         look("the input", images)
         if not found:
             forward_backward(run, run.model, images, targets, position_of(run, micro))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantization.layers.clock import NoiseClock
+from quantization.layers.clock import clock_of
 from training.graphs import Pass
 from training.state import TrainingState
 
@@ -33,14 +33,17 @@ def seed_step(run: TrainingState, position: int) -> None:
 
 def seek_noise(model: nn.Module, position: int) -> None:
     """Let the next forward pass of a model with quantization noise be number `position`."""
-    noise = getattr(model, "noise", None)
-    if isinstance(noise, NoiseClock):
-        noise.seek(position)
+    if (clock := clock_of(model)) is not None:
+        clock.seek(position)
 
 
 def position_of(run: TrainingState, micro: int) -> int:
-    """The position of micro-batch number `micro` of the run's present step."""
-    return run.global_step * run.accumulation + micro
+    """The position of micro-batch number `micro` of the run's present step: how many passes of the run precede it.
+
+    A session with another accumulation goes on above the positions of the one before.
+    """
+    steps, passes = run.progress.origin
+    return passes + (run.global_step - steps) * run.accumulation + micro
 
 
 def forward_backward(

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
-from config import Config, UserError, dump_config, recipe_differences
+from config import UserError, dump_config, recipe_differences
+from config.fold import CONTINUABLE, read_stored
 from record.checkpoint import save_checkpoint
 from record.restore import restore_optimizer, restore_probe, restore_state
 from record.weights import first_not_finite, restore_model
 from training.ends import TrainingError
+from training.passes import position_of
 from training.rehearsal import rehearse
 from training.state import TrainingState
 
@@ -38,6 +37,7 @@ class Run(TrainingState):
             "epoch": self.epoch,
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
+            "passes": position_of(self, 0),
             "best_top1": self.best_top1,
             "meter": self.meter.state_dict(),
             "config": dump_config(self.cfg),
@@ -47,13 +47,14 @@ class Run(TrainingState):
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
         """Raises UserError where the checkpoint is of another recipe or its epochs have another length.
 
-        The number of epochs may change: a finished run can be given more of them.
+        What config.fold.CONTINUABLE names may change, and is said: a finished run can be given more epochs.
         """
-        given = yaml.safe_load(state["config"])
-        with contextlib.suppress(ValidationError):  # keys that are newer than the checkpoint get their defaults
-            given = Config.model_validate(given).model_dump(mode="json")
+        given = read_stored(state["config"], f"The configuration in {path}")
         differences = recipe_differences(given, self.cfg.model_dump(mode="json"))
-        differences = [d for d in differences if not d.startswith("schedule.epochs ")]
+        allowed = [d for d in differences if d.split()[0] in CONTINUABLE]
+        differences = [d for d in differences if d not in allowed]
+        for said in (d for d in allowed if not d.startswith("schedule.epochs ") and self.rank == 0):
+            print(f"note: {path} was trained with {said}.", file=sys.stderr)
         if differences:
             more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise UserError(
@@ -73,6 +74,7 @@ class Run(TrainingState):
         restore_state(self.stabilizer, state["stabilizer"], path, "stabilizer")
         restore_probe(self.probe, state.get("probe", {}), path)
         self.epoch, self.step, self.best_top1 = state["epoch"], state["step"], state["best_top1"]
+        self.progress.origin = self.global_step, state.get("passes", self.global_step * self.accumulation)
         self.meter.load_state_dict(state["meter"])
         self.progress.blocks_undone = -state.get("blocks_below_window", 0)
         # As DeiT: the rate of an epoch is the one its predecessor's end set, the first two share the start of warm-up.

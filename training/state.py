@@ -49,6 +49,7 @@ class Progress:
     best_top1: float = -1.0  # below any accuracy: the first epoch is the best so far, whatever it reached
     meter: Meter = field(default_factory=Meter)  # figures of the current epoch
     figures: dict[str, float] = field(default_factory=dict)  # of the last step that has been settled
+    origin: tuple[int, int] = (0, 0)  # optimizer steps and passes done when this session began
     blocks_undone: Tensor | int = 0  # that the layers have counted below fp8's window outside of the run's training
 
 
@@ -61,29 +62,47 @@ class Step:
     lr: float
     figures: Tensor  # on the host once `ready`: loss, gradient norm, signals heard; means over the processes
     ready: torch.cuda.Event | None
-    micro_batches: list[tuple[Tensor, Tensor]]
+    fed: list[tuple[Tensor, Tensor]] | None  # its micro-batches of a stream; others can be drawn again
 
 
 def _held_by(record: str, name: str) -> property:
     """`run.NAME` for `run.RECORD.NAME`."""
 
-    def write(state: TrainingState, value: object) -> None:
+    def write(state: EvaluationState, value: object) -> None:
         setattr(getattr(state, record), name, value)
 
     return property(lambda state: getattr(getattr(state, record), name), write)
 
 
-@dataclass
-class TrainingState:
-    """All that a step reads and changes. What `setup` and `progress` hold is an attribute here too, as `run.step`."""
+@dataclass(kw_only=True)
+class EvaluationState:
+    """All that an evaluation reads. What `setup` holds is an attribute here too, as `run.device`."""
 
     setup: Setup
     model: nn.Module  # the bare model
-    wrapped: nn.Module  # the same under DistributedDataParallel where there are several processes
+    data: Data
+
+    cfg = _held_by("setup", "cfg")
+    rank = _held_by("setup", "rank")
+    world_size = _held_by("setup", "world_size")
+    device = _held_by("setup", "device")
+    amp = _held_by("setup", "amp")
+    batch_size = _held_by("setup", "batch_size")
+    accumulation = _held_by("setup", "accumulation")
+    steps_per_epoch = _held_by("setup", "steps_per_epoch")
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+
+@dataclass(kw_only=True)
+class TrainingState(EvaluationState):
+    """All that a step reads and changes. What `progress` holds is an attribute here too, as `run.step`."""
+
+    wrapped: nn.Module  # the model, under DistributedDataParallel where there are several processes
     loss: Loss
     optimizer: torch.optim.Optimizer
     schedule: Scheduler
-    data: Data
     mixup: Mixup | None
     ema: ModelEmaV3 | None
     stabilizer: Stabilizer
@@ -95,14 +114,6 @@ class TrainingState:
     progress: Progress = field(default_factory=Progress)
     in_flight: Step | None = None  # the last step, until `settle` has looked at its figures
 
-    cfg = _held_by("setup", "cfg")
-    rank = _held_by("setup", "rank")
-    world_size = _held_by("setup", "world_size")
-    device = _held_by("setup", "device")
-    amp = _held_by("setup", "amp")
-    batch_size = _held_by("setup", "batch_size")
-    accumulation = _held_by("setup", "accumulation")
-    steps_per_epoch = _held_by("setup", "steps_per_epoch")
     epoch = _held_by("progress", "epoch")
     step = _held_by("progress", "step")
     best_top1 = _held_by("progress", "best_top1")
@@ -124,9 +135,6 @@ class TrainingState:
         device); None with another carrier."""
         counted = blocks_below_window(self.model)
         return None if counted is None else counted - self.progress.blocks_undone
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
     def last_good(self) -> str:
         """Which checkpoint a failed run can go back to, in words."""

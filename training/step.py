@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.data import IterableDataset
 
 from training.diagnosis import first_non_finite
 from training.ends import TrainingError
@@ -27,7 +28,7 @@ class _Gradients(NamedTuple):
     parameters: list[nn.Parameter]  # those that have a gradient
     norm: Tensor
     figures: Tensor  # loss, gradient norm, signals heard; means over the processes
-    micro_batches: list[tuple[Tensor, Tensor]]
+    fed: list[tuple[Tensor, Tensor]] | None  # the micro-batches, where they cannot be drawn again
 
 
 def train_step(run: TrainingState, batches: Batches) -> dict[str, float]:
@@ -65,12 +66,14 @@ def _train_step_late(run: TrainingState, batches: Batches) -> dict[str, float]:
 
 def _compute_gradients(run: TrainingState, batches: Batches) -> _Gradients:
     loss = torch.zeros((), device=run.device)
-    micro_batches = []
+    fed = [] if isinstance(run.data.train_loader.dataset, IterableDataset) else None
     for micro in range(run.accumulation):
-        micro_batches.append(next(batches))
+        images, targets = next(batches)
+        if fed is not None:
+            fed.append((images, targets))
         which = Pass(first=micro == 0, last=micro == run.accumulation - 1)
         with contextlib.nullcontext() if which.last or run.world_size == 1 else run.wrapped.no_sync():
-            loss += forward_backward(run, run.wrapped, *micro_batches[-1], position_of(run, micro), which)
+            loss += forward_backward(run, run.wrapped, images, targets, position_of(run, micro), which)
 
     run.stabilizer.after_backward(run.global_step)
     parameters = [p for p in run.parameters if p.grad is not None]
@@ -80,7 +83,7 @@ def _compute_gradients(run: TrainingState, batches: Batches) -> _Gradients:
     if run.world_size > 1:
         dist.all_reduce(figures)
     figures /= run.world_size
-    return _Gradients(parameters, norm, figures, micro_batches)
+    return _Gradients(parameters, norm, figures, fed)
 
 
 def _launched(run: TrainingState, gradients: _Gradients) -> Step:
@@ -90,7 +93,7 @@ def _launched(run: TrainingState, gradients: _Gradients) -> Step:
     figures = gradients.figures.to("cpu", non_blocking=True)
     if ready is not None:
         ready.record()
-    return Step(run.epoch, run.step, lr, figures, ready, gradients.micro_batches)
+    return Step(run.epoch, run.step, lr, figures, ready, gradients.fed)
 
 
 def _update(run: TrainingState, gradients: _Gradients) -> None:
@@ -119,7 +122,7 @@ def settle(run: TrainingState) -> dict[str, float]:
     loss, grad_norm, run.stop.heard_anywhere = step.figures.tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         run.epoch, run.step = step.epoch, step.step
-        first = first_non_finite(run, step.micro_batches)
+        first = first_non_finite(run, step.fed)
         raise TrainingError(
             f"Step {step.step} of epoch {step.epoch}: the loss is {loss:g} and the gradient norm {grad_norm:g}; "
             f"the first that is not finite is {first}; {run.last_good()}."

@@ -118,17 +118,28 @@ class NoiseClock(nn.Module):
             self.laps.copy_(places[1])
 
     def attach(self, model: nn.Module) -> None:
-        """Advance before every forward pass of `model`, which refers to the clock as `model.noise`."""
-        model.__dict__["noise"] = self  # not add_module: that would make it a child
+        """Advance before every forward pass of `model`, which refers to the clock as `model.noise`, unless it has an
+        attribute of that name itself; `clock_of` finds it either way."""
+        model.__dict__[_CLOCK] = self  # not add_module: that would make it a child
+        if not hasattr(model, "noise"):
+            model.__dict__["noise"] = self
         model.register_forward_pre_hook(_advance)
 
     def extra_repr(self) -> str:
         return f"seed={self.seed}, rank={self.rank}"
 
 
+_CLOCK = "_noise_clock"
+
+
+def clock_of(model: nn.Module) -> NoiseClock | None:
+    """The clock that is attached to a model; None where there is none."""
+    return model.__dict__.get(_CLOCK)
+
+
 def _advance(model: nn.Module, _args: object) -> None:
     if torch.compiler.is_compiling() or not computed_again():
-        model.noise.advance()
+        clock_of(model).advance()
 
 
 class NoisyLinear(nn.Linear):

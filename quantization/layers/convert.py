@@ -4,67 +4,152 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
+from torch.func import functional_call
 
-from quantization.layers.clock import NoiseClock
+from quantization.layers.clock import NoiseClock, clock_of
 from quantization.layers.int4 import Int4Linear
 from quantization.layers.linear import QuantLinear
+from quantization.recipes import as_recipe
 from quantization.spec import Int4Recipe, LinearRecipe
 
 # qkv, proj, fc1 and fc2 of every transformer block, as timm names them (paper, section 7.1).
 BLOCK_LINEARS = re.compile(r"(^|\.)blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))$")
+IN_BLOCKS = re.compile(r"(^|\.)blocks\.\d+\.")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_HOOKS += ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
+_HOOKS += ("_is_full_backward_hook",)
 
 
 def convert_linears(
     model: nn.Module,
-    recipe: LinearRecipe | Int4Recipe,
+    recipe: LinearRecipe | Int4Recipe | str,
     names: Iterable[str] | None = None,
     *,
     seed: int | None = None,
 ) -> list[str]:
-    """Replace linear layers of `model` in place by quantized layers that keep their parameters.
+    """Replace linear layers of `model` in place by quantized layers that keep their parameters and hooks.
 
     Args:
-        recipe: a LinearRecipe makes QuantLinear layers, an Int4Recipe makes Int4Linear layers.
+        recipe: a LinearRecipe makes QuantLinear layers, an Int4Recipe makes Int4Linear layers; or the name of a preset.
         names: qualified names of the layers; None takes qkv, proj, fc1 and fc2 of every transformer block and leaves
-            patch embedding, patch merging, norms and head in full precision.
+            patch embedding, patch merging, norms and head in full precision. A layer that several places of the model
+            share is replaced in all of them.
         seed: of the noise of stochastic rounding, from 0 to 2^32 - 1; None draws one from torch's default generator, so
             that no two models, or parts of one converted in two calls, share their noise.
 
     Returns the names of the converted layers in the model's order.
-    Raises ValueError where there is nothing to convert or a name is not that of a linear layer in the model.
+    Raises ValueError where there is nothing to convert, a name is not that of a linear layer in the model, a layer is
+    of a class of its own that would be lost, or the model would never call it.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    recipe, kind_of_model = as_recipe(recipe), type(model).__name__
+    places = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
     if names is None:
-        wanted = {name for name in linears if BLOCK_LINEARS.search(name)}
+        wanted = {name for name in places if BLOCK_LINEARS.search(name)}
         if not wanted:
             raise ValueError(
-                f"{type(model).__name__} has no transformer blocks with qkv, proj, fc1 and fc2; pass the names of the "
+                f"{kind_of_model} has no transformer blocks with qkv, proj, fc1 and fc2; pass the names of the "
                 "linear layers to convert"
             )
     else:
-        wanted = set(names)
-    for name in sorted(wanted - linears.keys()):
-        near = difflib.get_close_matches(name, linears, n=1)
+        wanted = {names} if isinstance(names, str) else set(names)
+    for name in sorted(wanted - places.keys()):
+        near = difflib.get_close_matches(name, places, n=1)
         raise ValueError(
-            f"{name} is not a linear layer of {type(model).__name__}" + (f"; did you mean {near[0]}?" if near else "")
+            f"{name} is not a linear layer of {kind_of_model}" + (f"; did you mean {near[0]}?" if near else "")
         )
     if "" in wanted:
         raise ValueError("the model is itself a linear layer; use QuantLinear.from_linear")
+    ids = {id(places[name]) for name in wanted}
+    converted = [name for name, module in places.items() if id(module) in ids]
+    for name in converted:
+        _refuse_own_class(name, places[name])
+    if unused := never_called(model, converted):
+        raise ValueError(
+            f"{kind_of_model} never calls {_listed(unused)}: it reads their weights itself, so quantizers there would "
+            "do nothing; pass the names of other layers"
+        )
 
-    clock = getattr(model, "noise", None)
-    if not isinstance(clock, NoiseClock):
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    clock = clock_of(model)
+    if clock is None:
         clock = NoiseClock.unlike_others() if seed is None else NoiseClock(seed)
-        clock.to(next(iter(linears.values())).weight.device)
+        clock.to(linears[0].weight.device)
         clock.attach(model)
     kind = Int4Linear if isinstance(recipe, Int4Recipe) else QuantLinear
-    converted = [name for name in linears if name in wanted]
+    made: dict[int, nn.Module] = {}
     for name in converted:
+        linear = places[name]
+        if id(linear) not in made:
+            quant = made[id(linear)] = kind._take_over(linear, recipe)
+            for hooks in _HOOKS:
+                setattr(quant, hooks, getattr(linear, hooks))
+            # The number of a layer is its place among all linear layers, so it does not depend on which are converted.
+            quant.join(clock, next(number for number, other in enumerate(linears) if other is linear))
         parent, _, child = name.rpartition(".")
-        quant = kind._take_over(linears[name], recipe)
-        # The number of a layer is its place among all linear layers, so it does not depend on which are converted.
-        quant.join(clock, list(linears).index(name))
-        setattr(model.get_submodule(parent), child, quant)
+        setattr(model.get_submodule(parent), child, made[id(linear)])
     return converted
+
+
+def _refuse_own_class(name: str, linear: nn.Linear) -> None:
+    """ValueError for a subclass of nn.Linear with a forward pass or parameters of its own, which would be lost."""
+    if isinstance(linear, QuantLinear | Int4Linear):
+        return
+    own = [n for n, _ in linear.named_parameters() if n not in ("weight", "bias")] + [
+        n for n, _ in linear.named_buffers()
+    ]
+    own += [n for n, _ in linear.named_children()]
+    if own or type(linear).forward is not nn.Linear.forward:
+        what = f"{', '.join(own)} of its own" if own else "a forward pass of its own"
+        raise ValueError(
+            f"{name} is a {type(linear).__name__} with {what}, which a quantized layer would not have; convert before "
+            "such layers are put in, or pass the names of other layers"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def never_called(model: nn.Module, names: Sequence[str], shape: tuple[int, ...] | None = None) -> list[str]:
+    """Those of the layers `names` that a forward pass of an image model does not call.
+
+    The pass is of shapes alone, without memory or arithmetic. shape: of the images; None asks the model's patch
+    embedding. Empty also where the model cannot be run in this way.
+    """
+    if shape is None:
+        embed = getattr(model, "patch_embed", None)
+        size, channels = getattr(embed, "img_size", None), getattr(getattr(embed, "proj", None), "in_channels", 3)
+        if not isinstance(size, tuple | list):
+            return []
+        shape = (2, channels, *size)
+    called: set[int] = set()
+    layers = {name: model.get_submodule(name) for name in names}
+    handles = [m.register_forward_pre_hook(lambda m, _: called.add(id(m))) for m in set(layers.values())]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        on_meta = {name: tensor.detach().to("meta") for name, tensor in state.items()}
+        with torch.no_grad():
+            functional_call(model, on_meta, (torch.empty(shape, device="meta"),))
+    except Exception:  # whatever such a model raises, nothing is known of it then
+        return []
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    return [name for name, layer in layers.items() if id(layer) not in called]
+
+
+def unquantized_in_blocks(model: nn.Module) -> list[str]:
+    """The linear layers of transformer blocks that are not quantized, SwiGLU's or separate q and kv, say."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if IN_BLOCKS.search(name) and isinstance(module, nn.Linear) and not isinstance(module, QuantLinear | Int4Linear)
+    ]

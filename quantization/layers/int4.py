@@ -241,10 +241,14 @@ class Int4Linear(NoisyLinear):
             self.step_x_known.fill_(True)
             self._step_x_known = True
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *args: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
         self._step_x_known = False  # to be looked up again
         if self.recipe.learned_step and f"{prefix}weight" in state_dict and f"{prefix}step_w" not in state_dict:
+            own = {f"{prefix}{name}" for name in ("step_x", "step_w", "step_x_known")}
+            missing[:] = [name for name in missing if name not in own]
             with torch.no_grad():  # what the steps were made for has gone
                 self.step_w.copy_(self._first_step_w())
                 self.step_x.fill_(1.0)

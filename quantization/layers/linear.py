@@ -11,6 +11,7 @@ from quantization.layers.linear_fn import Call, QuantLinearFunction
 from quantization.noise import STREAMS_PER_LAYER
 from quantization.operands import LinearJobs
 from quantization.quantize import fake_quantize
+from quantization.recipes import as_recipe
 from quantization.spec import LinearRecipe
 
 
@@ -27,8 +28,14 @@ class QuantLinear(NoisyLinear):
     """
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, recipe: LinearRecipe) -> QuantLinear:
-        """A quantized layer that takes over the parameters of `linear`; all quantizers off, it equals `linear`."""
+    def from_linear(cls, linear: nn.Linear, recipe: LinearRecipe | str) -> QuantLinear:
+        """A quantized layer that takes over the parameters of `linear`; all quantizers off, it equals `linear`.
+
+        recipe: or the name of a preset. Raises TypeError for another module, and for an Int4Recipe.
+        """
+        recipe = as_recipe(recipe)
+        if not isinstance(recipe, LinearRecipe):
+            raise TypeError(f"QuantLinear takes a LinearRecipe; for {recipe} use Int4Linear.from_linear")
         quant = cls._take_over(linear, recipe)
         quant.join(NoiseClock.unlike_others().to(linear.weight.device), 0)
         quant.noise.attach(quant)
@@ -54,7 +61,7 @@ class QuantLinear(NoisyLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., C) for an input of any rank."""
-        if not self.recipe.active:
+        if not self.jobs.active:
             return F.linear(x, self.weight, self.bias)
         call = Call(self.jobs, STREAMS_PER_LAYER * self.layer, torch.is_grad_enabled())
         lost = self.blocks_below_window if self.training else None
@@ -67,7 +74,7 @@ class QuantLinear(NoisyLinear):
         """
         if self.recipe.q2 is None or self.recipe.q2.stochastic:
             raise ValueError("the weight has no quantized value: q2 is off or stochastic in this layer's recipe")
-        return fake_quantize(self.weight, self.recipe.q2, shadow=self.shadow)
+        return fake_quantize(self.weight.detach(), self.recipe.q2, shadow=self.shadow)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.recipe}"

@@ -29,6 +29,11 @@ class Freeze(Stabilizer):
 
     def __init__(self, cfg: Any, layers: dict[str, QuantLinear], plan: Plan) -> None:
         super().__init__(cfg, layers, plan)
+        if cfg.threshold_start < cfg.threshold_end:
+            raise ValueError(
+                f"Freeze's threshold falls, so threshold_start ({cfg.threshold_start:g}) must be at least "
+                f"threshold_end ({cfg.threshold_end:g})"
+            )
         self.state = {name: self._fresh(layer) for name, layer in layers.items()}
 
     @torch.no_grad()

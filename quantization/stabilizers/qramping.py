@@ -203,7 +203,8 @@ class QRampingAdamW(torch.optim.AdamW):
 
 def periods(ratio: Tensor, k1: float, k2: int, n_max: int) -> Tensor:
     """N_w = min(k2 * floor(R_w / k1) + 1, n_max) (Algorithm 2), int32; an infinite ratio gives n_max."""
-    return (k2 * torch.floor(ratio / k1) + 1).clamp(max=n_max).nan_to_num(1.0).to(torch.int32)
+    ramps = torch.floor(ratio / k1).double()  # in which every int32 is exact
+    return (k2 * ramps + 1).clamp(max=min(n_max, 2**31 - 1)).nan_to_num(1.0).to(torch.int32)
 
 
 class QRamping(Stabilizer):

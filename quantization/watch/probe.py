@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from quantization.backends.reference import block_scales
 from quantization.layers import int4
-from quantization.layers.clock import NoiseClock
+from quantization.layers.clock import clock_of
 from quantization.layers.convert import BLOCK_LINEARS
 from quantization.layers.linear import QuantLinear
 from quantization.oscillation import (
@@ -202,8 +202,8 @@ class OscillationProbe(Probe):
     def _as_it_was(self) -> Iterator[None]:
         """Eval mode and the probe's noise, the same at every call and on every process; both are put back."""
         modes = [(module, module.training) for module in self.model.modules()]
-        clock = getattr(self.model, "noise", None)
-        elsewhere = clock.elsewhere(self.position) if isinstance(clock, NoiseClock) else contextlib.nullcontext()
+        clock = clock_of(self.model)
+        elsewhere = contextlib.nullcontext() if clock is None else clock.elsewhere(self.position)
         self.model.eval()
         try:
             with elsewhere:

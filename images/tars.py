@@ -1,0 +1,126 @@
+"""Image folders packed in tar files: the classes, samples and order of the folder that was packed."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import posixpath
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from images.decode import open_image
+
+_SPLITS = frozenset(("train", "val", "valid", "validation", "test"))
+
+
+class Member(NamedTuple):
+    """A file or folder inside a tar file."""
+
+    path: str  # its place in the folder that was packed: "ant/1.png"
+    tar: str  # where it is: the tar file on the disk,
+    offset: int  # first byte,
+    size: int  # bytes; -1 for a folder
+
+
+class ImageTar(Dataset[tuple[Image.Image, int]]):
+    """An image folder as one tar file or as a folder with one tar file a class, indexed like torchvision's ImageFolder.
+
+    Classes are the folders of the first level, sorted, and what lies below one belongs to it. Around a single tar
+    file's classes there may be further folders: "./", "train/", "imagenet/train/". A tar file inside a tar file counts
+    as a folder. Nothing is unpacked, and nothing is written.
+
+    Raises OSError or tarfile.TarError for what is no tar file, and FileNotFoundError where there is no class, or one
+    without an image.
+    """
+
+    def __init__(self, root: Path, split: str) -> None:
+        if root.is_file():
+            members = list(_members(str(root)))
+            top = _top({m.path for m in members if m.size < 0} | {posixpath.dirname(m.path) for m in members}, split)
+        else:
+            members, top = [m for tar in sorted(root.glob("*.tar")) for m in _members(str(tar), tar.stem)], ""
+        classes, images = set(), {}
+        within = f"{top}/" if top else ""
+        for member in members:
+            name, *below = member.path.removeprefix(within).split("/")
+            if not member.path.startswith(within) or name == "." or (member.size >= 0 and not below):
+                continue
+            classes.add(name)
+            if member.size >= 0 and member.path.lower().endswith(IMG_EXTENSIONS):
+                images[(name, *posixpath.split(member.path))] = member  # of two with one path the later one counts
+        if not classes:
+            raise FileNotFoundError(f"Couldn't find any class folder in {root}.")
+        if empty := classes - {name for name, *_ in images}:
+            raise FileNotFoundError(f"Found no valid file for the classes {', '.join(sorted(empty))}.")
+        self.class_to_idx = {name: label for label, name in enumerate(sorted(classes))}
+        self._samples = [(member, self.class_to_idx[key[0]]) for key, member in sorted(images.items())]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        member, label = self._samples[index]
+        with open(member.tar, "rb") as file:
+            file.seek(member.offset)
+            return open_image(io.BytesIO(file.read(member.size))), label
+
+    def filename(self, index: int) -> str:
+        member, _ = self._samples[index]
+        return f"{member.tar}/{member.path}"
+
+
+def _members(tar: str, folder: str = "") -> Iterator[Member]:
+    """The files and folders of a tar file, below `folder`; links to files are the files they lead to."""
+    with open(tar, "rb") as file:
+        found = [Member(folder, tar, 0, -1)] if folder else []
+        found += _scan(file, tar, folder, 0)
+    files = {m.path: m for m in found if isinstance(m, Member)}
+    for entry in found:
+        if isinstance(entry, Member):
+            yield entry
+        elif (target := files.get(entry[1])) is not None:
+            yield target._replace(path=entry[0])
+
+
+def _scan(file: IO[bytes], tar: str, folder: str, base: int) -> Iterator[Member | tuple[str, str]]:
+    """Members, and links as (path, path they lead to). base: where `file` begins on the disk."""
+    with tarfile.open(fileobj=file, mode="r:") as opened:
+        while (info := opened.next()) is not None:
+            opened.members.clear()  # a million of them take a gigabyte
+            path = posixpath.normpath(posixpath.join(folder, info.name.lstrip("/")))
+            if info.isdir():
+                yield Member(path, tar, 0, -1)
+            elif info.isfile() and path.lower().endswith(".tar"):
+                inside = path[: -len(".tar")]
+                yield Member(inside, tar, 0, -1)
+                yield from _scan(opened.extractfile(info), tar, inside, base + info.offset_data)
+            elif info.isfile():
+                yield Member(path, tar, base + info.offset_data, info.size)
+            elif info.issym():
+                yield path, posixpath.normpath(posixpath.join(posixpath.dirname(path), info.linkname))
+            elif info.islnk():
+                yield path, posixpath.normpath(posixpath.join(folder, info.linkname.lstrip("/")))
+
+
+def _top(folders: set[str], split: str) -> str:
+    """The folder whose folders are the classes: inside the only one, or the split's where others lie beside it."""
+    children: dict[str, set[str]] = {}
+    for folder in folders:
+        places = list(itertools.accumulate(folder.split("/"), posixpath.join)) if folder not in ("", ".") else []
+        for parent, child in zip(["", *places], places, strict=False):
+            children.setdefault(parent, set()).add(child)
+    top = ""
+    while inside := sorted(children.get(top, ())):
+        if f"{top}/{split}".lstrip("/") in inside and _SPLITS.issuperset(map(posixpath.basename, inside)):
+            top = f"{top}/{split}".lstrip("/")
+        elif len(inside) == 1 and inside[0] in children:
+            top = inside[0]
+        else:
+            break
+    return top

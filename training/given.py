@@ -1,0 +1,102 @@
+"""Weights that a run is given: what --finetune starts from, what --eval scores and by which configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from config import Config, UserError, load_config, recipe_differences
+from record.weights import finetune_from, load_weights, restore_model, saved_config
+
+# What decides how given weights score, beside the model itself.
+_SCORED_BY = {"quant": None, "stabilizer": None, "data": ("mean", "std", "eval_crop_ratio")}
+
+
+def as_trained(
+    path: Path, config: str | None, overrides: Sequence[str], source: str
+) -> tuple[Config, dict[str, Any] | None, list[str]]:
+    """The command's configuration (its file and overrides) for evaluating the weights in `path`.
+
+    A checkpoint of ours is evaluated by its own quantizers, shadows, means, deviations and crop, but for what the
+    overrides say. Returns also the checkpoint's whole configuration, if it has one, and a sentence for each way in
+    which the result is not the command's or not the checkpoint's. Raises UserError.
+    """
+    asked = load_config(config, overrides, source=source)
+    own = saved_config(path)
+    if own is None:
+        return asked, None, []
+    kept = _overrides_of(own)
+    try:
+        trained, used = (load_config(config, [*kept, *more], source=str(path)) for more in ([], overrides))
+    except UserError as error:
+        return asked, own, [f"{path} is evaluated by the command's configuration, since its own does not read: {error}"]
+    said = []
+    if differences := recipe_differences(_scored_by(used), _scored_by(asked)):
+        said.append(f"{path} is evaluated by its own configuration, {_some(differences)}.")
+    if differences := recipe_differences(_scored_by(trained), _scored_by(used)):
+        said.append(f"{path} was trained with {_some(differences)}; it is evaluated as the command says.")
+    return used, own, said
+
+
+def _overrides_of(own: Mapping[str, Any]) -> list[str]:
+    """The part of a configuration that decides how weights score, as overrides of another."""
+    found = []
+    for section, keys in _SCORED_BY.items():
+        held = own.get(section)
+        if keys is None and held is not None:
+            found.append(f"{section}={json.dumps(held)}")
+        elif isinstance(held, Mapping):
+            found += [f"{section}.{key}={json.dumps(held[key])}" for key in keys if key in held]
+    return found
+
+
+def _scored_by(cfg: Config) -> dict[str, Any]:
+    dumped = cfg.model_dump(mode="json")
+    return {
+        section: dumped[section] if keys is None else {key: dumped[section][key] for key in keys}
+        for section, keys in _SCORED_BY.items()
+    }
+
+
+def _some(differences: list[str]) -> str:
+    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return ", ".join(differences[:3]) + more
+
+
+def fit(model: nn.Module, weights: Mapping[str, Tensor], path: Path, own: Mapping[str, Any] | None, size: int) -> bool:
+    """Load weights for evaluation. Returns whether they were resampled, as for fine-tuning: to images of side `size`
+    from those of their own configuration `own`, if they have one. Raises UserError where they do not fit otherwise.
+    """
+    try:
+        restore_model(model, weights, path)
+        return False
+    except UserError as error:
+        misfit = error
+    with contextlib.suppress(UserError, AttributeError):
+        if own is not None and own.get("model", {}).get("img_size") == size:
+            raise misfit
+        if not finetune_from(model, weights, path):
+            return True
+    raise misfit
+
+
+def starting_weights(cfg: Config) -> dict[str, Tensor]:
+    """The weights of --finetune; with --model-ema their moving average, where the file has one. Raises UserError."""
+    path = Path(cfg.run.finetune)
+    if cfg.model_ema.enabled:
+        with contextlib.suppress(UserError):
+            return load_weights(path, average=True)
+    return load_weights(path)
+
+
+def load_rest(model: nn.Module, weights: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
+    """Of the `names` that a file could not fill before, load those that the model has now. Returns the others."""
+    own = model.state_dict()
+    fit = [name for name in names if name in own and name in weights and own[name].shape == weights[name].shape]
+    model.load_state_dict({name: weights[name] for name in fit}, strict=False)
+    return [name for name in names if name not in fit]

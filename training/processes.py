@@ -1,0 +1,128 @@
+"""The processes of a run: how many there are, their group, and how all of them end when one does.
+
+A failure is said once. Under torchrun the processes share torchrun's own store, which outlives each of them: the first
+one that fails leaves its exit code there, and the errors of communication that follow in the others are not worth
+a word. On each machine torchrun ends a process that goes on waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from config import UserError
+from datasets import failure_of_workers
+from training.ends import TrainingError
+
+_FIRST_SPEAKS_WITHIN = datetime.timedelta(seconds=5)
+
+
+def environment_number(name: str, default: int) -> int:
+    """A number that a launcher left in the environment. Raises UserError."""
+    text = os.environ.get(name, "")
+    if text.strip() and not text.strip().isdecimal():
+        raise UserError(f"{name} is {text!r} in the environment; a launcher sets it to a number, or unset it.")
+    return int(text) if text.strip() else default
+
+
+class Processes:
+    """This process among those of the run; one of one until `look_around`."""
+
+    def __init__(self) -> None:
+        self.rank, self.world_size = 0, 1
+        self._store: dist.Store | None = None
+
+    def look_around(self) -> None:
+        """Take over what the launcher's environment says. Raises UserError."""
+        self.rank, self.world_size = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
+        if not self.rank < self.world_size:
+            raise UserError(
+                f"RANK is {self.rank} and WORLD_SIZE {self.world_size} in the environment; ranks count from 0 and are "
+                "smaller than the size."
+            )
+        if self.world_size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            address, port = os.environ["MASTER_ADDR"], environment_number("MASTER_PORT", 0)
+            store = dist.PrefixStore("main.py", dist.TCPStore(address, port, is_master=False))
+            number = store.add(f"runs of process {self.rank}", 1)  # a process may have several, one after the other
+            self._store = dist.PrefixStore(f"run {number}", store)
+
+    @contextlib.contextmanager
+    def group(self, device: torch.device) -> Iterator[None]:
+        """The process group. A process that fails leaves it as it is: taking leave might wait for the others."""
+        if self.world_size == 1:
+            yield
+            return
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (ValueError, RuntimeError) as error:
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(
+                f"The {self.world_size} processes of WORLD_SIZE cannot meet at {place} ({str(error).splitlines()[0]}); "
+                "start them with torchrun."
+            ) from None
+        try:
+            yield
+        except SystemExit:  # all of them end so; torchrun ends the others when the first has ended
+            dist.barrier()
+            dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
+
+    def end_failed(self, error: Exception) -> NoReturn:
+        """End with the exit code of a failure, said once and by one process. Raises SystemExit."""
+        code, said = _sentence(error)
+        with contextlib.suppress(dist.DistError):  # without the store each speaks for itself
+            if self._store is not None and (first := self._first_code(self._store, code)) is not None:
+                code, said = first, ""
+        print(said, end="", file=sys.stderr)
+        raise SystemExit(code) from None
+
+    def _first_code(self, store: dist.Store, code: int) -> int | None:
+        """The exit code of the process that failed first; None where it is this one. Where all meet the same mistake,
+        process 0 is given the time to be the first."""
+        if self.rank:
+            with contextlib.suppress(dist.DistError):
+                store.wait(["exit code"], _FIRST_SPEAKS_WITHIN)
+        if store.add("failures", 1) > 1:
+            return int(store.get("exit code"))
+        store.set("exit code", str(code))
+        return None
+
+
+def _sentence(error: Exception) -> tuple[int, str]:
+    """The exit code of a failure, and what to say: a sentence or, where nobody has foreseen it, a traceback."""
+    if isinstance(error, UserError):
+        return 2, f"error: {error}\n"
+    if isinstance(error, TrainingError):
+        return 1, f"error: {error}\n"
+    if isinstance(error, torch.OutOfMemoryError):
+        reason = str(error).split(". ")[0]
+        return 2, (
+            f"error: The device has too little memory ({reason}); choose a smaller --batch-size, or --no-cuda-graphs, "
+            "which leaves evaluation the memory of training.\n"
+        )
+    if isinstance(error, RuntimeError) and (said := failure_of_workers(error)) is not None:
+        return 2, f"error: {said}\n"
+    return 1, "".join(traceback.format_exception(error))
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now. After a failure the interpreter's own way out may wait for ever: for loader processes that
+    do not listen, for a communicator with work outstanding, for a thread that writes."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for every one of them
+    for child in multiprocessing.active_children():
+        child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
