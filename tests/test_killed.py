@@ -106,8 +106,8 @@ def killed_at(moment: int, folder: Path, *flags: str) -> int:
 
 
 def seen(folder: Path) -> dict[str, Any]:
-    """All that two equal runs share; of a stabilizer's points, drawn before the step, a resumed run may have two."""
-    drawn = {tag: dict(p) if tag.startswith("stabilizer/") else p for tag, p in points(folder).items()}
+    """All that two equal runs share. A point of the very step that a run goes on from may be drawn twice, alike."""
+    drawn = {tag: list(dict.fromkeys(p)) for tag, p in points(folder).items()}
     return {**outcome(folder), "points": drawn, "files": sorted(p.name for p in folder.iterdir())}
 
 
