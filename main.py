@@ -19,11 +19,13 @@ from config import Config, UserError, dump_config, load_config
 from config.flags import parse_flags
 from config.rows import run_name
 from engine import Run, Stopped, evaluate, train_one_epoch
+from images.classes import check_classes
 from models import PATCHES, quantizer_table
+from quantization.layers.convert import unquantized_in_blocks
 from record.checkpoint import BEST, LAST, find_last, load_checkpoint
 from record.manifest import manifest
 from record.runlog import RunLog, check_new, complete, mend_best
-from record.weights import load_weights
+from record.weights import load_weights, saved_classes
 from training.build import build_evaluation, build_run, pick_device
 from training.given import as_trained, fit
 from training.processes import Processes, leave
@@ -44,6 +46,7 @@ def evaluate_only(
     """--eval: print loss and accuracy of a checkpoint's weights and, with --model-ema, of their moving average; writes
     nothing. own: the checkpoint's configuration, if it has one."""
     run = build_evaluation(cfg, rank=processes.rank, world_size=processes.world_size, device=device)
+    check_classes(path, saved_classes(path), run.data.classes)
     figures: dict[str, float] = {}
     for prefix in ["", "ema_"] if cfg.model_ema.enabled else [""]:
         resampled = fit(run.model, load_weights(path, average=bool(prefix)), path, own, cfg.model.img_size)
@@ -63,6 +66,11 @@ def describe(figures: dict[str, float]) -> str:
     )
 
 
+def left_alone(run: Run) -> list[str]:
+    """The linears in the blocks of a quantized model that are not quantized."""
+    return [] if run.cfg.quant.scheme == "none" else unquantized_in_blocks(run.model)
+
+
 def describe_run(run: Run, resumed_from: Path | None) -> dict[str, Any]:
     """manifest.json of a run."""
     cfg = run.cfg
@@ -76,6 +84,8 @@ def describe_run(run: Run, resumed_from: Path | None) -> dict[str, Any]:
         extra={
             "parameters": sum(p.numel() for p in run.model.parameters()),
             "classes": run.data.num_classes,
+            "class_names": list(run.data.classes),
+            "unquantized_block_linears": left_alone(run),
             "batch": {"process": run.batch_size, "accumulation": run.accumulation, "global": cfg.optim.global_batch},
             "steps_per_epoch": run.steps_per_epoch,
             "autocast": str(run.amp).removeprefix("torch."),
@@ -119,6 +129,11 @@ def run_training(
         run.log.go_back(run.epoch, run.step)
         run.log.write_config(dump_config(cfg))
         run.log.write_manifest(describe_run(run, resume))
+        if (left := left_alone(run)) and rank == 0:
+            print(
+                f"note: not quantized in the blocks: {', '.join(left[:4])}{' ...' if left[4:] else ''}.",
+                file=sys.stderr,
+            )
         if resume and rank == 0:
             print(f"Continuing {resume} at epoch {run.epoch}, step {run.step}.")
         try:

@@ -189,6 +189,7 @@ class Checkpoint(WithConfig):
     passes: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of one process; positions of noise beyond are evaluation's
     best_top1: Annotated[float, Field(ge=-1, le=100, allow_inf_nan=False)]
     meter: dict[str, Annotated[list[Finite], Field(min_length=2, max_length=2)]]
+    classes: list[str] = Field([], max_length=MOST)  # by label; empty where nobody knows their names
     blocks_below_window: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of a run whose products are in FP8
 
     @model_validator(mode="after")
