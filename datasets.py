@@ -36,10 +36,10 @@ from config import Config, UserError
 from images.classes import check_splits, class_names, count_classes
 from images.order import Key, Order
 from images.policies import check_policy
-from images.samples import MAX_IN_A_ROW, Images, Stream, collate
+from images.samples import MAX_IN_A_ROW, BrokenStream, Images, Stream, collate
 from images.sets import open_sets
 from images.transforms import eval_transform, train_transform
-from images.workers import Leash, failure_of_workers
+from images.workers import CUT_OFF, Leash, failure_of_workers
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W) float32, labels (B,) int64
 
@@ -94,8 +94,6 @@ class Data:
         where a worker has died.
         """
         for images, targets, unreadable, missing in self._loaded(loader):
-            if unreadable and isinstance(loader.dataset, Stream):
-                raise UserError(f"{unreadable[0]}: check data.set and data.path.")
             if unreadable and not self.skip_corrupt:
                 raise UserError(
                     f"{unreadable[0]}: repair or remove it, or go on without such images by data.on_corrupt=skip "
@@ -122,10 +120,14 @@ class Data:
         try:
             batches = iter(loader)
             if self.leash is not None:
-                self.leash.close_first()
+                self.leash.started()
             yield from batches
-        except (RuntimeError, OSError) as error:
-            said = failure_of_workers(error, loading=loader.num_workers > 0)
+        except BrokenStream as error:
+            what = str(error).strip().splitlines()[-1].removeprefix(f"{BrokenStream.__module__}.BrokenStream: ")
+            raise UserError(f"The stream {what}: check data.set and data.path.") from None
+        except (RuntimeError, OSError, EOFError) as error:
+            exit_code = self.leash and self.leash.exit_code(wait=5.0 if isinstance(error, CUT_OFF) else 0.0)
+            said = failure_of_workers(error, loading=self.leash is not None, exit_code=exit_code)
             if said is None:
                 raise
             raise UserError(said) from None
@@ -134,7 +136,7 @@ class Data:
         """Say what the last pass through a set has gone without."""
         for what, skipped in self._skipped.items():
             if skipped.unreadable:
-                _warn(f"{skipped.unreadable} of {skipped.seen} of {what} could not be read: {skipped}.")
+                _warn(f"{skipped.share} of {what} could not be read: {skipped}.")
         self._skipped.clear()
 
 
@@ -150,6 +152,10 @@ class Skipped:
         self.seen += seen
         self.unreadable += len(problems)
         self.first += problems[: 3 - len(self.first)]
+
+    @property
+    def share(self) -> str:
+        return f"{self.unreadable} of {self.seen} ({100 * self.unreadable / self.seen:.0f} %)"
 
     def __str__(self) -> str:
         more = self.unreadable - len(self.first)

@@ -19,12 +19,13 @@ from config import Config, UserError, dump_config, load_config
 from config.flags import parse_flags
 from config.rows import run_name
 from engine import Run, Stopped, evaluate, train_one_epoch
+from images.classes import check_classes
 from models import PATCHES, quantizer_table
+from quantization.layers.convert import unquantized_in_blocks
 from record.checkpoint import BEST, LAST, find_last, load_checkpoint
 from record.manifest import manifest
-from record.metrics import missing_final
-from record.runlog import RunLog, check_new, mend_best
-from record.weights import load_weights
+from record.runlog import RunLog, check_new, complete, mend_best
+from record.weights import load_weights, saved_classes
 from training.build import build_evaluation, build_run, pick_device
 from training.given import as_trained, fit
 from training.processes import Processes, leave
@@ -45,6 +46,7 @@ def evaluate_only(
     """--eval: print loss and accuracy of a checkpoint's weights and, with --model-ema, of their moving average; writes
     nothing. own: the checkpoint's configuration, if it has one."""
     run = build_evaluation(cfg, rank=processes.rank, world_size=processes.world_size, device=device)
+    check_classes(path, saved_classes(path), run.data.classes)
     figures: dict[str, float] = {}
     for prefix in ["", "ema_"] if cfg.model_ema.enabled else [""]:
         resampled = fit(run.model, load_weights(path, average=bool(prefix)), path, own, cfg.model.img_size)
@@ -64,6 +66,11 @@ def describe(figures: dict[str, float]) -> str:
     )
 
 
+def left_alone(run: Run) -> list[str]:
+    """The linears in the blocks of a quantized model that are not quantized."""
+    return [] if run.cfg.quant.scheme == "none" else unquantized_in_blocks(run.model)
+
+
 def describe_run(run: Run, resumed_from: Path | None) -> dict[str, Any]:
     """manifest.json of a run."""
     cfg = run.cfg
@@ -77,6 +84,8 @@ def describe_run(run: Run, resumed_from: Path | None) -> dict[str, Any]:
         extra={
             "parameters": sum(p.numel() for p in run.model.parameters()),
             "classes": run.data.num_classes,
+            "class_names": list(run.data.classes),
+            "unquantized_block_linears": left_alone(run),
             "batch": {"process": run.batch_size, "accumulation": run.accumulation, "global": cfg.optim.global_batch},
             "steps_per_epoch": run.steps_per_epoch,
             "autocast": str(run.amp).removeprefix("torch."),
@@ -102,7 +111,7 @@ def run_training(
         check_new(output_dir, cfg)
     if run.epoch >= cfg.schedule.epochs:
         if rank == 0:
-            if here:
+            if here and resume.name == LAST:
                 complete(output_dir, state)
             print(f"{resume} is complete: {run.epoch} epochs, best top-1 {run.best_top1:.2f} %.")
         return
@@ -110,16 +119,21 @@ def run_training(
         output_dir,
         enabled=rank == 0,
         resume=cfg.run.resume == "auto" or here,
-        purge_step=run.global_step if resume else None,
+        purge_step=run.global_step if resume or cfg.run.resume == "auto" else None,
     )
     with run.stop, run.log:
-        if here and rank == 0:
-            mend_best(output_dir, state)
         if here and resume.name != LAST:
             run.save(LAST)
+        if here and rank == 0:
+            mend_best(output_dir, state)
         run.log.go_back(run.epoch, run.step)
         run.log.write_config(dump_config(cfg))
         run.log.write_manifest(describe_run(run, resume))
+        if (left := left_alone(run)) and rank == 0:
+            print(
+                f"note: not quantized in the blocks: {', '.join(left[:4])}{' ...' if left[4:] else ''}.",
+                file=sys.stderr,
+            )
         if resume and rank == 0:
             print(f"Continuing {resume} at epoch {run.epoch}, step {run.step}.")
         try:
@@ -127,15 +141,6 @@ def run_training(
         finally:
             if run.graphs is not None:
                 run.graphs.forget()  # before the communicator goes that they use
-
-
-def complete(output_dir: Path, state: dict[str, Any]) -> None:
-    """Write what a run that was killed in its last moments is missing: the best checkpoint, its final line."""
-    figures = missing_final(output_dir, state["epoch"])
-    mend_best(output_dir, state)
-    if figures is not None:
-        with RunLog(output_dir, resume=True) as log:
-            log.log((), {**figures, "best_top1": state["best_top1"], "epochs": state["epoch"]}, tag="final")
 
 
 def train(run: Run, max_steps: int | None = None) -> None:
@@ -185,7 +190,7 @@ def finish_epoch(run: Run, train_figures: dict[str, float], figures: dict[str, f
     run.meter = type(run.meter)()
     is_best = figures["top1"] > run.best_top1
     run.best_top1 = max(run.best_top1, figures["top1"])
-    run.save(*([BEST, LAST] if is_best else [LAST]))  # killed between the two, the run does this epoch again
+    run.save(*([LAST, BEST] if is_best else [LAST]))  # killed between the two, it is mended when it is started again
     if run.rank == 0:
         scores = {name: value for name, value in figures.items() if name != "seconds"}
         print(

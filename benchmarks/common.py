@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config import UserError, load_config  # noqa: E402
-from config.explain import Parser, fail  # noqa: E402
+from config.explain import fail  # noqa: E402
 from engine import Run, train_step  # noqa: E402
 from main import build_run  # noqa: E402
 from models import ZOO  # noqa: E402
@@ -47,9 +47,14 @@ CACHE_BYTES = 2**30  # many times the last-level cache of any GPU
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"Command line: {message}; see --help.")
+
+
 def parser_for(doc: str, *, rounds: int) -> argparse.ArgumentParser:
     """The options that every benchmark has; `doc`: the text of its --help."""
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=rounds, help=f"samples of each variant (default: {rounds})")
     parser.add_argument("--warmup", type=int, default=5, help="rounds before those that count (default: 5)")
     parser.add_argument(

@@ -14,6 +14,8 @@ def plan_batches(cfg: Config, world_size: int) -> tuple[int, int]:
     Raises UserError where the global batch is not a multiple of processes x batch size.
     """
     global_batch, batch_size = cfg.optim.global_batch, cfg.data.batch_size
+    if cfg.run.eval:  # nothing is added up to a global batch
+        return batch_size or min(MAX_BATCH, max(1, global_batch // world_size)), 1
     if global_batch % world_size:
         raise UserError(f"The global batch of {global_batch} does not divide among {world_size} processes.")
     share = global_batch // world_size

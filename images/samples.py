@@ -63,9 +63,14 @@ class Images(Dataset[Sample]):
         if isinstance(self._source, ImageTar):
             return self._source.filename(index)
         if isinstance(self._source, ImageDataset):
-            name = self._source.filename(index, absolute=True) or f"image {index}"
-            return os.path.join(self._source.reader.root or "", name)
+            name = self._source.filename(index, absolute=True)
+            if isinstance(name, str) and name:  # readers without names give a label or nothing
+                return os.path.join(getattr(self._source.reader, "root", None) or "", name)
         return f"image {index} of {type(self._source).__name__}"
+
+
+class BrokenStream(Exception):  # noqa: N818 (of one argument, so that torch can raise it again in the main process)
+    """A stream ended in an error. What is broken is the last line of its text; a worker's traceback may precede it."""
 
 
 class Stream(IterableDataset[Sample]):
@@ -91,8 +96,7 @@ class Stream(IterableDataset[Sample]):
             except StopIteration:
                 return
             except Exception as error:  # whatever the packages behind timm raise; no image follows
-                yield None, -1, f"The stream {self._name} cannot be read any further ({reason(error)})"
-                return
+                raise BrokenStream(f"{self._name} cannot be read any further ({reason(error)})") from None
             with seeded(self._seed, STREAM, self._epoch.value, worker, position):
                 sample = self._transform(image), int(target), None
             yield sample

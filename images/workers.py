@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
+import multiprocessing
+import multiprocessing.connection
 import multiprocessing.queues
 import os
 import re
 import select
 import signal
+import sys
 import threading
 import weakref
 
+CUT_OFF = ConnectionError, EOFError  # in the midst of a batch that a worker was sending
 _OPEN_FILES = "Too many open files"
 _SHARED_MEMORY = re.compile(r"out of shared memory|shared memory object|</torch_|Bus error")
 
@@ -26,6 +31,7 @@ class Leash:
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe()
+        self._processes: list[multiprocessing.process.BaseProcess] = []
         self._close = weakref.finalize(self, _close, self._read, self._write, os.getpid())
 
     def hold(self, worker_id: int) -> None:
@@ -33,16 +39,30 @@ class Leash:
         os.close(self._write)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.excepthook = lambda *_: None  # of threads whose connection the main process has dropped
         multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_cannot_send)
         threading.Thread(target=_end_with, args=(self._read,), daemon=True).start()
 
-    def close_first(self) -> None:
-        """Have it closed before anything else that has been registered for the end of the program so far.
+    def started(self) -> None:
+        """A loader has just started its workers.
 
-        Torch registers there, for each worker of a loader that pins memory, to wait 5 s for it.
+        At the end of the program the leash is then closed before anything else is done that has been registered so far:
+        torch registers, for each worker of a loader that pins memory, to wait 5 s for it.
         """
+        self._processes = multiprocessing.active_children()
         atexit.unregister(self._close)
         atexit.register(self._close)
+
+    def exit_code(self, wait: float = 0.0) -> int | None:
+        """That of a worker which has failed, as `multiprocessing` has it: negative for a signal; None if none has.
+
+        wait: seconds to wait for the end of one.
+        """
+        with contextlib.suppress(RuntimeError):  # torch's own report on it, which comes a moment late
+            ended = multiprocessing.connection.wait([process.sentinel for process in self._processes], wait)
+            for process in self._processes:
+                process.join(wait if process.sentinel in ended else 0)
+        return next((process.exitcode for process in self._processes if process.exitcode), None)
 
     def close(self) -> None:
         """End all workers."""
@@ -74,16 +94,19 @@ def _cannot_send(error: Exception, _batch: object) -> None:
     os._exit(errno.ENOSPC if _SHARED_MEMORY.search(text) or os.strerror(errno.ENOSPC) in text else 1)
 
 
-def failure_of_workers(error: BaseException, *, loading: bool = False) -> str | None:
+def failure_of_workers(error: BaseException, *, loading: bool = False, exit_code: int | None = None) -> str | None:
     """What to tell the user where `error` is about the worker processes; None where it is about something else.
 
     loading: it was raised while a batch was waited for. Torch also raises in the midst of whatever else the main
-    process does when a worker dies.
+    process does when a worker dies. exit_code: a worker's, where torch does not say what it was.
     """
     text = str(error)
-    if not isinstance(error, RuntimeError) and not (loading and isinstance(error, OSError)):
+    if not isinstance(error, RuntimeError) and not (loading and isinstance(error, (OSError, EOFError))):
         return None
-    code = re.search(r"exited unexpectedly with exit code (\d+)", text)
+    if exit_code is not None and ("exited unexpectedly" in text or isinstance(error, CUT_OFF)):
+        how = f"killed by signal: {signal.strsignal(-exit_code)}" if exit_code < 0 else f"with exit code {exit_code}"
+        text = f"DataLoader worker (pid) exited unexpectedly {how}"
+    code = re.search(r"exited unexpectedly.* with exit code (\d+)", text)
     number = int(code[1]) if code else getattr(error, "errno", None)
     if number == errno.EMFILE or _OPEN_FILES in text or "items of ancdata" in text:
         return (
@@ -96,7 +119,7 @@ def failure_of_workers(error: BaseException, *, loading: bool = False) -> str | 
             "which has 64 MB, more by --shm-size=8g or --ipc=host; or lower data.num_workers (--num_workers) or "
             "data.batch_size."
         )
-    if isinstance(error, OSError):
+    if isinstance(error, (OSError, EOFError)) and exit_code is None and not text.startswith("Caught "):
         return f"The loader processes cannot be started or reached ({error}): lower data.num_workers (--num_workers)."
     if not re.search(r"DataLoader worker \(pid", text):
         return None

@@ -61,10 +61,15 @@ def create_model(cfg: Config, num_classes: int) -> nn.Module:
     kwargs: dict[str, Any] = {"img_size": cfg.model.img_size, **cfg.model.kwargs}
     if cfg.model.patch_size is not None:
         kwargs["patch_size"] = cfg.model.patch_size
+    given_anyway = {"num_classes": num_classes, "drop_rate": cfg.model.drop, "drop_path_rate": cfg.model.drop_path}
     try:
-        model = timm.create_model(
-            name, num_classes=num_classes, drop_rate=cfg.model.drop, drop_path_rate=cfg.model.drop_path, **kwargs
-        )
+        try:
+            model = timm.create_model(name, **given_anyway, **kwargs)
+        except TypeError as error:
+            if "'img_size'" not in str(error):
+                raise
+            del kwargs["img_size"]  # a model for images of any size
+            model = timm.create_model(name, **given_anyway, **kwargs)
     except Exception as error:  # timm checks little: which error comes up depends on how far wrong arguments get
         given = ", ".join(f"{key}={value}" for key, value in kwargs.items())
         reason = " ".join("".join(traceback.format_exception_only(error)).split())
@@ -75,7 +80,8 @@ def create_model(cfg: Config, num_classes: int) -> nn.Module:
         )
     embedding = getattr(model, "patch_embed", None)
     sides = getattr(embedding, "patch_size", ())
-    for patch in sides if isinstance(sides, tuple) and not getattr(embedding, "dynamic_img_pad", False) else ():
+    cut = getattr(getattr(embedding, "proj", None), "stride", sides) == sides  # and not overlapping ones
+    for patch in sides if isinstance(sides, tuple) and cut and not getattr(embedding, "dynamic_img_pad", False) else ():
         if cfg.model.img_size % patch:
             fitting = cfg.model.img_size // patch * patch
             raise UserError(

@@ -64,12 +64,24 @@ Operand = Dense | Packed | Carried
 
 
 def tensors_of(operand: Operand) -> tuple[Tensor, ...]:
-    """What an operand holds; `with_tensors` makes one of them again."""
-    return tuple(operand[:2]) if isinstance(operand, Packed) else tuple(operand)
+    """What an operand holds; what follows in it is no tensor."""
+    return operand[:2]
 
 
-def with_tensors(operand: Operand, tensors: Sequence[Tensor]) -> Operand:
-    return operand._replace(**dict(zip(operand._fields, tensors, strict=False)))
+class Shell(NamedTuple):
+    """An operand without its tensors, which a backward pass saves apart."""
+
+    kind: type
+    count: int
+    rest: tuple[Any, ...]
+
+    @staticmethod
+    def of(operand: Operand) -> Shell:
+        return Shell(type(operand), len(operand[:2]), operand[2:])
+
+    def around(self, tensors: Sequence[Tensor]) -> Operand:
+        """The operand again, of the first `count` of the tensors."""
+        return self.kind(*tensors[: self.count], *self.rest)
 
 
 class Prepared(NamedTuple):

@@ -42,7 +42,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        _remove_stale(path)
+        remove_stale(path.parent)
         with open(open_new(temporary, os.O_RDWR), "w+b") as file:
             write(file)
             file.flush()
@@ -67,17 +67,16 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.close(folder)
 
 
-def _remove_stale(path: Path) -> None:
-    """Remove the temporary files of `path` whose process is gone, and the one of a fixed name of earlier versions."""
-    prefix = f".{path.name}."
-    for entry in os.scandir(path.parent):
-        host, *numbers = entry.name.removeprefix(prefix).rsplit(".", 3)
+def remove_stale(folder: Path) -> None:
+    """Remove the temporary files in a folder whose process is gone, and those of fixed names of earlier versions."""
+    for entry in os.scandir(folder):
+        host, *numbers = entry.name.rsplit(".", 3)  # .NAME.HOST.PID.TOKEN.tmp
         with contextlib.suppress(OSError):
-            if entry.name == f"{path.name}.tmp":
+            if entry.name in ("last.pt.tmp", "best.pt.tmp", "manifest.json.tmp"):
                 stale = entry.is_file(follow_symlinks=False)
-            elif entry.name.startswith(prefix) and len(numbers) == 3 and numbers[0].isdigit() and numbers[2] == "tmp":
+            elif host.startswith(".") and len(numbers) == 3 and numbers[0].isdigit() and numbers[2] == "tmp":
                 age = time.time() - entry.stat(follow_symlinks=False).st_mtime
-                stale = not _alive(int(numbers[0])) if host == platform.node() else age > _STALE_S
+                stale = not _alive(int(numbers[0])) if host.endswith(f".{platform.node()}") else age > _STALE_S
             else:
                 stale = False
             if stale:
@@ -102,8 +101,9 @@ def refuse_links(folder: Path, files: tuple[str, ...], folders: tuple[str, ...])
     """
     entries = [Path(e.path) for e in os.scandir(folder) if any(fnmatch(e.name, p) for p in (*files, *folders))]
     for name in folders:
-        for root, inner, plain in os.walk(folder / name):  # follows no link but one at its start, found before
-            entries += [Path(root) / entry for entry in (*inner, *plain)]
+        if not (folder / name).is_symlink():
+            for root, inner, plain in os.walk(folder / name):
+                entries += [Path(root) / entry for entry in (*inner, *plain)]
     for path in entries:
         status = path.lstat()
         if stat.S_ISLNK(status.st_mode):
@@ -167,7 +167,7 @@ class FolderLock:
         raise UserError(
             f"{folder} is the folder of a run in progress, written by {holder}; wait until it has ended, or choose "
             "another --output_dir."
-        )
+        ) from None
 
     def release(self) -> None:
         """Let others have the folder; a second call does nothing."""

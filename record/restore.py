@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from config import UserError
-from record.schema import describe
+from record.schema import describe, tensor_fault
 
 # Entries of a parameter group that the recipe or the device says and not the checkpoint.
 _OF_THE_RUN = ("betas", "eps", "weight_decay", "momentum", "nesterov", "amsgrad", "maximize", "differentiable")
@@ -32,6 +32,8 @@ def _form_differences(own: Any, given: Any, where: str) -> Iterator[str]:
     if isinstance(own, Tensor):
         if not isinstance(given, Tensor) or (own.shape, own.dtype) != (given.shape, given.dtype):
             yield f"{where} is {describe(own)} here and {describe(given)} in the file"
+        elif (fault := tensor_fault(given)) is not None:
+            yield f"{where} {fault}"
         elif given.is_floating_point() and given.isnan().any():
             yield f"{where} holds values that are not numbers"
     elif isinstance(own, Mapping):
@@ -67,6 +69,8 @@ def restore_probe(probe: Stateful, state: dict[str, Any], path: str | Path) -> N
     """`probe.load_state_dict(state)` of a recording under way. Raises UserError where it is of another model."""
     try:
         probe.load_state_dict(state)
+        if probe.state_dict() and (misfit := next(_form_differences(probe.state_dict(), state, "probe"), None)):
+            raise ValueError(misfit)
     except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -108,7 +112,9 @@ def restore_optimizer(
             raise misfit(f"it has a state for parameter {number}, and the model {len(parameters)} parameters")
         if (fault := _entries_fault(entries, parameters[number], steps)) is not None:
             raise misfit(f"state.{number}.{fault}")
-    if saved["state"] and len({frozenset(entries) for entries in saved["state"].values()}) > 1:
+    if not saved["state"] and steps and any("betas" in group for group in groups):
+        raise misfit(f"it has no moving averages after {steps} steps")
+    if len({frozenset(entries) for entries in saved["state"].values()}) > 1:
         raise misfit("its parameters have states of different kinds")
     extra = {key: value for key, value in optimizer.state_dict().items() if key not in ("state", "param_groups")}
     for difference in _form_differences(extra, {k: v for k, v in saved.items() if k in extra}, "optimizer"):
@@ -131,7 +137,8 @@ def _entries_fault(entries: Mapping[str, Any], parameter: Tensor, steps: int) ->
     for name, value in entries.items():
         if name == "step":
             number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= steps:
+            whole = isinstance(number, int | float) and not isinstance(number, bool) and number % 1 == 0
+            if not whole or not 0 <= number <= steps or (isinstance(value, Tensor) and not value.is_floating_point()):
                 return f"step is {describe(value)}, and the run has done {steps} steps"
         elif name in _LIKE_THE_PARAMETER and (not isinstance(value, Tensor) or value.shape != parameter.shape):
             shape = "x".join(map(str, parameter.shape)) or "a scalar"

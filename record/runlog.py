@@ -23,9 +23,9 @@ from typing import Any
 from config import Config, UserError, load_config, recipe_differences
 from quantization.watch.recording import Recording
 from record.checkpoint import BEST, LAST, load_checkpoint
-from record.files import LOCK, FolderLock, atomic_write, refuse_links
+from record.files import LOCK, FolderLock, atomic_write, refuse_links, remove_stale
 from record.manifest import MANIFEST, add_session, read_manifest
-from record.metrics import METRICS, VOID, finished_epochs, is_void, open_metrics, plain, read_metrics
+from record.metrics import METRICS, VOID, finished_epochs, is_void, missing_final, open_metrics, plain, read_metrics
 from record.progress import Progress
 from record.recordings import PROBES, set_aside_recordings, write_recording
 from record.tensorboard import TensorBoard
@@ -64,10 +64,11 @@ class RunLog(contextlib.AbstractContextManager):
             self.output_dir.mkdir(parents=True, exist_ok=True)
             refuse_links(self.output_dir, _FILES, (PROBES, TENSORBOARD))
             self._lock = FolderLock(self.output_dir)
+            remove_stale(self.output_dir)
             self._earlier = read_manifest(self.output_dir)
             self._logger, self._file = open_metrics(self.output_dir / METRICS)
-            # TensorBoard means the first step to drop.
-            first_dropped = None if purge_step is None else purge_step + 1
+            # TensorBoard means the first step to drop; of a run that begins again it is that before its first.
+            first_dropped = purge_step + 1 if purge_step else purge_step
             self.tensorboard = TensorBoard(self.output_dir / TENSORBOARD, purge_step=first_dropped)
         except OSError as error:
             self.close()
@@ -198,11 +199,13 @@ class RunLog(contextlib.AbstractContextManager):
 def check_new(output_dir: Path, cfg: Config) -> None:
     """Raises UserError where a run that finds no last.pt in `output_dir` would begin anew over what is there.
 
-    A run of the same recipe that was stopped before its first epoch was done may begin again.
+    A run of the same recipe that was killed before its first checkpoint was complete, best.pt's coming after it, may
+    begin again.
     """
     best, epochs = output_dir / BEST, len(finished_epochs(output_dir, required=False))
+    allowed = 1 if (output_dir / CONFIG).is_file() else 0
     held = [BEST] * best.exists() + [f"{epochs} finished epochs in {METRICS}"] * (epochs > 0)
-    if held:
+    if best.exists() or epochs > allowed:
         go_on = f"put {LAST} back" + (f", go on from {BEST} with --resume {best}" if best.exists() else "")
         raise UserError(
             f"{output_dir} has no {LAST} to continue from and holds {' and '.join(held)}: {go_on}, or choose another "
@@ -221,8 +224,8 @@ def check_new(output_dir: Path, cfg: Config) -> None:
 def mend_best(output_dir: Path, state: Mapping[str, Any]) -> None:
     """See to it that best.pt is the best checkpoint of the run that goes on from `state`, that of its last.pt.
 
-    Where best.pt is missing, damaged or an earlier one and last.pt is the best, last.pt is copied; else this is said on
-    stderr. A run that saves best.pt before last.pt leaves nothing to mend.
+    Where best.pt is missing, damaged or an earlier one and last.pt is the best, as after a kill between the two,
+    last.pt is copied; else this is said on stderr.
     """
     best, last = output_dir / BEST, output_dir / LAST
     if state["best_top1"] < 0:
@@ -245,3 +248,23 @@ def mend_best(output_dir: Path, state: Mapping[str, Any]) -> None:
         "better one is kept.",
         file=sys.stderr,
     )
+
+
+def complete(output_dir: Path, state: Mapping[str, Any]) -> None:
+    """Write what a run that was killed in its last moments lacks, its best checkpoint or its final line.
+
+    state: that of last.pt, after the last epoch. A folder that cannot be written stays as it is.
+    """
+    try:
+        lock = FolderLock(output_dir)
+    except OSError:
+        return
+    try:
+        remove_stale(output_dir)
+        mend_best(output_dir, state)
+        figures = missing_final(output_dir, state["epoch"])
+    finally:
+        lock.release()
+    if figures is not None:
+        with RunLog(output_dir, resume=True) as log:
+            log.log((), {**figures, "best_top1": state["best_top1"], "epochs": state["epoch"]}, tag="final")

@@ -24,6 +24,7 @@ from config import UserError
 
 MOST = 2**31 - 1  # of epochs, steps, classes, processes
 LONGEST_CONFIG = 2**16  # characters
+_YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C, where PyYAML was built with it
 
 
 class Form(BaseModel):
@@ -42,7 +43,8 @@ def check(form: type[Form], data: Any, what: str) -> None:
         reason = str(first.get("ctx", {}).get("error") or first["msg"])
         if first["type"] == "missing":
             raise UserError(f"{what}: {where} is missing.") from None
-        shown = f"{where} is {describe(first['input'])}: " if where else ""
+        whole = isinstance(first["input"], dict) and first["type"] == "value_error"  # the reason names the entry
+        shown = f"{where}: " if whole and where else f"{where} is {describe(first['input'])}: " if where else ""
         raise UserError(f"{what}: {shown}{reason[0].lower()}{reason[1:]}.") from None
 
 
@@ -51,8 +53,10 @@ def describe(value: Any) -> str:
     if isinstance(value, Tensor | np.ndarray):
         size = "x".join(map(str, value.shape)) or "a scalar"
         return f"an array of {str(value.dtype).removeprefix('torch.')}, {size}"
+    if isinstance(value, dict | list | tuple):
+        return f"a {'mapping' if isinstance(value, dict) else type(value).__name__} of {len(value)}"
     short = reprlib.Repr()
-    short.maxlevel, short.maxstring, short.maxother = 2, 60, 60
+    short.maxstring = short.maxother = 60
     return " ".join(short.repr(value).split())
 
 
@@ -84,25 +88,40 @@ def _plain(value: Tensor) -> Tensor:
     return value
 
 
-def _config(text: str) -> str:
-    """A mapping in YAML without aliases, by which a short text can stand for a huge one."""
+def _number(value: Tensor) -> Tensor:
+    if not value.is_floating_point() or value.isnan().any():
+        raise ValueError("numbers were expected")
+    return value
+
+
+def _indices(value: Tensor) -> Tensor:
+    if value.dtype != torch.int64 or value.dim() != 1 or (value < 0).any():
+        raise ValueError("positions in a weight were expected")
+    return value
+
+
+def _config(text: Any) -> dict[str, Any]:
+    """The sections of a configuration in YAML, without aliases, by which a short text can stand for a huge one."""
+    if not isinstance(text, str):
+        raise ValueError("a configuration was expected")
     if len(text) > LONGEST_CONFIG:
         raise ValueError(f"a configuration has at most {LONGEST_CONFIG} characters, and this has {len(text)}")
     try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=_YamlLoader)):
             raise ValueError("a configuration has no aliases")
-        held = yaml.safe_load(text)
+        sections = yaml.load(text, Loader=_YamlLoader)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"it is not valid YAML ({str(error).splitlines()[0]})") from None
-    if not isinstance(held, dict) or not all(isinstance(key, str) for key in held):
+    if not isinstance(sections, dict) or not all(isinstance(key, str) for key in sections):
         raise ValueError("a mapping of sections was expected")
-    return text
+    return sections
 
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Many = Annotated[int, Field(ge=1, le=MOST)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 State = Annotated[Tensor, AfterValidator(_plain)]
+Numbers = Annotated[State, AfterValidator(_number)]
 Weights = Annotated[dict[str, State], Field(min_length=1)]
 
 
@@ -112,13 +131,13 @@ class _Optimizer(Form):
 
 
 class _Rate(Form):
-    total: State
+    total: Numbers
     steps: Count
 
 
 class _Paths(Form):
-    dist_w: list[State]
-    dist_q: list[State]
+    dist_w: list[Numbers]
+    dist_q: list[Numbers]
 
 
 class _Window(Form):
@@ -129,20 +148,30 @@ class _Window(Form):
 
 class _Tracks(Form):
     first_step: Count
-    values: State
+    values: Numbers  # (steps + 1, 2, weights): latent and quantized
 
 
 class _Probe(Form):
     window: _Window | None
     tracks: _Tracks | None
-    chosen: list[State] | None
+    chosen: list[Annotated[State, AfterValidator(_indices)]] | None
     figures: tuple[Annotated[int, Field(ge=-1, le=MOST)], dict[str, float]]
+
+    @model_validator(mode="after")
+    def _of_the_chosen(self) -> _Probe:
+        if self.tracks is not None:
+            followed = sum(map(len, self.chosen or ()))
+            if self.tracks.values.shape[1:] != (2, followed):
+                raise ValueError(
+                    f"tracks.values is {describe(self.tracks.values)}, and {followed} weights are followed"
+                )
+        return self
 
 
 class WithConfig(Form):
     """A file that says how it was trained."""
 
-    config: Annotated[str, AfterValidator(_config)]
+    config: Annotated[dict[str, Any], BeforeValidator(_config)]
 
 
 class Checkpoint(WithConfig):
@@ -160,12 +189,14 @@ class Checkpoint(WithConfig):
     passes: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of one process; positions of noise beyond are evaluation's
     best_top1: Annotated[float, Field(ge=-1, le=100, allow_inf_nan=False)]
     meter: dict[str, Annotated[list[Finite], Field(min_length=2, max_length=2)]]
+    classes: list[str] = Field([], max_length=MOST)  # by label; empty where nobody knows their names
+    blocks_below_window: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of a run whose products are in FP8
 
     @model_validator(mode="after")
     def _one_moment(self) -> Checkpoint:
         """What is counted is of one and the same moment of a run."""
         with contextlib.suppress(KeyError, TypeError):
-            epochs = yaml.safe_load(self.config)["schedule"]["epochs"]
+            epochs = self.config["schedule"]["epochs"]
             if self.epoch > epochs:
                 raise ValueError(f"epoch is {self.epoch}, and its run has {epochs} epochs")
             if self.step and self.epoch == epochs:

@@ -6,6 +6,7 @@ then let the run wait for ever. Whatever fails is said once, and the run goes on
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -40,11 +41,6 @@ class TensorBoard:
             self._write(Event(wall_time=time.time(), step=purge_step, file_version="brain.Event:2"))
             self._write(Event(wall_time=time.time(), step=purge_step, session_log=start))
         self.flush()
-
-    @property
-    def works(self) -> bool:
-        """Whether events are still written."""
-        return self._events is not None
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         self._write_summary(scalar(tag, value), step)
@@ -88,5 +84,6 @@ class TensorBoard:
         """Bring everything to the disk; a second call does nothing."""
         self.flush()
         if self._events is not None:
-            self._events.close()
+            with contextlib.suppress(OSError):
+                self._events.close()
             self._events = None

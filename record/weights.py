@@ -66,6 +66,15 @@ def saved_config(path: str | Path) -> dict[str, Any] | None:
     return yaml.safe_load(text)
 
 
+def saved_classes(path: str | Path) -> list[str]:
+    """The classes that a checkpoint of ours tells apart, by label; empty for the files of others. Raises UserError."""
+    held = read_file(Path(path))
+    classes = held.get("classes", []) if isinstance(held, Mapping) else []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{path} cannot be used: its classes are not a list of names; {EXPECTED}.")
+    return classes
+
+
 def _find(held: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Any] | None:
     """The mapping under the first of `keys` that has one, and under a further one of them inside it."""
     found = None

@@ -20,7 +20,7 @@ from typing import Any
 from config import UserError, load_config, read_yaml, recipe_differences
 from config.fold import mixes, precision
 from config.rows import QUANTITIES, ROOT, Cell, all_cells, shown
-from record.manifest import MANIFEST, read_manifest
+from record.manifest import read_manifest
 from record.metrics import finished_epochs
 from record.runlog import CONFIG
 from results.curves import figure_of
@@ -44,14 +44,14 @@ class TableRun:
     figures: dict[str, float]
     manifest: dict[str, Any]
 
-    def recorded(self, *path: str) -> list[Any]:
-        """What the manifest says of an entry: the values of all starts of the run."""
+    def recorded(self, kind: type, *path: str) -> list[Any]:
+        """What the manifest says of an entry that is of this kind: the values of all starts of the run."""
         found: dict[Any, None] = {}
         for entries in (*self.manifest.get("sessions", []), self.manifest):
             value: Any = entries
             for name in path:
                 value = value.get(name) if isinstance(value, dict) else None
-            if isinstance(value, int | str):
+            if isinstance(value, kind):
                 found[value] = None
         return list(found)
 
@@ -61,7 +61,7 @@ class TableRun:
         if not mixes(self.configs[-1]):
             return []
         given = (cfg["data"]["batch_size"] for cfg in self.configs)
-        return sorted({*self.recorded("batch", "process"), *(size for size in given if size is not None)})
+        return sorted({*self.recorded(int, "batch", "process"), *(size for size in given if size is not None)})
 
     def comparable(self, other: TableRun) -> bool:
         """Whether two runs of one row may be averaged as its seeds."""
@@ -81,29 +81,16 @@ class TableRun:
             if cfg["run"]["finetune"] is not None:
                 found[f"run.finetune {cfg['run']['finetune']}"] = None
         steps = IMAGENET["images"] // cell_config["optim"]["global_batch"]
-        for classes in self.recorded("classes"):
+        for classes in self.recorded(int, "classes"):
             if classes != IMAGENET["classes"]:
                 found[f"{classes} classes"] = None
-        for given in self.recorded("steps_per_epoch"):
+        for given in self.recorded(int, "steps_per_epoch"):
             if abs(given - steps) > 1:
                 found[f"{given} steps an epoch (ImageNet-1K has {steps})"] = None
-        for autocast in self.recorded("autocast"):  # what run.amp, if it is auto, came to
+        for autocast in self.recorded(str, "autocast"):  # what run.amp, if it is auto, came to
             if autocast.lower() != precision(cell_config) and not any(d.startswith("run.amp ") for d in found):
                 found.setdefault(f"autocast {autocast} (the row has {precision(cell_config)})")
         return list(found)
-
-
-def _is_manifest(value: Any) -> bool:
-    """Whether the entries that are looked at have their types, in every start of the run."""
-    if not isinstance(value, dict) or not isinstance(sessions := value.get("sessions", []), list):
-        return False
-    kinds = {"classes": int, "steps_per_epoch": int, "autocast": str, "batch": dict}
-    return all(
-        isinstance(entries, dict)
-        and all(name not in entries or isinstance(entries[name], kind) for name, kind in kinds.items())
-        and isinstance(entries.get("batch", {}).get("process", 1), int)
-        for entries in (*sessions, value)
-    )
 
 
 def _resolved(path: Path) -> dict[str, Any]:
@@ -123,9 +110,7 @@ def read_table_run(directory: Path) -> TableRun:
     try:
         manifest = read_manifest(directory)
     except OSError as error:
-        raise UserError(f"{directory / MANIFEST} cannot be read ({error.strerror or error}).") from None
-    if not _is_manifest(manifest):
-        raise UserError(f"{directory / MANIFEST} is not the manifest of a run.")
+        raise UserError(f"The manifest in {directory} cannot be read ({error.strerror or error}).") from None
     return TableRun(
         directory=directory,
         configs=[_resolved(path) for path in sorted(directory.glob("resolved*.yaml"))],

@@ -34,6 +34,8 @@ def listing(number: int) -> str:
 
 def _complete(directory: Path, reference: str, overrides: Sequence[str]) -> bool:
     """Whether a folder holds the finished run of a configuration, and not of another recipe."""
+    if not directory.is_dir():
+        return False
     from record.metrics import finished_epochs  # here, because it imports torch, which takes seconds
 
     try:

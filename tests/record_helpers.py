@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,3 +65,12 @@ def refused(call: Callable[[], Any]) -> str:
     assert message.endswith(".") and "\n" not in message and len(message) < 400
     assert caught.value.__cause__ is None and (caught.value.__context__ is None or caught.value.__suppress_context__)
     return message
+
+
+def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run, (step, value) by tag, without times and rates."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.endswith(("seconds", "_per_s"))]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}

@@ -24,6 +24,7 @@ from data_helpers import (
     stack,
     user_error_of,
 )
+from helpers import exit_code, tiny, train
 from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -313,3 +314,75 @@ def test_nothing_readable_at_all_ends_the_run_even_when_skipping(tmp_path, monke
         spoil(path, "text")
     with pytest.raises(UserError, match=r"cannot be read \(not an image\), nor can the 4 images after it"):
         list(make_data("data.on_corrupt=skip", base=base, batch_size=4).train_batches(0))
+
+
+def test_images_gone_without_are_said_at_once_and_after_each_pass(tmp_path, capsys):
+    base = folder_config(make_folder(tmp_path, train=8))
+    bad = {str(spoil(tmp_path / f"train/ant/{i}.png", "text")) for i in range(4)}
+    bad_val = spoil(tmp_path / "val/bee/0.png", "empty")
+    data = make_data("data.on_corrupt=skip", base=base, batch_size=4)
+
+    def said() -> list[str]:
+        return capsys.readouterr().err.splitlines()
+
+    list(data.train_batches(0))
+    first = said()
+    assert len(first) == 1 and any(first[0].startswith(f"warning: {path} cannot be read (not an") for path in bad)
+    assert first[0].endswith("; the run goes on without such images (data.on_corrupt=skip).")
+    list(data.eval_batches())
+    train, held_out = said()
+    told = "warning: 4 of 16 (25 %) of the training images of epoch 1 could not be read: "
+    assert train.startswith(told) and train.endswith(" and 1 more.")
+    assert set(train.removeprefix(told).removesuffix(" and 1 more.").split(", ")) < bad
+    assert held_out == f"warning: 1 of 8 (12 %) of the evaluation images could not be read: {bad_val}."
+    list(data.train_batches(1))
+    assert said() == []
+    list(data.train_batches(2))
+    assert said()[0].startswith("warning: 4 of 16 (25 %) of the training images of epoch 2 could not be read: ")
+
+
+def test_nothing_is_said_of_sets_that_can_be_read(tmp_path, capsys):
+    data = make_data("data.on_corrupt=skip", base=folder_config(make_folder(tmp_path)), batch_size=4)
+    for epoch in range(2):
+        list(data.train_batches(epoch))
+        list(data.eval_batches())
+    assert capsys.readouterr().err == ""
+
+
+# --- Evaluation alone -------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_alone_needs_the_evaluation_set_alone(tmp_path):
+    """No training set, no even batch for mixup, no batch that the training set could fill."""
+    base = folder_config(make_folder(tmp_path), "aug.mixup=0.8", "aug.repeats=3")
+    whole = make_data(base=base, batch_size=6)
+    (tmp_path / "train").rename(tmp_path / "elsewhere")
+    for batch_size in (6, 7, 512):
+        data = make_data("run.eval=true", base=base, batch_size=batch_size)
+        assert (data.train_loader, data.batches_per_epoch, data.eval_size) == (None, 0, 8)
+        assert (data.num_classes, data.classes) == (2, ("ant", "bee"))
+        assert_same(whole.eval_batches(), data.eval_batches())
+    with pytest.raises(UserError, match="has no train/"):
+        make_data(base=base, batch_size=6)
+
+
+@pytest.mark.parametrize("name", ["digits", "generated"])
+def test_evaluation_alone_of_sets_without_files(name):
+    overrides = [f"data.set={name}", "model.num_classes=10"]
+    whole, alone = (make_data(*overrides, *more, batch_size=30) for more in ([], ["run.eval=true"]))
+    assert alone.train_loader is None
+    assert_same(whole.eval_batches(), alone.eval_batches())
+
+
+def test_program_evaluates_without_a_training_set(tmp_path, capsys):
+    make_folder(tmp_path)
+    flags = ["--data-set", "IMNET", "--data-path", str(tmp_path), "--nb-classes", "2", "--no-repeated-aug"]
+    checkpoint = train(tmp_path / "run", *flags, "--global-batch", "6", "--epochs", "1") / "last.pt"
+    (tmp_path / "train").rename(tmp_path / "elsewhere")
+    scores = []
+    for more in ([], ["--global-batch", "64"], ["--global-batch", "1"], ["--batch-size", "3"]):
+        capsys.readouterr()
+        assert exit_code(tiny(tmp_path / "other", *flags, *more, "--eval", "--resume", str(checkpoint))) == 0
+        scores.append(capsys.readouterr().out)
+    assert len(set(scores)) == 1 and scores[0].endswith(" on 8 images\n")
+    assert not (tmp_path / "other").exists()

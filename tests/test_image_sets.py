@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import pickle
 import random
@@ -14,7 +15,16 @@ import pytest
 import timm.data
 import torch
 import torchvision
-from data_helpers import assert_same, folder_config, generator_states, make_config, make_data, make_folder, stack
+from data_helpers import (
+    assert_same,
+    folder_config,
+    generator_states,
+    make_config,
+    make_data,
+    make_folder,
+    stack,
+    user_error_of,
+)
 from PIL import Image
 
 import datasets
@@ -95,6 +105,34 @@ def test_torchvision_sets_by_timms_naming(monkeypatch, tmp_path):
         make_data("data.set=torch/mnits", base=base)
 
 
+class Nameless(timm.data.readers.reader.Reader):
+    """As timm's reader of Hugging Face's sets: bytes, and in place of a file's name its label."""
+
+    class_to_idx = {"a": 0, "b": 1}  # noqa: RUF012
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
+        content = io.BytesIO()
+        Image.new("RGB", (20, 20), (index * 10, 0, 0)).save(content, "PNG")
+        return io.BytesIO(content.getvalue() if index != 5 else b"text"), index % 2
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> int:
+        return index % 2
+
+
+def test_unreadable_image_without_a_name(monkeypatch):
+    monkeypatch.setattr(image_sets, "create_dataset", lambda *args, **hints: timm.data.ImageDataset("", Nameless()))
+    monkeypatch.setattr(image_sets, "_find", lambda module: types.SimpleNamespace())
+    monkeypatch.setattr(image_sets, "_expose_hugging_face", lambda: None)
+    base = ["data.set=hfds/some", "model.img_size=16", "aug.repeats=1"]
+    assert make_data(base=base).classes == ("a", "b")
+    message = user_error_of(make_data(base=base).eval_batches())
+    assert message.startswith("image 5 of ImageDataset cannot be read (not an image): repair")
+    assert user_error_of(make_data("data.on_corrupt=skip", base=base).eval_batches()) == "no error"
+
+
 class FakeReader:
     """A streaming reader with the protocol of timm's: rank and worker split, whole batches in training."""
 
@@ -151,6 +189,22 @@ def test_stream_epochs(stream, workers):
     before = generator_states()
     assert stack(data.eval_batches())[1].bincount().tolist() == [2, 2, 2]
     assert generator_states() == before
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [OSError("gone"), KeyError("png"), RuntimeError("two\nlines")])
+@pytest.mark.parametrize("skip", ["error", "skip"])
+def test_a_stream_that_breaks_off_is_one_sentence(stream, monkeypatch, workers, error, skip):
+    def places(self):
+        yield from range(6)
+        raise error
+
+    monkeypatch.setattr(FakeReader, "_places", places)
+    monkeypatch.setattr(FakeReader, "__iter__", lambda self: ((Image.new("L", (20, 20)), 0) for _ in self._places()))
+    data = make_data(f"data.num_workers={workers}", f"data.on_corrupt={skip}", base=stream, batch_size=4)
+    message = user_error_of(data.train_batches(0))
+    assert message.startswith("The stream FakeReader cannot be read any further (") and "\n" not in message
+    assert message.endswith("): check data.set and data.path.")
 
 
 def test_stream_errors(stream):

@@ -260,11 +260,6 @@ MISTAKES = {
         [f"{MODEL}hf_hub:a/b"],
         "There is no model hf_hub:a/b; timm.list_models() names those there are.",
     ),
-    "no image size": (
-        [f"{MODEL}resnet18"],
-        "timm cannot make resnet18 with img_size=224: TypeError: ResNet.__init__() got an unexpected keyword argument "
-        "'img_size'.",
-    ),
     "no blocks": (
         [f"{MODEL}mixer_s32_224", "quant.scheme=mx"],
         "mixer_s32_224 cannot be quantized: MlpMixer has no transformer blocks with qkv, proj, fc1 and fc2",
@@ -312,3 +307,11 @@ def test_a_mistake_is_named(overrides: list[str], sentence: str) -> None:
     error = caught.value
     assert sentence in str(error) and str(error).endswith((".", "?")) and "\n" not in str(error)
     assert error.__cause__ is None and (error.__context__ is None or error.__suppress_context__)
+
+
+def test_a_model_for_images_of_any_size_is_made_without_one() -> None:
+    """It has no transformer blocks either, so in MXFP4 it is refused for that."""
+    model = create_model(load_config(overrides=["model.name=resnet18"]), 5)
+    assert model(torch.zeros(2, 3, 40, 40)).shape == (2, 5)
+    with pytest.raises(UserError, match="resnet18 cannot be quantized: ResNet has no transformer blocks"):
+        create_model(load_config(overrides=["model.name=resnet18", "quant.scheme=mx"]), 5)

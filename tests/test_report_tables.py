@@ -267,7 +267,7 @@ GARBAGE = {
     "manifest.json": [
         *("", "[]", "3", "null", "[" * 9999, '{"classes": "x"}', '{"sessions": 3}', '{"sessions": [3]}'),
         *('{"steps_per_epoch": null}', '{"autocast": 3}', '{"batch": {"process": []}}', '{"steps_per_epoch": [1]}'),
-        '{"batch": 3}',
+        *('{"batch": 3}', '{"sessions": [{"autocast": 3, "batch": 3, "classes": "x", "steps_per_epoch": []}]}'),
     ],
     "metrics.log": [
         *('DLLL {"type": "LOG", "step": [89]}', "DLLL 3", "\0\0", "[" * 9999, LINE % (3, "{}")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -19,12 +20,13 @@ from torch.utils.data import IterableDataset
 from config import Config, UserError
 from config.batches import MAX_BATCH, plan_batches
 from datasets import Data, build_data, build_mixup
+from images.classes import class_difference
 from models import create_model
 from quantization.layers.clock import clock_of
 from quantization.stabilizers import Plan, Stabilizer, build_stabilizer
 from quantization.watch.probe import OscillationProbe, Probe
 from record.runlog import RunLog
-from record.weights import finetune_from, load_weights
+from record.weights import finetune_from, load_weights, saved_classes
 from training.given import load_rest
 from training.graphs import GraphedPasses, leave_default_stream
 from training.losses import build_loss
@@ -225,6 +227,9 @@ def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, devi
     weights, not_loaded = {}, []
     if cfg.run.finetune:
         weights = load_weights(cfg.run.finetune, average=cfg.run.use_ema)
+        difference = class_difference(saved_classes(cfg.run.finetune), data.classes)
+        if difference is not None and rank == 0:
+            print(f"note: {cfg.run.finetune} has {difference}.", file=sys.stderr)
         not_loaded = finetune_from(model, weights, cfg.run.finetune)
 
     # 4. What begins as a copy of those weights: a stabilizer's shadows, unless the file has them, and the moving

@@ -9,6 +9,7 @@ from typing import Any
 
 from config import UserError, dump_config, recipe_differences
 from config.fold import CONTINUABLE, read_stored
+from images.classes import check_classes
 from record.checkpoint import save_checkpoint
 from record.restore import restore_optimizer, restore_probe, restore_state
 from record.weights import first_not_finite, restore_model
@@ -40,12 +41,13 @@ class Run(TrainingState):
             "passes": position_of(self, 0),
             "best_top1": self.best_top1,
             "meter": self.meter.state_dict(),
+            "classes": list(self.data.classes),
             "config": dump_config(self.cfg),
             **({} if blocks is None else {"blocks_below_window": int(blocks)}),
         }
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
-        """Raises UserError where the checkpoint is of another recipe or its epochs have another length.
+        """Raises UserError where the checkpoint is of another recipe or other classes, or its epochs of another length.
 
         What config.fold.CONTINUABLE names may change, and is said: a finished run can be given more epochs.
         """
@@ -66,6 +68,7 @@ class Run(TrainingState):
                 f"{path} stopped inside an epoch of {state['steps_per_epoch']} steps and this run's have "
                 f"{self.steps_per_epoch}; resume it with the same data set and global batch."
             )
+        check_classes(path, state.get("classes", ()), self.data.classes)
         restore_model(self.model, state["model"], path)
         done = state["epoch"] * state["steps_per_epoch"] + state["step"]
         restore_optimizer(self.optimizer, state["optimizer"], path, opt=self.cfg.optim.opt, steps=done)

@@ -61,7 +61,7 @@ class QuantLinear(NoisyLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., C) for an input of any rank."""
-        if not self.recipe.active:
+        if not self.jobs.active:
             return F.linear(x, self.weight, self.bias)
         call = Call(self.jobs, STREAMS_PER_LAYER * self.layer, torch.is_grad_enabled())
         lost = self.blocks_below_window if self.training else None

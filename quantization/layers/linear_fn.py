@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from quantization.job import Operand, tensors_of, with_tensors
+from quantization.job import Operand, Shell, tensors_of
 from quantization.noise import Noise
 from quantization.operands import COLUMNS, ROWS, G, LinearJobs, W, X, multiply, prepare
 
@@ -67,7 +67,7 @@ class QuantLinearFunction(torch.autograd.Function):
 
         kept = [operand for operand in (x6, w4) if operand is not None]
         ctx.save_for_backward(noise_state, *(tensor for operand in kept for tensor in tensors_of(operand)))
-        ctx.kept = [with_tensors(operand, (None, None)) for operand in kept]
+        ctx.kept = [Shell.of(operand) for operand in kept]
         ctx.call, ctx.lost, ctx.compute_dtype = call, lost, dtype
         ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -78,10 +78,9 @@ class QuantLinearFunction(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         noise_state, *saved = ctx.saved_tensors
         kept: list[Operand] = []
-        for operand in ctx.kept:
-            count = len(tensors_of(operand))
-            kept.append(with_tensors(operand, saved[:count]))
-            saved = saved[count:]
+        for shell in ctx.kept:
+            kept.append(shell.around(saved))
+            saved = saved[shell.count :]
         for_input, for_weight, for_bias = ctx.needs_input_grad[:3]
         dtype, noise = ctx.compute_dtype, Noise(noise_state, ctx.call.stream)
         G_NC = grad_output.reshape(-1, grad_output.shape[-1])

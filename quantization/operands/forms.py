@@ -74,6 +74,7 @@ class LinearJobs:
 
     def __init__(self, recipe: LinearRecipe, weight_shape: tuple[int, int]) -> None:
         self.recipe, self.weight_shape = recipe, tuple(weight_shape)
+        self.active = bool(recipe.active)
         self._made: dict[tuple, Job] = {}
 
     def of(

@@ -36,6 +36,8 @@ def prepare(
             prepared = job.unflatten(tensors, x.shape[1])
         else:
             prepared = backend_of_job(x, job).prepare(x, job, noise, shadow, lost)
+    if job.row is not None and job.column is not None:
+        return prepared
     row, column, sums = prepared
     if job.row is None and job.row_form == DENSE:
         row = Dense(x.to(job.dtype))
