@@ -35,7 +35,8 @@ def words(flags: dict[str, str]) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 MANIFEST = """start_time command_line git versions device world_size seed model paper timm_patches quantizers parameters
-classes class_names unquantized_block_linears batch steps_per_epoch autocast resumed_from finetuned_from not_loaded_in_finetuning sessions"""
+classes class_names unquantized_block_linears
+batch steps_per_epoch autocast resumed_from finetuned_from not_loaded_in_finetuning sessions"""
 
 
 def test_what_a_run_leaves(finished: Path) -> None:
