@@ -1,7 +1,7 @@
 """Checkpoints: written atomically, read without running code, and refused with one sentence where they do not fit.
 
     save_checkpoint(output_dir / LAST, {"model": model.state_dict(), "optimizer": ..., "epoch": 3})
-    state = load_checkpoint(output_dir / LAST)   # --resume: the whole state, of the form schema.Checkpoint
+    state = load_checkpoint(output_dir / LAST)   # --resume: the whole state
 
 weights.py takes weights alone, from these files and those of other programs.
 """
@@ -200,10 +200,14 @@ def read_file(path: Path, map_location: Any = "cpu") -> Any:
 
 
 def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """The state `save_checkpoint` wrote, of the form schema.Checkpoint. Raises UserError, one sentence each."""
+    """The state `save_checkpoint` wrote. Raises UserError, one sentence each.
+
+    Whether it is that of a run is for `check_state`, before any of it is used.
+    """
     path = Path(path)
     state = read_file(path, map_location)
-    if not isinstance(state, dict) or type(state.get("format")) is not int:
+    held = isinstance(state, dict) and type(state.get("format")) is int
+    if not held or any(key not in state for key in ("model", "optimizer")):
         raise UserError(
             f"{path} is no training checkpoint of this repository; if it holds weights only, use --finetune to start "
             "from it."
@@ -213,5 +217,9 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
             f"{path} has the checkpoint format {state['format']}, and this version reads up to {FORMAT}; "
             "update the repository."
         )
-    check(Checkpoint, state, f"{path} is no checkpoint of a run")
     return state
+
+
+def check_state(state: dict[str, Any], path: str | Path) -> None:
+    """Raises UserError where the state from `path` has not the form of a run's, schema.Checkpoint."""
+    check(Checkpoint, state, f"{path} is no checkpoint of a run")

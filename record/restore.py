@@ -69,7 +69,11 @@ def restore_probe(probe: Stateful, state: dict[str, Any], path: str | Path) -> N
     """`probe.load_state_dict(state)` of a recording under way. Raises UserError where it is of another model."""
     try:
         probe.load_state_dict(state)
-        if probe.state_dict() and (misfit := next(_form_differences(probe.state_dict(), state, "probe"), None)):
+        if (
+            state
+            and probe.state_dict()
+            and (misfit := next(_form_differences(probe.state_dict(), state, "probe"), None))
+        ):
             raise ValueError(misfit)
     except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
@@ -117,7 +121,8 @@ def restore_optimizer(
     if len({frozenset(entries) for entries in saved["state"].values()}) > 1:
         raise misfit("its parameters have states of different kinds")
     extra = {key: value for key, value in optimizer.state_dict().items() if key not in ("state", "param_groups")}
-    for difference in _form_differences(extra, {k: v for k, v in saved.items() if k in extra}, "optimizer"):
+    extra = {key: value for key, value in extra.items() if key in saved}  # the optimizer says what it lacks
+    for difference in _form_differences(extra, {key: saved[key] for key in extra}, "optimizer"):
         raise misfit(difference)
     try:
         optimizer.load_state_dict({**saved, "param_groups": kept})

@@ -22,7 +22,7 @@ from typing import Any
 
 from config import Config, UserError, load_config, recipe_differences
 from quantization.watch.recording import Recording
-from record.checkpoint import BEST, LAST, load_checkpoint
+from record.checkpoint import BEST, LAST, check_state, load_checkpoint
 from record.files import LOCK, FolderLock, atomic_write, refuse_links, remove_stale
 from record.manifest import MANIFEST, add_session, read_manifest
 from record.metrics import METRICS, VOID, finished_epochs, is_void, missing_final, open_metrics, plain, read_metrics
@@ -231,7 +231,9 @@ def mend_best(output_dir: Path, state: Mapping[str, Any]) -> None:
     if state["best_top1"] < 0:
         return
     try:
-        if load_checkpoint(best)["best_top1"] >= state["best_top1"]:
+        kept = load_checkpoint(best)
+        check_state(kept, best)
+        if kept["best_top1"] >= state["best_top1"]:
             return
         fault = "is that of an earlier epoch"
     except UserError:

@@ -177,7 +177,7 @@ class WithConfig(Form):
 class Checkpoint(WithConfig):
     """last.pt and best.pt: the state of a run."""
 
-    format: Many
+    format: Many = 1
     model: Weights
     optimizer: _Optimizer
     ema: Weights | None

@@ -20,11 +20,11 @@ from record_helpers import refused
 import main
 from config import UserError, load_config
 from engine import Run
-from record.checkpoint import load_checkpoint, save_checkpoint
+from record.checkpoint import check_state, load_checkpoint, save_checkpoint
 from record.manifest import add_session, read_manifest
 from record.metrics import read_metrics
 from record.recordings import read_recording
-from record.schema import Arrays, Checkpoint, Figures, Form, Manifest, check, describe
+from record.schema import Arrays, Checkpoint, Figures, Form, Manifest, describe
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -131,8 +131,7 @@ def stopped(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run
 
 
 def restored(run: Run, state: dict[str, Any]) -> dict[str, Any]:
-    """What the run is after it has taken a state as load_checkpoint gives it."""
-    check(Checkpoint, state, "changed.pt")
+    """What the run is after it has taken a state."""
     run.load_state_dict(state, Path("changed.pt"))
     return run.state_dict()
 
@@ -194,7 +193,7 @@ def test_a_mistake_in_a_checkpoint_is_one_sentence_and_exit_code_2(
 ) -> None:
     _, state, _ = stopped
     save_checkpoint(tmp_path / "last.pt", {**state, **change})
-    message = refused(lambda: load_checkpoint(tmp_path / "last.pt"))
+    message = refused(lambda: check_state(load_checkpoint(tmp_path / "last.pt"), tmp_path / "last.pt"))
     assert said in message
     if change == {"epoch": 3}:
         assert exit_code(tiny(tmp_path / "run", "--resume", str(tmp_path / "last.pt"))) == 2

@@ -10,7 +10,7 @@ from typing import Any
 from config import UserError, dump_config, recipe_differences
 from config.fold import CONTINUABLE, read_stored
 from images.classes import check_classes
-from record.checkpoint import save_checkpoint
+from record.checkpoint import check_state, save_checkpoint
 from record.restore import restore_optimizer, restore_probe, restore_state
 from record.weights import first_not_finite, restore_model
 from training.ends import TrainingError
@@ -51,6 +51,7 @@ class Run(TrainingState):
 
         What config.fold.CONTINUABLE names may change, and is said: a finished run can be given more epochs.
         """
+        check_state(state, path)
         given = read_stored(state["config"], f"The configuration in {path}")
         differences = recipe_differences(given, self.cfg.model_dump(mode="json"))
         allowed = [d for d in differences if d.split()[0] in CONTINUABLE]
