@@ -287,6 +287,8 @@ class Manifest(Form):
     quantizers: dict[str, dict[str, str | None]] = {}
     parameters: Annotated[int, Field(ge=0)] = 0
     classes: Many = 1
+    class_names: list[str] = []
+    unquantized_block_linears: list[str] = []
     batch: _Batch | None = None
     steps_per_epoch: Many = 1
     autocast: str = ""

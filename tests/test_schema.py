@@ -151,9 +151,10 @@ def test_every_key_of_a_checkpoint_fits_or_is_refused(stopped: tuple[Run, dict[s
     reference = copy.deepcopy(restored(run, state))
     assert differences(reference, {key: state[key] for key in reference}) == []
     tried, believed = 0, []
-    for place in places(state):
+    for number, place in enumerate(places(state)):
         old = at(state, place)
-        for new in [MISSING, "three", None, 0.5, *tensors(old)] if isinstance(old, torch.Tensor) else OTHERS:
+        others = ["three", None, 0.5, *tensors(old)] if isinstance(old, torch.Tensor) else OTHERS[1:]
+        for new in [MISSING, *others[number % 3 :: 3]]:  # neighbours in the state take turns
             if type(new) is type(old) and not isinstance(new, torch.Tensor) and new == old:
                 continue
             tried += 1
@@ -165,7 +166,7 @@ def test_every_key_of_a_checkpoint_fits_or_is_refused(stopped: tuple[Run, dict[s
             if place not in FREE and not FREE_KEYS & {*place} and (found := differences(reference, now)):
                 believed.append((place, describe(new), found[0]))
     assert believed == [], "\n".join(map(str, believed))
-    assert tried > 400
+    assert tried > 150
 
 
 @pytest.mark.parametrize(
