@@ -354,7 +354,7 @@ class RunConfig(_Section):
     eval: bool = _key(False, "evaluate only (the checkpoint of --resume)", "--eval")
     resume: str | None = _key(None, "checkpoint to continue from; auto: the last one in output_dir, if any", "--resume")
     finetune: str | None = _key(
-        None, "checkpoint or safetensors file whose weights the training starts from", "--finetune"
+        None, "checkpoint or safetensors file whose weights the training starts from", "--finetune", "--pretrained"
     )
     save_every: Int | None = _key(None, "also checkpoint every so many optimizer steps", "--save-every", ge=1)
     log_every: Int = _key(50, "optimizer steps between logged lines", "--log-every", ge=1)

@@ -225,7 +225,7 @@ DEIT_FLAGS = """
 --remode --recount --mixup --cutmix --cutmix-minmax --mixup-prob --mixup-switch-prob --mixup-mode --smoothing
 --bce-loss --model-ema --model-ema-decay --distillation-type --teacher-model --teacher-path --distillation-alpha
 --distillation-tau --data-set --data-path --batch-size --num_workers --pin-mem --eval-crop-ratio --on-corrupt
---output_dir --seed --device --amp --compile --grad-checkpointing --cuda-graphs --eval --resume --finetune
+--output_dir --seed --device --amp --compile --grad-checkpointing --cuda-graphs --eval --resume --finetune --pretrained
 --save-every --log-every
 """
 KEY_FLAGS = """
