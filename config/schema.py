@@ -210,6 +210,13 @@ class OptimConfig(_Section):
     weight_decay: Float = _key(
         0.05, "decoupled weight decay; not on biases, norms and embeddings", "--weight-decay", ge=0
     )
+    layer_decay: Float | None = _key(
+        None,
+        "the rate of each block is that of the next one times this; null for one rate",
+        "--layer-decay",
+        gt=0,
+        le=1,
+    )
     clip_grad: Float | None = _key(
         None, "clip the gradient's global norm to this; null for no clipping", "--clip-grad", gt=0
     )

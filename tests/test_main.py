@@ -220,7 +220,7 @@ def test_the_printed_configuration_reads_back_as_it_is(tmp_path: Path, capsys: p
 # Flags under DeiT's names, each beside the key it sets; every key is a flag under its own name too.
 DEIT_FLAGS = """
 --model --input-size --nb-classes --drop --drop-path --opt --lr --unscale-lr --global-batch --opt-betas --opt-eps
---momentum --weight-decay --clip-grad --epochs --sched --warmup-epochs --warmup-lr --min-lr --decay-epochs
+--momentum --weight-decay --layer-decay --clip-grad --epochs --sched --warmup-epochs --warmup-lr --min-lr --decay-epochs
 --decay-rate --src --color-jitter --aa --ThreeAugment --train-interpolation --repeated-aug --no-repeated-aug --reprob
 --remode --recount --mixup --cutmix --cutmix-minmax --mixup-prob --mixup-switch-prob --mixup-mode --smoothing
 --bce-loss --model-ema --model-ema-decay --distillation-type --teacher-model --teacher-path --distillation-alpha
@@ -235,7 +235,8 @@ KEY_FLAGS = """
 --quant.learned_step --stabilizer.kind --stabilizer.decay --stabilizer.k1 --stabilizer.k2 --stabilizer.detect_steps
 --stabilizer.update_period --stabilizer.n_max --stabilizer.weight --stabilizer.start --stabilizer.momentum
 --stabilizer.threshold_start --stabilizer.threshold_end --optim.opt --optim.lr --optim.unscale_lr --optim.global_batch
---optim.betas --optim.eps --optim.momentum --optim.weight_decay --optim.clip_grad --schedule.epochs --schedule.sched
+--optim.betas --optim.eps --optim.momentum --optim.weight_decay --optim.layer_decay --optim.clip_grad
+--schedule.epochs --schedule.sched
 --schedule.step_on --schedule.warmup_epochs --schedule.warmup_lr --schedule.warmup_prefix --schedule.min_lr
 --schedule.decay_epochs --schedule.decay_rate --aug.crop --aug.scale --aug.hflip --aug.color_jitter --aug.aa
 --aug.three_augment --aug.interpolation --aug.repeats --aug.reprob --aug.remode --aug.recount --aug.mixup --aug.cutmix
