@@ -217,6 +217,8 @@ def smoke_overrides(cfg: Config, world_size: int) -> list[str]:
     images = 4 * SMOKE_STEPS * SMOKE_BATCH * world_size
     return [
         "data.set=generated",
+        "data.val_split=null",
+        "data.class_map=null",
         f"data.num_images={images}",
         f"data.batch_size={SMOKE_BATCH}",
         f"optim.global_batch={SMOKE_BATCH * world_size}",

@@ -316,6 +316,16 @@ class DataConfig(_Section):
         "--data-set",
     )
     path: str | None = _key(None, "folder of the data set", "--data-path")
+    val_split: Float | None = _key(
+        None,
+        "share of each class of train/ that is held out for evaluation, in place of val/; the same images in all runs",
+        "--val-split",
+        gt=0,
+        lt=1,
+    )
+    class_map: str | None = _key(
+        None, "text file with one class folder a line, in the order of the labels; null sorts them", "--class-map"
+    )
     batch_size: Int | None = _key(
         None,
         "samples of one process at a time; null fits the global batch, 256 at most",
@@ -341,7 +351,7 @@ class DataConfig(_Section):
         1280, "training images of the generated set (a tenth as many for evaluation)", ge=1, le=10**9
     )
 
-    _paths = field_validator("path")(_path)
+    _paths = field_validator("path", "class_map")(_path)
 
 
 class RunConfig(_Section):

@@ -224,8 +224,9 @@ DEIT_FLAGS = """
 --decay-rate --src --color-jitter --aa --ThreeAugment --train-interpolation --repeated-aug --no-repeated-aug --reprob
 --remode --recount --mixup --cutmix --cutmix-minmax --mixup-prob --mixup-switch-prob --mixup-mode --smoothing
 --bce-loss --model-ema --model-ema-decay --distillation-type --teacher-model --teacher-path --distillation-alpha
---distillation-tau --data-set --data-path --batch-size --num_workers --pin-mem --eval-crop-ratio --on-corrupt
---output_dir --seed --device --amp --compile --grad-checkpointing --cuda-graphs --eval --resume --finetune --pretrained
+--distillation-tau --data-set --data-path --val-split --class-map --batch-size --num_workers --pin-mem
+--eval-crop-ratio --on-corrupt --output_dir --seed --device --amp --compile --grad-checkpointing --cuda-graphs --eval
+--resume --finetune --pretrained
 --save-every --log-every
 """
 KEY_FLAGS = """
@@ -242,7 +243,8 @@ KEY_FLAGS = """
 --aug.three_augment --aug.interpolation --aug.repeats --aug.reprob --aug.remode --aug.recount --aug.mixup --aug.cutmix
 --aug.cutmix_minmax --aug.mixup_prob --aug.mixup_switch_prob --aug.mixup_mode --loss.smoothing --loss.bce
 --model_ema.enabled --model_ema.decay --distillation.type --distillation.teacher_model --distillation.teacher_path
---distillation.alpha --distillation.tau --data.set --data.path --data.batch_size --data.num_workers --data.pin_mem
+--distillation.alpha --distillation.tau --data.set --data.path --data.val_split --data.class_map
+--data.batch_size --data.num_workers --data.pin_mem
 --data.eval_crop_ratio --data.mean --data.std --data.on_corrupt --data.num_images --run.output_dir --run.seed
 --run.device --run.amp --run.compile --run.grad_checkpointing --run.cuda_graphs --run.eval --run.resume
 --run.finetune --run.save_every
