@@ -155,7 +155,7 @@ def train(run: Run, max_steps: int | None = None) -> None:
                 run.save(LAST)
             end_stopped(run)
         rate = (run.step - first_step) * run.cfg.optim.global_batch / trained
-        train_figures = {"loss": run.meter.mean("loss"), "lr": run.optimizer.param_groups[0]["lr"]}
+        train_figures = {"loss": run.meter.mean("loss"), "lr": run.lr}
         train_figures |= {"images_per_s": rate, "seconds": trained}
         if run.data.corrupt:
             train_figures["corrupt_images"] = run.data.corrupt
@@ -217,6 +217,8 @@ def smoke_overrides(cfg: Config, world_size: int) -> list[str]:
     images = 4 * SMOKE_STEPS * SMOKE_BATCH * world_size
     return [
         "data.set=generated",
+        "data.val_split=null",
+        "data.class_map=null",
         f"data.num_images={images}",
         f"data.batch_size={SMOKE_BATCH}",
         f"optim.global_batch={SMOKE_BATCH * world_size}",

@@ -1,6 +1,7 @@
 """Flags of DeiT's main.py that this program has no use for: taken, explained in a line and left out.
 
-Those that would train something else than this program does are refused, each with what to do about it.
+Those that would train something else than this program does are refused, each with what to do about it. timm's
+--pretrained, there a switch that downloads weights, takes a file here.
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ _FLAGS = {
 }
 
 
+def _is_switch(word: str) -> bool:
+    """Whether what follows a flag is no value: another flag, nothing, or the word for on or off."""
+    return word.startswith("--") or word.strip().lower() in ("", "true", "false", "yes", "no", "on", "off")
+
+
 def without_deits_own(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """(the words of a command line without flags that only DeiT needs, a line about each of those).
 
@@ -64,6 +70,11 @@ def without_deits_own(words: Sequence[str]) -> tuple[list[str], list[str]]:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         flag = _FLAGS.get(name.replace("_", "-")) if word.startswith("--") else None
+        if name == "--pretrained" and _is_switch(value if equals else rest[0] if rest else ""):
+            raise UserError(
+                "--pretrained expects a local file of weights, such as timm's model.safetensors or pytorch_model.bin, "
+                "and starts from it as --finetune does: nothing is downloaded."
+            )
         if flag is None:
             kept.append(word)
             continue

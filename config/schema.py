@@ -210,6 +210,13 @@ class OptimConfig(_Section):
     weight_decay: Float = _key(
         0.05, "decoupled weight decay; not on biases, norms and embeddings", "--weight-decay", ge=0
     )
+    layer_decay: Float | None = _key(
+        None,
+        "the rate of each block is that of the next one times this; null for one rate",
+        "--layer-decay",
+        gt=0,
+        le=1,
+    )
     clip_grad: Float | None = _key(
         None, "clip the gradient's global norm to this; null for no clipping", "--clip-grad", gt=0
     )
@@ -309,6 +316,16 @@ class DataConfig(_Section):
         "--data-set",
     )
     path: str | None = _key(None, "folder of the data set", "--data-path")
+    val_split: Float | None = _key(
+        None,
+        "share of each class of train/ that is held out for evaluation, in place of val/; the same images in all runs",
+        "--val-split",
+        gt=0,
+        lt=1,
+    )
+    class_map: str | None = _key(
+        None, "text file with one class folder a line, in the order of the labels; null sorts them", "--class-map"
+    )
     batch_size: Int | None = _key(
         None,
         "samples of one process at a time; null fits the global batch, 256 at most",
@@ -334,7 +351,7 @@ class DataConfig(_Section):
         1280, "training images of the generated set (a tenth as many for evaluation)", ge=1, le=10**9
     )
 
-    _paths = field_validator("path")(_path)
+    _paths = field_validator("path", "class_map")(_path)
 
 
 class RunConfig(_Section):
@@ -354,7 +371,7 @@ class RunConfig(_Section):
     eval: bool = _key(False, "evaluate only (the checkpoint of --resume)", "--eval")
     resume: str | None = _key(None, "checkpoint to continue from; auto: the last one in output_dir, if any", "--resume")
     finetune: str | None = _key(
-        None, "checkpoint or safetensors file whose weights the training starts from", "--finetune"
+        None, "checkpoint or safetensors file whose weights the training starts from", "--finetune", "--pretrained"
     )
     use_ema: bool = _key(False, "with --finetune, start from the file's moving average of the weights", "--use-ema")
     save_every: Int | None = _key(None, "also checkpoint every so many optimizer steps", "--save-every", ge=1)

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from config import Config, UserError
+from images.chosen import hold_out, read_class_map, with_classes
 from images.decode import open_image
 from images.tars import ImageTar
 
@@ -45,6 +46,14 @@ def open_sets(cfg: Config, batch_size: int, eval_batch_size: int) -> tuple[Any, 
         near = difflib.get_close_matches(prefix + slash, _SETS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_SETS)} (a slash: timm's naming)."
         raise UserError(f"There is no data.set {name}: {hint}")
+    if name == "imagenet":
+        return _folders(cfg)
+    for key, flag in (("val_split", "--val-split"), ("class_map", "--class-map")):
+        if getattr(cfg.data, key) is not None:
+            raise UserError(
+                f"data.{key} is for image folders and tar files (data.set imagenet), and data.set is {name}: leave "
+                f"{flag} out."
+            )
     for module, package in _NEEDS.get(prefix, {}).items():
         if _find(module) is None:
             raise UserError(f"data.set {name} needs a package that is not installed: pip install {package}")
@@ -57,8 +66,6 @@ def open_sets(cfg: Config, batch_size: int, eval_batch_size: int) -> tuple[Any, 
         _expose_hugging_face()
 
     def open_set(training: bool) -> Any:
-        if name == "imagenet":
-            return _image_folder(_path(cfg, "the folder that holds train/ and val/"), "train" if training else "val")
         if name.startswith("cifar"):
             return _cifar(cfg, train=training)
         if name == "generated":
@@ -79,6 +86,22 @@ def _path(cfg: Config, what: str) -> Path:
     if "://" not in path and not Path(path).exists():
         raise UserError(f"data.path {path} does not exist: data.set {cfg.data.set} needs {what}.")
     return Path(path)
+
+
+def _folders(cfg: Config) -> tuple[ImageFolder | ImageTar | None, ImageFolder | ImageTar]:
+    """train/ and val/; or train/ in two parts, whether there is a val/ or not. The classes are those of a class map."""
+    root = _path(cfg, "the folder that holds train/ and val/")
+    class_map = cfg.data.class_map
+    names = None if class_map is None else read_class_map(class_map)
+
+    def open_split(split: str) -> ImageFolder | ImageTar:
+        source = _image_folder(root, split)
+        return source if names is None else with_classes(source, names, class_map, root / split)
+
+    if cfg.data.val_split is None:
+        return (None if cfg.run.eval else open_split("train")), open_split("val")
+    train, held_out = hold_out(open_split("train"), cfg.data.val_split)
+    return (None if cfg.run.eval else train), held_out
 
 
 def _image_folder(root: Path, split: str) -> ImageFolder | ImageTar:

@@ -59,19 +59,19 @@ class ImageTar(Dataset[tuple[Image.Image, int]]):
         if empty := classes - {name for name, *_ in images}:
             raise FileNotFoundError(f"Found no valid file for the classes {', '.join(sorted(empty))}.")
         self.class_to_idx = {name: label for label, name in enumerate(sorted(classes))}
-        self._samples = [(member, self.class_to_idx[key[0]]) for key, member in sorted(images.items())]
+        self.samples = [(member, self.class_to_idx[key[0]]) for key, member in sorted(images.items())]
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        member, label = self._samples[index]
+        member, label = self.samples[index]
         with open(member.tar, "rb") as file:
             file.seek(member.offset)
             return open_image(io.BytesIO(file.read(member.size))), label
 
     def filename(self, index: int) -> str:
-        member, _ = self._samples[index]
+        member, _ = self.samples[index]
         return f"{member.tar}/{member.path}"
 
 

@@ -17,7 +17,7 @@ from record.schema import describe, tensor_fault
 
 # Entries of a parameter group that the recipe or the device says and not the checkpoint.
 _OF_THE_RUN = ("betas", "eps", "weight_decay", "momentum", "nesterov", "amsgrad", "maximize", "differentiable")
-_OF_THE_RUN += ("capturable", "fused", "foreach", "decoupled_weight_decay")
+_OF_THE_RUN += ("capturable", "fused", "foreach", "decoupled_weight_decay", "lr_scale")
 _LIKE_THE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 

@@ -63,6 +63,8 @@ DEIT = [
     ("--distillation-alpha 0.25", "distillation.alpha", 0.25),
     ("--distillation-tau 3", "distillation.tau", 3.0),
     ("--finetune some.pth", "run.finetune", "some.pth"),
+    ("--pretrained model.safetensors", "run.finetune", "model.safetensors"),
+    ("--pretrained=./true", "run.finetune", "./true"),
     ("--data-path /data/image_net-1k", "data.path", "/data/image_net-1k"),
     ("--data-set CIFAR", "data.set", "cifar100"),
     ("--data-set IMNET", "data.set", "imagenet"),
@@ -464,3 +466,21 @@ def test_no_flag_of_deit_is_left_over() -> None:
     explained = {line.split()[0] for line in (*NOT_NEEDED, *NOT_AVAILABLE)}
     assert set(DEITS.split()) <= actions().keys() | explained
     assert not actions().keys() & explained
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--pretrained",
+        "--pretrained --epochs 2",
+        "--epochs 2 --pretrained",
+        "--pretrained true",
+        "--pretrained=True",
+        "--pretrained false",
+        "--pretrained=",
+        "--pretrained on --lr 1",
+    ],
+)
+def test_pretrained_as_a_switch_is_told_to_name_a_file(words):
+    message = mistake(*words.split())
+    assert message.startswith("--pretrained expects a local file of weights") and "nothing is downloaded" in message

@@ -221,13 +221,20 @@ def test_the_printed_configuration_reads_back_as_it_is(tmp_path: Path, capsys: p
 # Flags under DeiT's names, each beside the key it sets; every key is a flag under its own name too.
 DEIT_FLAGS = """
 --model --input-size --nb-classes --drop --drop-path --opt --lr --unscale-lr --global-batch --opt-betas --opt-eps
---momentum --weight-decay --clip-grad --epochs --sched --warmup-epochs --warmup-lr --min-lr --decay-epochs
+--momentum --weight-decay --layer-decay --clip-grad --epochs --sched --warmup-epochs --warmup-lr --min-lr --decay-epochs
 --decay-rate --src --color-jitter --aa --ThreeAugment --train-interpolation --repeated-aug --no-repeated-aug --reprob
 --remode --recount --mixup --cutmix --cutmix-minmax --mixup-prob --mixup-switch-prob --mixup-mode --smoothing
 --bce-loss --model-ema --model-ema-decay --distillation-type --teacher-model --teacher-path --distillation-alpha
+<<<<<<< HEAD
 --distillation-tau --data-set --data-path --batch-size --num_workers --pin-mem --eval-crop-ratio --on-corrupt
 --output_dir --seed --device --amp --compile --grad-checkpointing --cuda-graphs --eval --resume --finetune
 --use-ema --save-every --log-every
+=======
+--distillation-tau --data-set --data-path --val-split --class-map --batch-size --num_workers --pin-mem
+--eval-crop-ratio --on-corrupt --output_dir --seed --device --amp --compile --grad-checkpointing --cuda-graphs --eval
+--resume --finetune --pretrained
+--save-every --log-every
+>>>>>>> p3-features
 """
 KEY_FLAGS = """
 --model.name --model.img_size --model.patch_size --model.num_classes --model.drop --model.drop_path --model.kwargs
@@ -236,13 +243,15 @@ KEY_FLAGS = """
 --quant.learned_step --stabilizer.kind --stabilizer.decay --stabilizer.k1 --stabilizer.k2 --stabilizer.detect_steps
 --stabilizer.update_period --stabilizer.n_max --stabilizer.weight --stabilizer.start --stabilizer.momentum
 --stabilizer.threshold_start --stabilizer.threshold_end --optim.opt --optim.lr --optim.unscale_lr --optim.global_batch
---optim.betas --optim.eps --optim.momentum --optim.weight_decay --optim.clip_grad --schedule.epochs --schedule.sched
+--optim.betas --optim.eps --optim.momentum --optim.weight_decay --optim.layer_decay --optim.clip_grad
+--schedule.epochs --schedule.sched
 --schedule.step_on --schedule.warmup_epochs --schedule.warmup_lr --schedule.warmup_prefix --schedule.min_lr
 --schedule.decay_epochs --schedule.decay_rate --aug.crop --aug.scale --aug.hflip --aug.color_jitter --aug.aa
 --aug.three_augment --aug.interpolation --aug.repeats --aug.reprob --aug.remode --aug.recount --aug.mixup --aug.cutmix
 --aug.cutmix_minmax --aug.mixup_prob --aug.mixup_switch_prob --aug.mixup_mode --loss.smoothing --loss.bce
 --model_ema.enabled --model_ema.decay --distillation.type --distillation.teacher_model --distillation.teacher_path
---distillation.alpha --distillation.tau --data.set --data.path --data.batch_size --data.num_workers --data.pin_mem
+--distillation.alpha --distillation.tau --data.set --data.path --data.val_split --data.class_map
+--data.batch_size --data.num_workers --data.pin_mem
 --data.eval_crop_ratio --data.mean --data.std --data.on_corrupt --data.num_images --run.output_dir --run.seed
 --run.device --run.amp --run.compile --run.grad_checkpointing --run.cuda_graphs --run.eval --run.resume
 --run.finetune --run.use_ema --run.save_every

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import column, train
+from helpers import column, differences, exit_code, killed, outcome, tiny, train
+from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -208,3 +209,88 @@ def test_batches_add_up_to_the_recipe(
             plan_batches(cfg, world_size)
     else:
         assert plan_batches(cfg, world_size) == plan
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layer decay
+# ---------------------------------------------------------------------------------------------------------------------
+
+DEEP = ["model.img_size=16", "model.patch_size=8", "model.kwargs={embed_dim: 32, depth: 3, num_heads: 1}"]
+
+
+def rates_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
+    """Rate and weight decay of every parameter."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {names[p]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("quant", ["none", "mx", "int4"])
+@pytest.mark.parametrize("on", ["epoch", "iteration"])
+def test_layer_decay_gives_every_block_the_rate_that_timm_gives_it(quant: str, on: str) -> None:
+    overrides = [*DEEP, f"quant.scheme={quant}", f"schedule.step_on={on}", "schedule.warmup_epochs=1"]
+    cfg = load_config(overrides=[*overrides, "optim.layer_decay=0.5", "optim.unscale_lr=true"])
+    model = create_model(cfg, 7)
+    optimizer = optimizer_of(cfg, model)
+    schedule = build_schedule(cfg, optimizer, 4)
+    for epoch in range(2):  # out of the warm-up
+        for step in range(4):
+            schedule.step_update(4 * epoch + step)
+        schedule.step(epoch + 1)
+    found, groups = (
+        rates_by_name(model, optimizer),
+        param_groups_layer_decay(model, cfg.optim.weight_decay, model.no_weight_decay(), layer_decay=0.5),
+    )
+    names = {p: name for name, p in model.named_parameters()}
+    head = found["head.weight"][0]
+    assert found == {
+        names[p]: (head * group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]
+    }
+    shares = [found[f"blocks.{n}.attn.qkv.weight"][0] / head for n in range(3)]
+    assert shares == pytest.approx([0.5**3, 0.5**2, 0.5])  # the head's layer has the last norm too
+    assert found["patch_embed.proj.weight"][0] / head == pytest.approx(0.5**4)
+
+
+def test_without_layer_decay_there_are_two_groups_of_one_rate() -> None:
+    cfg = load_config(overrides=DEEP)
+    groups = optimizer_of(cfg, create_model(cfg, 7)).param_groups
+    assert len(groups) == 2 and not any("lr_scale" in group for group in groups)
+
+
+def test_a_run_with_layer_decay_resumes_with_its_bits_and_logs_the_rate_of_the_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ["--data.num_images", "8", "--global-batch", "4", "--warmup-epochs", "1", "--lr", "1e-3", "--epochs", "3"]
+    few += ["--quant.scheme", "mx", "--save-every", "1"]
+    decayed = [*few, "--layer-decay", "0.5"]
+    straight, plain = train(tmp_path / "straight", *decayed), train(tmp_path / "plain", *few)
+    assert column(straight, "train.lr") == column(plain, "train.lr")
+    killed(monkeypatch, tmp_path / "run", 3, *decayed)
+    resumed = outcome(train(tmp_path / "run", *decayed, "--resume", "auto"))
+    assert not differences(outcome(straight), resumed)
+    assert len({group["lr"] for group in resumed["last.pt"]["optimizer"]["param_groups"]}) > 2
+    assert differences(outcome(plain)["last.pt"]["model"], resumed["last.pt"]["model"])
+
+
+def test_a_run_is_not_resumed_with_another_layer_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(tmp_path / "run", "--layer-decay", "0.5", "--epochs", "1")
+    capsys.readouterr()
+    again = ["--layer-decay", "0.75", "--epochs", "2", "--resume", "auto"]
+    assert exit_code(tiny(run, *again)) == 2
+    assert "was trained with optim.layer_decay 0.5 (here 0.75)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("smoke", [[], ["--smoke"]])
+def test_layer_decay_and_q_ramping_are_refused_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], smoke: list[str]
+) -> None:
+    flags = ["--quant.scheme", "mx", "--stabilizer.kind", "qramping", "--layer-decay", "0.75", *smoke]
+    assert exit_code(tiny(tmp_path / "run", *flags)) == 2
+    errors = capsys.readouterr().err
+    assert "error: optim.layer_decay gives each block a parameter group of its own, and Q-Ramping" in errors
+    assert "Traceback" not in errors and not (tmp_path / "run" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("value", ["0", "1.5", "-0.5", "true", "half", "[0.5]", "nan"])
+def test_a_layer_decay_that_is_no_share_is_refused(value: str) -> None:
+    with pytest.raises(UserError, match=r"optim\.layer_decay is "):
+        load_config(overrides=[f"optim.layer_decay={value}"])

@@ -67,16 +67,29 @@ def check_carrier(cfg: Config, device: torch.device) -> None:
         raise UserError(f"quant.carrier is fp8 and {name} has no FP8 products; use --quant.carrier bf16.")
 
 
+def check_layer_decay(cfg: Config) -> None:
+    """Raises UserError where blocks are to have rates of their own under a method that needs one group of weights."""
+    if cfg.optim.layer_decay is not None and cfg.stabilizer.kind == "qramping":
+        raise UserError(
+            "optim.layer_decay gives each block a parameter group of its own, and Q-Ramping needs its weights in one: "
+            "leave --layer-decay out or take another stabilizer."
+        )
+
+
 def build_optimizer(
     cfg: Config, model: nn.Module, stabilizer: Stabilizer, device: torch.device
 ) -> torch.optim.Optimizer:
-    """timm's optimizer with its parameter groups: no weight decay on biases, norms and what the model names."""
+    """timm's optimizer with its parameter groups: no weight decay on biases, norms and what the model names.
+
+    With optim.layer_decay there are two groups a block, with timm's `lr_scale`, which its schedules multiply by.
+    """
+    check_layer_decay(cfg)
     o = cfg.optim
     lr = o.lr if o.unscale_lr else o.lr * o.global_batch / 512
     try:
         name = stabilizer.optimizer_name(o.opt)
         fused = True if device.type == "cuda" and name in ("adamw", "qrampingadamw") else None
-        options = {"betas": o.betas, "eps": o.eps, "fused": fused}
+        options = {"betas": o.betas, "eps": o.eps, "fused": fused, "layer_decay": o.layer_decay}
         optimizer = create_optimizer_v2(
             model,
             opt=name,
@@ -209,6 +222,7 @@ def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, devi
     """
     # 1. The device's stream, on which all that follows is made: what another one has made cannot be recorded.
     check_carrier(cfg, device)
+    check_layer_decay(cfg)
     graphed = cfg.run.cuda_graphs and device.type == "cuda"
     if graphed:
         leave_default_stream(device)

@@ -126,6 +126,11 @@ class TrainingState(EvaluationState):
         return list(self.model.parameters())
 
     @property
+    def lr(self) -> float:
+        """The rate of the schedule; with optim.layer_decay that of the head, of which blocks have their shares."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    @property
     def global_step(self) -> int:
         """Optimizer steps done in the whole run."""
         return self.epoch * self.steps_per_epoch + self.step

@@ -89,11 +89,10 @@ def _compute_gradients(run: TrainingState, batches: Batches) -> _Gradients:
 def _launched(run: TrainingState, gradients: _Gradients) -> Step:
     """The present step, with its figures on their way to the host."""
     ready = torch.cuda.Event() if run.device.type == "cuda" else None
-    lr = run.optimizer.param_groups[0]["lr"]
     figures = gradients.figures.to("cpu", non_blocking=True)
     if ready is not None:
         ready.record()
-    return Step(run.epoch, run.step, lr, figures, ready, gradients.fed)
+    return Step(run.epoch, run.step, run.lr, figures, ready, gradients.fed)
 
 
 def _update(run: TrainingState, gradients: _Gradients) -> None:
