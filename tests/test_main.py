@@ -225,16 +225,9 @@ DEIT_FLAGS = """
 --decay-rate --src --color-jitter --aa --ThreeAugment --train-interpolation --repeated-aug --no-repeated-aug --reprob
 --remode --recount --mixup --cutmix --cutmix-minmax --mixup-prob --mixup-switch-prob --mixup-mode --smoothing
 --bce-loss --model-ema --model-ema-decay --distillation-type --teacher-model --teacher-path --distillation-alpha
-<<<<<<< HEAD
 --distillation-tau --data-set --data-path --batch-size --num_workers --pin-mem --eval-crop-ratio --on-corrupt
---output_dir --seed --device --amp --compile --grad-checkpointing --cuda-graphs --eval --resume --finetune
---use-ema --save-every --log-every
-=======
---distillation-tau --data-set --data-path --val-split --class-map --batch-size --num_workers --pin-mem
---eval-crop-ratio --on-corrupt --output_dir --seed --device --amp --compile --grad-checkpointing --cuda-graphs --eval
---resume --finetune --pretrained
---save-every --log-every
->>>>>>> p3-features
+--output_dir --seed --device --amp --compile --grad-checkpointing --cuda-graphs --eval --resume --finetune --use-ema
+--save-every --log-every --val-split --class-map --pretrained
 """
 KEY_FLAGS = """
 --model.name --model.img_size --model.patch_size --model.num_classes --model.drop --model.drop_path --model.kwargs
