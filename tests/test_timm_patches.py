@@ -49,5 +49,7 @@ def test_posterize_to_nothing_is_black():
     (posterize,) = (op for op in policy.ops if op.name == "PosterizeIncreasing")
     posterize.prob, posterize.magnitude_std, posterize.magnitude = 1.0, 0, 10
     assert not np.asarray(posterize(image)).any()
+    posterize.magnitude, posterize.magnitude_max = 15, 20  # -2 bits
+    assert not np.asarray(posterize(image)).any()
     posterize.magnitude = 9
     assert np.array_equal(np.asarray(posterize(image)), np.asarray(image) & 0b1000_0000)

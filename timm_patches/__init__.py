@@ -45,7 +45,7 @@ class Patch:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
-    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else image.point(lambda value: 0)
+    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep > 0 else image.point(lambda value: 0)
 
 
 def _posterize_to_black() -> None:

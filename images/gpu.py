@@ -1,0 +1,188 @@
+"""Batches made on the device: JPEG files decoded, images cropped, changed, normalised and erased, all at once.
+
+The pixels are those of the same draws by Pillow (replay.py), bit for bit, but for JPEG files that the GPU decodes: its
+decoder rounds and interpolates colours differently from libjpeg.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from images import parcel as columns
+from images.decode import open_image
+from images.parcel import JPEG, PIXELS, RESIDENT, Parcel, drawn_of
+from images.replay import erase, normalise, replay
+from images.resident import Resident
+
+PIXELS_OF_A_PROGRAM = 1024
+
+
+class Finisher:
+    """From parcels to batches on a device, by the kernels on a GPU and by Pillow on a CPU."""
+
+    def __init__(
+        self,
+        size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: torch.device,
+        resident: Resident | None = None,
+    ) -> None:
+        self._size, self._mean, self._std, self._device, self._resident = size, mean, std, device, resident
+        every_level = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
+        self._levels = normalise(every_level, mean, std).reshape(3, 256).to(device)
+
+    def __call__(self, parcel: Parcel) -> tuple[Tensor, list[int]]:
+        """(images (B, 3, size, size) float32 on the device, rows that could not be decoded, which hold anything)."""
+        if self._device.type == "cpu" and not _interpreted():
+            return self._by_pillow(parcel)
+        return self._by_kernels(parcel)
+
+    def _by_pillow(self, parcel: Parcel) -> tuple[Tensor, list[int]]:
+        out, failed = torch.zeros(len(parcel), 3, self._size, self._size), []
+        for row in range(len(parcel)):
+            drawn = drawn_of(parcel, row)
+            try:
+                image = self._opened(parcel, row)
+            except Exception:
+                failed.append(row)
+                continue
+            pixels = torch.from_numpy(np.array(replay(image, drawn, self._size)))
+            out[row] = normalise(pixels.permute(2, 0, 1), self._mean, self._std)
+            erase(out[row], drawn.boxes)
+        return out, failed
+
+    def _opened(self, parcel: Parcel, row: int) -> Image.Image:
+        image = parcel.images[row].tolist()
+        start, kind = image[columns.START], image[columns.KIND]
+        if kind == RESIDENT:
+            return Image.fromarray(self._resident.array(start))
+        content = parcel.source[start : start + image[columns.LENGTH]].numpy()
+        if kind == JPEG:
+            return open_image(io.BytesIO(content.tobytes()))
+        return Image.fromarray(content.reshape(-1, image[columns.ROW] // 3, 3))
+
+    def _by_kernels(self, parcel: Parcel) -> tuple[Tensor, list[int]]:
+        memory = torch.empty_like(parcel.memory, device=self._device)
+        decoded, failed = self._decode(parcel)
+        self._place(parcel, memory, decoded)
+        here = parcel.at(memory)
+        memory.copy_(parcel.memory, non_blocking=True)
+        out = augment(here, self._levels, self._size)
+        return out, failed
+
+    def _decode(self, parcel: Parcel) -> tuple[dict[int, Tensor], list[int]]:
+        """JPEG files by row, (3, height, width) or (height, width, 3) seen so, and the rows that cannot be decoded."""
+        rows = (parcel.images[:, columns.KIND] == JPEG).nonzero().flatten().tolist()
+        if not rows:
+            return {}, []
+        spans = parcel.images[rows][:, [columns.START, columns.LENGTH]].tolist()
+        files = [parcel.source[start : start + length] for start, length in spans]
+        decoded: dict[int, Tensor] = {}
+        if self._device.type == "cuda":
+            try:
+                images = decode_jpeg(files, mode=ImageReadMode.RGB, device=self._device)
+                return dict(zip(rows, images, strict=True)), []
+            except (RuntimeError, torch.OutOfMemoryError):  # one of them, whichever, or memory: on the CPU then
+                pass
+        failed = []
+        for row, file in zip(rows, files, strict=True):
+            try:
+                image = np.array(open_image(io.BytesIO(file.numpy().tobytes())))
+            except Exception:
+                image, failed = np.zeros((*self._box_end(parcel, row), 3), np.uint8), [*failed, row]
+            decoded[row] = torch.from_numpy(image).to(self._device).permute(2, 0, 1)
+        return decoded, failed
+
+    def _box_end(self, parcel: Parcel, row: int) -> tuple[int, int]:
+        top, left, height, width = parcel.images[row, columns.TOP : columns.WIDTH + 1].tolist()
+        return top + height, left + width
+
+    def _place(self, parcel: Parcel, memory: Tensor, decoded: dict[int, Tensor]) -> None:
+        """Addresses into the parcel's table: where on the device each image is."""
+        images = parcel.images
+        kinds = images[:, columns.KIND]
+        start = parcel.layout["source"][0]
+        images[:, columns.START] += torch.where(kinds == PIXELS, memory.data_ptr() + start, 0)
+        if self._resident is not None:
+            resident = kinds == RESIDENT
+            places = images[resident, columns.START]
+            images[resident, columns.START] = self._resident.on_device.data_ptr() + self._resident.starts[places]
+            images[resident, columns.ROW] = 3 * self._resident.widths[places]
+        for row, image in decoded.items():
+            strides = image.stride()
+            images[row, : columns.CHANNEL + 1] = torch.tensor([image.data_ptr(), strides[1], strides[2], strides[0]])
+        self._alive = decoded  # until the next batch: by then this one's kernels are in the stream
+
+
+def augment(parcel: Parcel, levels: Tensor, size: int) -> Tensor:
+    """Images (B, 3, size, size) float32 of a parcel on the device whose table holds addresses."""
+    k, count, device = _kernels(), len(parcel), parcel.memory.device
+    images, extent = parcel.images, parcel.extent
+
+    def empty(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    # The boxes resized, along one axis and along the other.
+    taps = extent.taps
+    weights, bounds = empty(count, 2, taps, size, dtype=torch.int32), empty(count, 2, size, dtype=torch.int32)
+    between, planes = empty(3, extent.lines, size), empty(2, count, 3, size, size)
+    wide, high = min(64, _power_of_two(size)), 16
+    across = -(-size // wide)
+    _launch(k.weights_kernel, (count, 2, across), images, weights, bounds, size, taps, wide)
+    resizing = images, weights, bounds, between, extent.lines
+    _launch(k.lines_kernel, (count, -(-extent.most // high), across), *resizing, size, taps, high, wide)
+    _launch(k.across_kernel, (count, -(-size // high), 3 * across), *resizing, planes, size, taps, high, wide)
+
+    # Operations, turn by turn, from one half of the planes to the other.
+    block = min(PIXELS_OF_A_PROGRAM, _power_of_two(size * size))
+    blocks = -(-size * size // block)
+    tables = empty(count, 3, 256)
+    for turn in range(len(parcel.operations)):
+        told, source, target = (parcel.operations[turn], parcel.values[turn]), planes[turn % 2], planes[1 - turn % 2]
+        if turn in extent.looking:
+            _launch(k.statistics_kernel, (count, 3), *told, source, tables, size, block)
+        _launch(k.operate_kernel, (count, blocks), *told, parcel.tables, tables, source, target, size, block)
+        if turn in extent.blurring:
+            other = torch.empty_like(target)
+            passes = [(source, other), *[(other, target), (target, other)] * 2, (other, target)]
+            for number, (one, two) in enumerate(passes):
+                steps = (1, size) if number < 3 else (size, 1)  # three along rows, three along columns
+                _launch(k.blur_kernel, (count, blocks), *told, one, two, size, *steps, block)
+
+    out, half = empty(count, 3, size, size, dtype=torch.float32), planes[0].numel()
+    erasing = levels, parcel.boxes, parcel.noise, out
+    _launch(k.finish_kernel, (count, 3, blocks), images, planes, half, *erasing, size, block)
+    return out
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any) -> None:
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, enable_fp_fusion=False)
+
+
+def _power_of_two(number: int) -> int:
+    """The least power of two that is not smaller."""
+    return 1 << (number - 1).bit_length()
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    """The kernels; imported where there is something for them to do, since there is no Triton for every machine."""
+    from images import kernels
+
+    return kernels
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
