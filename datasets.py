@@ -18,8 +18,6 @@ and an epoch resumed in its middle starts anew from its first sample (only its l
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
 import os
 import sys
@@ -30,13 +28,15 @@ from typing import Any
 import torch
 from timm.data import IterableImageDataset, Mixup
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from config import Config, UserError
 from images.classes import check_splits, class_names, count_classes
+from images.feed import Feed, Loaded
 from images.order import Key, Order
+from images.pipeline import FeedMaker
 from images.policies import check_policy
-from images.samples import MAX_IN_A_ROW, BrokenStream, Images, Stream, collate
+from images.samples import MAX_IN_A_ROW, BrokenStream, Images, Stream
 from images.sets import open_sets
 from images.transforms import eval_transform, train_transform
 from images.workers import CUT_OFF, Leash, failure_of_workers
@@ -52,26 +52,38 @@ class Data:
     classes: tuple[str, ...]  # their names by label; empty where the set does not tell
     batches_per_epoch: int  # training micro-batches of this process; a last partial batch is dropped
     eval_size: int  # images of the whole evaluation set, all processes together
-    train_loader: DataLoader | None  # None in a run that only evaluates
-    eval_loader: DataLoader
+    train: Feed | None  # None in a run that only evaluates
+    eval: Feed
+    eval_images: Images | Stream  # as the evaluation's, finished one by one on the CPU
     skip_corrupt: bool
     leash: Leash | None  # of the loaders' processes, where there are any
+    pipeline: dict[str, Any]  # how images become batches, for the manifest
     corrupt: int = 0  # unreadable images this process met so far: replaced in training, left out in evaluation
     _passes: int = 0
     _warned: bool = False
     _skipped: dict[str, Skipped] = field(default_factory=dict)  # of the present pass through a set, by its name
 
+    @property
+    def train_loader(self) -> DataLoader | None:
+        return None if self.train is None else self.train.loader
+
+    @property
+    def eval_loader(self) -> DataLoader:
+        return self.eval.loader
+
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The micro-batches of `epoch` from number `start` on: images (B, 3, H, W) float32, labels (B,) int64.
+        """The micro-batches of `epoch` from number `start` on, on the device: images (B, 3, H, W) float32, labels
+        (B,) int64.
 
         A later call takes the loader over from an earlier one. Raises UserError as `_batches` does.
         """
         assert 0 <= start <= self.batches_per_epoch, f"micro-batch {start} of {self.batches_per_epoch}"
+        self.train.stop()
         loader = self.train_loader
         (loader.dataset if isinstance(loader.dataset, Stream) else loader.sampler).begin(epoch, start)
         self._passes = this = self._passes + 1
         self._tell_skipped()
-        batches = self._batches(loader, f"the training images of epoch {epoch + 1}")
+        batches = self._batches(self.train, f"the training images of epoch {epoch + 1}")
         for batch in itertools.islice(batches, self.batches_per_epoch - start):
             assert this == self._passes, "a later call of train_batches has taken the loader over"
             yield batch
@@ -79,27 +91,30 @@ class Data:
     def eval_batches(self) -> Iterator[Batch]:
         """This process's share of the evaluation set. Over all processes every image comes once; shares are uneven."""
         self._tell_skipped()
-        yield from self._batches(self.eval_loader, "the evaluation images")
+        yield from self._batches(self.eval, "the evaluation images")
         self._tell_skipped()
 
     def close(self) -> None:
-        """End the loaders' processes, if any; there are no more batches."""
+        """End the loaders' processes and threads, if any; there are no more batches."""
+        for feed in (self.train, self.eval):
+            if feed is not None:
+                feed.stop()
         if self.leash is not None:
             self.leash.close()
 
-    def _batches(self, loader: DataLoader, what: str) -> Iterator[Batch]:
+    def _batches(self, feed: Feed, what: str) -> Iterator[Batch]:
         """What the workers sent, judged here: an exception out of a worker would reach the user with a traceback in it.
 
         Raises UserError for an image that cannot be read, unless such images are skipped, for an impossible label, and
         where a worker has died.
         """
-        for images, targets, unreadable, missing in self._loaded(loader):
+        for images, targets, unreadable, missing, labels in self._loaded(feed):
             if unreadable and not self.skip_corrupt:
                 raise UserError(
                     f"{unreadable[0]}: repair or remove it, or go on without such images by data.on_corrupt=skip "
                     "(--on-corrupt skip)."
                 )
-            if missing and loader is self.train_loader:
+            if missing and feed is self.train:
                 raise UserError(f"{unreadable[0]}, nor can the {MAX_IN_A_ROW - 1} images after it: check data.path.")
             if unreadable and not self._warned:
                 self._warned = True
@@ -108,7 +123,7 @@ class Data:
             self._skipped.setdefault(what, Skipped()).add(len(images) + missing, unreadable)
             if not len(images):
                 continue
-            low, high = int(targets.min()), int(targets.max())
+            low, high = int(labels.min()), int(labels.max())
             if not 0 <= low <= high < self.num_classes:
                 raise UserError(
                     f"The data holds a label {low if low < 0 else high}, outside of its {self.num_classes} classes: "
@@ -116,12 +131,9 @@ class Data:
                 )
             yield images, targets
 
-    def _loaded(self, loader: DataLoader) -> Iterator[Any]:
+    def _loaded(self, feed: Feed) -> Iterator[Loaded]:
         try:
-            batches = iter(loader)
-            if self.leash is not None:
-                self.leash.started()
-            yield from batches
+            yield from feed
         except BrokenStream as error:
             what = str(error).strip().splitlines()[-1].removeprefix(f"{BrokenStream.__module__}.BrokenStream: ")
             raise UserError(f"The stream {what}: check data.set and data.path.") from None
@@ -167,8 +179,9 @@ def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def build_data(cfg: Config, *, rank: int, world_size: int, batch_size: int) -> Data:
-    """The data of process `rank` of `world_size`, in training micro-batches of `batch_size` images a process.
+def build_data(cfg: Config, *, rank: int, world_size: int, batch_size: int, device: torch.device | str = "cpu") -> Data:
+    """The data of process `rank` of `world_size`, in training micro-batches of `batch_size` images a process, on its
+    device.
 
     With run.eval there is no training set, nor need there be one. Raises UserError for what the user can mend: paths,
     missing packages, class counts, a batch that does not fit.
@@ -184,24 +197,10 @@ def build_data(cfg: Config, *, rank: int, world_size: int, batch_size: int) -> D
     num_classes = count_classes(cfg, classes)
     workers = _num_workers(cfg)
     leash = Leash() if workers else None
-
-    def loader(images: Dataset, size: int, order: Any, *, drop_last: bool) -> DataLoader:
-        return DataLoader(
-            images,
-            size,
-            sampler=order,
-            drop_last=drop_last,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            collate_fn=collate,
-            worker_init_fn=leash and leash.hold,
-            pin_memory=cfg.data.pin_mem and cfg.run.device != "cpu" and torch.cuda.is_available(),
-            # The seeds of its workers would come from the process's own generator.
-            generator=torch.Generator().manual_seed(cfg.run.seed),
-        )
+    maker = FeedMaker(cfg, torch.device(device), workers, leash)
 
     eval_images, eval_order, eval_size = _ordered_eval(cfg, eval_set, rank, world_size)
-    train_loader, samples = None, 0
+    train, samples = None, 0
     if train_set is not None:
         train_images, train_order, samples = _ordered_train(cfg, train_set, rank, world_size, batch_size)
         if samples < batch_size:
@@ -209,16 +208,18 @@ def build_data(cfg: Config, *, rank: int, world_size: int, batch_size: int) -> D
                 f"An epoch of data.set {cfg.data.set} has {samples} training images for each of {world_size} "
                 f"process(es), fewer than one batch of {batch_size}: lower data.batch_size or optim.global_batch."
             )
-        train_loader = loader(train_images, batch_size, train_order, drop_last=True)
+        train = maker.feed(train_images, batch_size, train_order, training=True)
     return Data(
         num_classes=num_classes,
         classes=classes,
         batches_per_epoch=samples // batch_size,
         eval_size=eval_size,
-        train_loader=train_loader,
-        eval_loader=loader(eval_images, eval_batch_size, eval_order, drop_last=False),
+        train=train,
+        eval=maker.feed(eval_images, eval_batch_size, eval_order, training=False),
+        eval_images=eval_images,
         skip_corrupt=cfg.data.on_corrupt == "skip",
         leash=leash,
+        pipeline=maker.described,
     )
 
 
@@ -283,34 +284,3 @@ def build_mixup(cfg: Config, num_classes: int) -> Mixup | None:
     probabilities = {"prob": aug.mixup_prob, "switch_prob": aug.mixup_switch_prob, "mode": aug.mixup_mode}
     target = {"label_smoothing": cfg.loss.smoothing, "num_classes": num_classes}
     return Mixup(aug.mixup, aug.cutmix, aug.cutmix_minmax, **probabilities, **target)
-
-
-def to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Move batches to the device one ahead and beside its work, so that none waits for its copy."""
-    copies = _copy_stream(device) if device.type == "cuda" else None
-    ahead = None
-    for batch in batches:
-        with contextlib.nullcontext() if copies is None else torch.cuda.stream(copies):
-            batch = tuple(t.to(device, non_blocking=True) for t in batch)
-            arrived = None if copies is None else copies.record_event()
-        if ahead is not None:
-            yield _arrived(*ahead)
-        ahead = batch, arrived
-    if ahead is not None:
-        yield _arrived(*ahead)
-
-
-@functools.lru_cache(maxsize=16)  # one a device, of which a node has fewer
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all loaders, since memory that a stream has had is kept for that stream."""
-    return torch.cuda.Stream(device)
-
-
-def _arrived(batch: Batch, copied: torch.cuda.Event | None) -> Batch:
-    """A batch that the present stream may work on: it waits for the copy, not the host."""
-    if copied is not None:
-        stream = torch.cuda.current_stream()
-        stream.wait_event(copied)
-        for tensor in batch:
-            tensor.record_stream(stream)  # else its memory could be another batch's before the work is done
-    return batch

@@ -10,7 +10,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasets import to_device
 from record.checkpoint import LAST
 from training.ends import Lockstep, Stopped, StopSignal, TrainingError
 from training.passes import EVALUATION_POSITION, PROBE_POSITION, forward_backward, seed_step, seek_noise
@@ -104,7 +103,7 @@ def evaluate(
     """
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=run.device)
-    batches = itertools.islice(to_device(run.data.eval_batches(), run.device), max_batches)
+    batches = itertools.islice(run.data.eval_batches(), max_batches)
     lockstep = Lockstep(stop or StopSignal(), run.world_size, run.device)
     for number in itertools.count():
         batch = next(batches, None)

@@ -88,6 +88,7 @@ def describe_run(run: Run, resumed_from: Path | None) -> dict[str, Any]:
             "unquantized_block_linears": left_alone(run),
             "batch": {"process": run.batch_size, "accumulation": run.accumulation, "global": cfg.optim.global_batch},
             "steps_per_epoch": run.steps_per_epoch,
+            "images": run.data.pipeline,
             "autocast": str(run.amp).removeprefix("torch."),
             "resumed_from": str(resumed_from) if resumed_from else None,
             "finetuned_from": cfg.run.finetune,

@@ -46,12 +46,12 @@ MAX_FILES = 100  # that one configuration extends
 # same arithmetic but for the order of sums; which precision `amp: auto` means depends on the device.
 _EXECUTION = {
     *(f"run.{name}" for name in RunConfig.model_fields if name not in ("seed", "amp")),
-    *(f"data.{name}" for name in ("path", "num_workers", "pin_mem", "on_corrupt")),
+    *(f"data.{name}" for name in ("path", "num_workers", "pin_mem", "on_corrupt", "pipeline", "resident")),
     "probes",
     "paper",
 }
 # Of the keys that make two recipes, those that a run may be continued with another value of.
-CONTINUABLE = ("schedule.epochs", "data.batch_size")
+CONTINUABLE = ("schedule.epochs", "data.batch_size", "data.gpu_decode")
 
 
 def _section(dumped: dict[str, Any], name: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from pathlib import Path
 from typing import IO
 
@@ -29,6 +30,24 @@ def open_image(source: str | Path | IO[bytes]) -> Image.Image:
         source.seek(start)
         raise UnidentifiedImageError(_what_is_it(source.read(64))) from None
     return to_rgb(image)
+
+
+def plain_jpeg(content: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG file that all decoders read: RGB as YCbCr of 8 bits, not progressive, complete.
+
+    None for everything else, which is Pillow's to read.
+    """
+    if not content.startswith(b"\xff\xd8") or not content.endswith(b"\xff\xd9"):
+        return None
+    try:
+        image = Image.open(io.BytesIO(content), formats=("JPEG",))
+    except Exception:  # as for all images
+        return None
+    info = image.info
+    plain = image.mode == "RGB" and image.layers == 3 and image.bits == 8 and info.get("adobe_transform", 1) == 1
+    samplings = [(horizontal, vertical) for _, horizontal, vertical, _ in image.layer]
+    plain &= samplings[1:] == [(1, 1), (1, 1)] and samplings[0] in ((1, 1), (2, 1), (2, 2), (1, 2))
+    return (image.height, image.width) if plain and not info.get("progressive") else None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

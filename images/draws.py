@@ -26,7 +26,7 @@ from torchvision.transforms import functional as F
 TABLE, AUTO_CONTRAST, EQUALIZE, CONTRAST, COLOR, SHARPNESS, AFFINE, BLUR = range(1, 9)
 VALUES = 6  # numbers that an operation has at most
 
-_TENSOR_STEPS = (MaybeToTensor, transforms.ToTensor, transforms.Normalize)
+TENSOR_STEPS = (MaybeToTensor, transforms.ToTensor, transforms.Normalize)
 # timm's operations by their names, which may end in "Increasing" or "Original".
 _STATISTICS = {"AutoContrast": AUTO_CONTRAST, "Equalize": EQUALIZE}
 _FACTORS = {"Contrast": CONTRAST, "Color": COLOR, "Sharpness": SHARPNESS}
@@ -34,6 +34,10 @@ _POINTWISE = ("Invert", "Solarize", "SolarizeAdd", "Posterize", "Brightness")
 _TRACED = ("ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel", "Rotate")
 _TRACED += ("GaussianBlur", "GaussianBlurRand")
 _RAMP = Image.fromarray(np.arange(256, dtype=np.uint8)[None])  # every level once
+
+
+_STEPS = (RandomResizedCropAndInterpolation, transforms.Resize, transforms.CenterCrop, transforms.RandomCrop)
+_STEPS += (transforms.RandomHorizontalFlip, transforms.ColorJitter, RandomErasing, RandAugment, AutoAugment)
 
 
 class Operation(NamedTuple):
@@ -88,8 +92,10 @@ class Drawing:
 
     def __init__(self, transform: transforms.Compose) -> None:
         steps = [copy.deepcopy(step) for step in transform.transforms]
-        self._steps = [step for step in steps if not isinstance(step, _TENSOR_STEPS)]
+        self._steps = [step for step in steps if not isinstance(step, TENSOR_STEPS)]
         for step in self._steps:
+            if not isinstance(step, _STEPS):
+                raise CannotDraw(type(step).__name__)
             for op in _augment_ops(step):
                 name = op.name.removesuffix("Increasing").removesuffix("Original")
                 op.aug_fn = functools.partial(_note, name, op.aug_fn)
@@ -143,7 +149,7 @@ class _Sheet(Image.Image):
         self.operations.append(Operation(AFFINE, matrix, bicubic=resample == bicubic, fill=tuple(filled)))
         return self
 
-    def filter(self, filter: Any) -> _Sheet:  # noqa: A002 (Pillow's name)
+    def filter(self, filter: Any) -> _Sheet:
         if not isinstance(filter, ImageFilter.GaussianBlur):
             raise CannotDraw
         self.operations.append(Operation(BLUR, (float(filter.radius),)))

@@ -89,9 +89,7 @@ def _taps(image, axis, TAPS):
 
 
 @triton.jit
-def lines_kernel(
-    images, weights, bounds, between, total, S: tl.constexpr, TAPS, LINES: tl.constexpr, B: tl.constexpr
-):
+def lines_kernel(images, weights, bounds, between, total, S: tl.constexpr, TAPS, LINES: tl.constexpr, B: tl.constexpr):
     """The first pass: each row of an image's box (or column, where that is first) resized to S pixels.
 
     between: (3, lines of all images, S) uint8.

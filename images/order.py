@@ -27,17 +27,20 @@ def words(seed: int, *key: int) -> list[int]:
     return np.random.SeedSequence(seed, spawn_key=key).generate_state(4).tolist()
 
 
+def reseed(seed: int, *key: int) -> None:
+    """Seed Python's, numpy's and torch's CPU generator, all of which augmentation draws from, from (seed, key)."""
+    mixed = words(seed, *key)
+    random.seed(mixed[0] << 32 | mixed[1])
+    np.random.seed(mixed)
+    torch.default_generator.manual_seed(mixed[2] << 32 | mixed[3])  # torch.manual_seed would seed the GPUs too
+
+
 @contextlib.contextmanager
 def seeded(seed: int, *key: int) -> Iterator[None]:
-    """Python's, numpy's and torch's CPU generator, all of which augmentation draws from, seeded from (seed, key).
-
-    All three are put back: without loader workers this runs inside the training process.
-    """
-    mixed, python_state, numpy_state = words(seed, *key), random.getstate(), np.random.get_state()
+    """The three generators, seeded; they are put back: without loader workers this runs in the training process."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        random.seed(mixed[0] << 32 | mixed[1])
-        np.random.seed(mixed)
-        torch.default_generator.manual_seed(mixed[2] << 32 | mixed[3])  # torch.manual_seed would seed the GPUs too
+        reseed(seed, *key)
         try:
             yield
         finally:

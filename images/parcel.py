@@ -19,7 +19,7 @@ from torch.utils.data import get_worker_info
 
 from images.draws import AUTO_CONTRAST, BLUR, CONTRAST, EQUALIZE, TABLE, VALUES, Box, Crop, Drawn, Operation
 
-PIXELS, JPEG, RESIDENT = range(3)  # where an image is: here as (height, width, 3), here as a file, on the device already
+PIXELS, JPEG, RESIDENT = range(3)  # an image's pixels (height, width, 3); its file; its number in a Resident
 
 # Columns of `images`, int64, a row for each image.
 START, ROW, PIXEL, CHANNEL = range(4)  # of the image's memory: first byte, and steps between rows, pixels, channels

@@ -36,26 +36,59 @@ class Images(Dataset[Sample]):
     def __init__(self, source: Any, transform: transforms.Compose, seed: int, attempts: int) -> None:
         self._source, self._transform, self._seed, self._attempts = source, transform, seed, attempts
 
+    @property
+    def transform(self) -> transforms.Compose:
+        return self._transform
+
+    def packed(self, kind: Any, maker: Any) -> Any:
+        """The same images as a dataset of that kind, which has `maker` make its samples."""
+        return kind(self._source, self._transform, self._seed, self._attempts, maker)
+
     def __getitem__(self, key: Key) -> Sample:
         first, position, epoch = key
         problem = None
         for index in (i % len(self._source) for i in range(first, first + self._attempts)):
             try:
-                image, target = self._read(index)
+                image, target = self._read(index, position)
             except Exception as error:  # Pillow has no list of what it raises for a damaged file
                 problem = problem or f"{self._name(index)} cannot be read ({reason(error)})"
                 continue
-            with seeded(self._seed, AUGMENT, epoch, position):
-                return self._transform(image), target, problem
+            return self._made(image, AUGMENT, epoch, position), target, problem
         return None, -1, problem
 
-    def _read(self, index: int) -> tuple[Image.Image, int]:
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """(RGB image, label) number `index`. Raises whatever Pillow does."""
         if isinstance(self._source, ImageDataset):  # past timm's own reading, which replaces unreadable images unasked
             stream, target = self._source.reader[index]
             with stream:
                 return open_image(stream), int(target)
         image, target = self._source[index]
         return to_rgb(image), int(target)
+
+    def content(self, index: int) -> tuple[bytes | Image.Image, int]:
+        """(the bytes of the image's file, or the RGB image where there is no file, label) number `index`."""
+        if isinstance(self._source, ImageFolder):
+            path, target = self._source.samples[index]
+            with open(path, "rb") as file:
+                return file.read(), int(target)
+        if isinstance(self._source, ImageTar):
+            return self._source.content(index), self._source.samples[index][1]
+        if isinstance(self._source, ImageDataset):
+            stream, target = self._source.reader[index]
+            with stream:
+                return stream.read(), int(target)
+        return self.read(index)
+
+    def _read(self, index: int, position: int) -> tuple[Any, int]:
+        return self.read(index)
+
+    def _made(self, image: Any, *key: int) -> Any:
+        """What the sample is of an image that has been read, under the seed of that key."""
+        with seeded(self._seed, *key):
+            return self._transform(image)
 
     def _name(self, index: int) -> str:
         if isinstance(self._source, ImageFolder):
@@ -81,6 +114,14 @@ class Stream(IterableDataset[Sample]):
         self._name = getattr(source.reader, "root", None) or type(source.reader).__name__
         self._epoch = SharedCount()  # shared memory, for workers that outlive an epoch
 
+    @property
+    def transform(self) -> transforms.Compose:
+        return self._transform
+
+    def packed(self, kind: Any, maker: Any) -> Any:
+        """The same stream as a dataset of that kind, which has `maker` make its samples."""
+        return kind(self._source, self._transform, self._seed, self._rank, maker)
+
     def begin(self, epoch: int, start: int) -> None:
         self._epoch.value = epoch  # a stream cannot be entered in its middle, so `start` is not used
         self._source.set_epoch(epoch)
@@ -97,9 +138,11 @@ class Stream(IterableDataset[Sample]):
                 return
             except Exception as error:  # whatever the packages behind timm raise; no image follows
                 raise BrokenStream(f"{self._name} cannot be read any further ({reason(error)})") from None
-            with seeded(self._seed, STREAM, self._epoch.value, worker, position):
-                sample = self._transform(image), int(target), None
-            yield sample
+            yield self._made(image, STREAM, self._epoch.value, worker, position), int(target), None
+
+    def _made(self, image: Image.Image, *key: int) -> Any:
+        with seeded(self._seed, *key):
+            return self._transform(image)
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str], int]:

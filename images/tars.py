@@ -65,10 +65,14 @@ class ImageTar(Dataset[tuple[Image.Image, int]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        member, label = self.samples[index]
+        return open_image(io.BytesIO(self.content(index))), self.samples[index][1]
+
+    def content(self, index: int) -> bytes:
+        """The file of an image."""
+        member, _ = self.samples[index]
         with open(member.tar, "rb") as file:
             file.seek(member.offset)
-            return open_image(io.BytesIO(file.read(member.size))), label
+            return file.read(member.size)
 
     def filename(self, index: int) -> str:
         member, _ = self.samples[index]

@@ -145,7 +145,7 @@ def build_schedule(cfg: Config, optimizer: torch.optim.Optimizer, steps_per_epoc
 
 def fixed_images(data: Data, count: int) -> Tensor:
     """`count` evaluation images spread over the whole set, the same on all processes; of a stream its first ones."""
-    images = data.eval_loader.dataset
+    images = data.eval_images
     if isinstance(images, IterableDataset):
         samples = itertools.islice(images, count)
     else:
@@ -206,7 +206,7 @@ def build_evaluation(cfg: Config, *, rank: int, world_size: int, device: torch.d
     """The evaluation set and the model, with random weights: what --eval needs, and no more of the recipe."""
     check_carrier(cfg, device)
     batch_size = cfg.data.batch_size or max(1, min(MAX_BATCH, cfg.optim.global_batch // world_size))
-    data = build_data(cfg, rank=rank, world_size=world_size, batch_size=batch_size)
+    data = build_data(cfg, rank=rank, world_size=world_size, batch_size=batch_size, device=device)
     model = build_model(cfg, data.num_classes, rank=rank, device=device)
     stabilize(cfg, model, Plan(1, 1))
     if cfg.run.compile:
@@ -229,7 +229,7 @@ def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, devi
 
     # 2. Data, which tells how many classes and steps there are.
     batch_size, accumulation = plan_batches(cfg, world_size)
-    data = build_data(cfg, rank=rank, world_size=world_size, batch_size=batch_size)
+    data = build_data(cfg, rank=rank, world_size=world_size, batch_size=batch_size, device=device)
     steps_per_epoch = data.batches_per_epoch // accumulation
     if not steps_per_epoch:
         raise UserError(f"The training set has fewer images than the global batch of {cfg.optim.global_batch}.")

@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from config import Config
-from datasets import Data, to_device
+from datasets import Data
 from quantization.layers.linear import blocks_below_window
 from quantization.stabilizers import Stabilizer
 from quantization.watch.probe import Probe
@@ -149,12 +149,9 @@ class TrainingState(EvaluationState):
     def upcoming_batches(self, epochs: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """The micro-batches from the present step to the end of this epoch and of those after it, on the device."""
 
-        def micro_batches() -> Iterator[tuple[Tensor, Tensor]]:
-            start = self.step * self.accumulation
-            for epoch in range(self.epoch, self.epoch + epochs):
-                yield from itertools.islice(
-                    self.data.train_batches(epoch, start=start), self.steps_per_epoch * self.accumulation - start
-                )
-                start = 0
-
-        return to_device(micro_batches(), self.device)
+        start = self.step * self.accumulation
+        for epoch in range(self.epoch, self.epoch + epochs):
+            yield from itertools.islice(
+                self.data.train_batches(epoch, start=start), self.steps_per_epoch * self.accumulation - start
+            )
+            start = 0

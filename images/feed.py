@@ -1,0 +1,145 @@
+"""Batches from loader processes to the device: finished there by a thread of its own, some batches ahead."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from images.gpu import Finisher
+from images.workers import Leash
+
+AHEAD = 2  # finished batches that wait for the model
+
+
+class Loaded(NamedTuple):
+    """A batch, and what became of the images that it lacks."""
+
+    images: Tensor  # (B, 3, H, W) float32
+    targets: Tensor  # (B,) int64
+    unreadable: list[str]  # what could not be read
+    missing: int  # images that nothing was found to replace with
+    labels: Tensor  # the targets, on the CPU
+
+
+class Feed:
+    """The batches of a loader on a device; without a finisher they are what the loader's processes have made."""
+
+    def __init__(
+        self, loader: DataLoader, device: torch.device, finisher: Finisher | None, leash: Leash | None
+    ) -> None:
+        self.loader, self._device, self._finisher, self._leash = loader, device, finisher, leash
+        self._stream: torch.cuda.Stream | None = None
+        self._thread: _Ahead | None = None
+
+    def __iter__(self) -> Iterator[Loaded]:
+        self.stop()
+        batches = iter(self.loader)  # by the main thread, which torch tells of its processes' ends
+        if self._leash is not None:
+            self._leash.started()
+        if self._finisher is None:
+            for images, targets, unreadable, missing in batches:
+                yield Loaded(images, targets, unreadable, missing, targets)
+            return
+        if self._device.type == "cpu" or not self.loader.num_workers:
+            # A loader without processes draws from the generators of this one, which a thread would disturb.
+            yield from (self._mend(self._finish(batch), batch) for batch in batches)
+            return
+        self._stream = self._stream or torch.cuda.Stream(self._device)
+        self._thread = ahead = _Ahead(batches, self._finish, self._stream)
+        try:
+            for (finished, batch), done in ahead:
+                current = torch.cuda.current_stream(self._device)
+                current.wait_event(done)
+                for tensor in (finished.loaded.images, finished.loaded.targets):
+                    tensor.record_stream(current)
+                yield self._mend(finished, batch)
+        finally:
+            ahead.stop()
+
+    def stop(self) -> None:
+        """End the thread of an earlier pass, if there is one."""
+        if self._thread is not None:
+            self._thread.stop()
+            self._thread = None
+
+    def _finish(self, batch: Any) -> _Finished:
+        parcel, targets, unreadable, missing, _ = batch
+        if parcel is None:
+            return _Finished(Loaded(torch.empty(0), targets, unreadable, missing, targets), [])
+        images, failed = self._finisher(parcel)
+        on_device = targets.to(self._device, non_blocking=True)
+        return _Finished(Loaded(images, on_device, unreadable, missing, targets), failed)
+
+    def _mend(self, finished: _Finished, batch: Any) -> Loaded:
+        """Images that neither the device nor Pillow could decode, replaced as any unreadable image is."""
+        loaded = finished.loaded
+        if not finished.failed:
+            return loaded
+        keys, lost, unreadable = batch[4], [], list(loaded.unreadable)
+        labels = loaded.labels.clone()
+        for row in finished.failed:
+            image, label, problem = self.loader.dataset.whole(keys[row])
+            unreadable += [problem] if problem else []
+            if image is None:
+                lost.append(row)
+            else:
+                loaded.images[row] = image.to(self._device)
+                labels[row] = label
+        kept = torch.tensor([row for row in range(len(labels)) if row not in lost], dtype=torch.int64)
+        images = loaded.images[kept.to(self._device)] if lost else loaded.images
+        labels = labels[kept]
+        return Loaded(images, labels.to(self._device), unreadable, loaded.missing + len(lost), labels)
+
+
+class _Finished(NamedTuple):
+    loaded: Loaded
+    failed: list[int]  # rows that could not be decoded
+
+
+class _Ahead:
+    """Batches finished in a thread, on a stream."""
+
+    def __init__(self, batches: Iterator[Any], finish: Any, stream: torch.cuda.Stream) -> None:
+        self._batches, self._finish, self._stream = batches, finish, stream
+        self._ready: queue.Queue[Any] = queue.Queue(AHEAD)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="images", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[tuple[tuple[_Finished, Any], torch.cuda.Event]]:
+        while (item := self._ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def stop(self) -> None:
+        self._stopped.set()
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                self._ready.get(timeout=0.05)  # it may be waiting for room
+
+    def _work(self) -> None:
+        try:
+            with torch.cuda.stream(self._stream):
+                for batch in self._batches:
+                    if self._stopped.is_set():
+                        return
+                    finished = self._finish(batch)
+                    self._put(((finished, batch), self._stream.record_event()))
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: Any) -> None:
+        while not self._stopped.is_set():
+            try:
+                return self._ready.put(item, timeout=1.0)
+            except queue.Full:
+                continue

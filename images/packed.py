@@ -1,0 +1,172 @@
+"""Samples on their way to a device: what loader processes make of an image in place of finishing it.
+
+`Pixels` lets timm do all of augmentation on 8-bit pixels and leaves normalisation to the device; `Draws` only draws,
+and leaves all else. Both are packed into parcels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import get_worker_info
+from torchvision import transforms
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from images.decode import open_image, plain_jpeg
+from images.draws import TENSOR_STEPS, CannotDraw, Crop, Drawing, Drawn, Erasing
+from images.order import Key, reseed, seeded
+from images.parcel import JPEG, PIXELS, RESIDENT, Parcel, Sample, pack
+from images.resident import Resident
+from images.samples import Images, Stream
+
+_GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly
+
+
+class Opened(NamedTuple):
+    """An image of which the size is known: its file, its pixels (height, width, 3), or its number where it is kept."""
+
+    kind: int
+    place: Any
+    height: int
+    width: int
+
+
+class Pixels:
+    """A transform, but for normalisation: 8-bit pixels and the boxes that are to be erased."""
+
+    def __init__(self, transform: transforms.Compose, size: int) -> None:
+        steps = [step for step in transform.transforms if not isinstance(step, (*TENSOR_STEPS, RandomErasing))]
+        self._transform, self._erasing, self._size = transforms.Compose(steps), Erasing(transform), size
+        self._crop = Crop(0, 0, size, size, size, size, 0, 0, bicubic=False)
+
+    def open(self, content: bytes | Image.Image, position: int) -> Image.Image:
+        """An image from its file. Raises whatever Pillow does."""
+        return open_image(io.BytesIO(content)) if isinstance(content, bytes) else content
+
+    def make(self, image: Image.Image, seed: int, *key: int) -> Sample:
+        """The sample of an image, under the seed of that key."""
+        with _seeded(seed, *key):
+            pixels = np.asarray(self._transform(image))
+            return Sample(pixels, PIXELS, Drawn(self._crop, False, (), self._erasing.draw(self._size)))
+
+
+class Draws:
+    """What a transform draws; the image stays a file, where the device decodes it, or whole pixels.
+
+    share: of the files that a GPU can decode, those that it is given. resident: where the images are already.
+    """
+
+    def __init__(
+        self, transform: transforms.Compose, size: int, share: float, resident: Resident | None = None
+    ) -> None:
+        self._pixels, self.share, self.resident = Pixels(transform, size), share, resident
+        self._drawing = Drawing(transform)
+
+    def kept(self, index: int) -> Opened:
+        """Image number `index`, where all are kept. Raises Unreadable."""
+        return Opened(RESIDENT, index, *self.resident.size(index))
+
+    def open(self, content: bytes | Image.Image, position: int) -> Opened:
+        """An image from its file. Raises whatever Pillow does."""
+        if isinstance(content, bytes):
+            size = plain_jpeg(content) if content.startswith(b"\xff\xd8") else None
+            if size is not None and position * _GOLDEN % 1 < self.share:
+                return Opened(JPEG, content, *size)
+            pixels = _decoded(content) if size is not None else np.asarray(open_image(io.BytesIO(content)))
+        else:
+            pixels = np.asarray(content)
+        return Opened(PIXELS, pixels, *pixels.shape[:2])
+
+    def make(self, opened: Opened, seed: int, *key: int) -> Sample:
+        """The sample of an image, under the seed of that key."""
+        kind, place, height, width = opened
+        try:
+            with _seeded(seed, *key):
+                drawn = self._drawing.draw(height, width)
+        except CannotDraw:  # a rotation by 180 degrees, say
+            return self._pixels.make(self._image(opened), seed, *key)
+        if kind == PIXELS:
+            crop = drawn.crop
+            place = place[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+            drawn = drawn._replace(crop=crop._replace(top=0, left=0))
+        return Sample(place, kind, drawn)
+
+    def _image(self, opened: Opened) -> Image.Image:
+        if opened.kind == JPEG:
+            return open_image(io.BytesIO(opened.place))
+        return Image.fromarray(self.resident.array(opened.place) if opened.kind == RESIDENT else opened.place)
+
+
+def _seeded(seed: int, *key: int) -> contextlib.AbstractContextManager[None]:
+    """Seeded generators; in a loader process nobody else needs them, so they are not put back."""
+    if get_worker_info() is None:
+        return seeded(seed, *key)
+    reseed(seed, *key)
+    return contextlib.nullcontext()
+
+
+def _decoded(content: bytes) -> np.ndarray:
+    """A plain JPEG as (height, width, 3): libjpeg-turbo in torchvision, which takes less time than through Pillow."""
+    try:
+        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        return decode_jpeg(data, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    except RuntimeError:
+        return np.asarray(open_image(io.BytesIO(content)))
+
+
+class PackedImages(Images):
+    """A set of images as samples for parcels, each with its key: (sample or None, label, problem, key)."""
+
+    def __init__(self, source: Any, transform: transforms.Compose, seed: int, attempts: int, maker: Pixels | Draws):
+        super().__init__(source, transform, seed, attempts)
+        self._maker = maker
+
+    def __getitem__(self, key: Key) -> tuple[Sample | None, int, str | None, Key]:
+        return *super().__getitem__(key), key
+
+    def whole(self, key: Key) -> tuple[Tensor | None, int, str | None]:
+        """The sample finished by Pillow and timm alone, as (image, label, problem)."""
+        return Images(self._source, self._transform, self._seed, self._attempts)[key]
+
+    def _read(self, index: int, position: int) -> tuple[Any, int]:
+        if isinstance(self._maker, Draws) and self._maker.resident is not None:
+            return self._maker.kept(index), self._maker.resident.label(index)
+        content, target = self.content(index)
+        return self._maker.open(content, position), target
+
+    def _made(self, image: Any, *key: int) -> Sample:
+        return self._maker.make(image, self._seed, *key)
+
+
+class PackedStream(Stream):
+    """A stream as samples for parcels: (sample, label, None, None)."""
+
+    def __init__(self, source: Any, transform: transforms.Compose, seed: int, rank: int, maker: Pixels | Draws) -> None:
+        super().__init__(source, transform, seed, rank)
+        self._maker = maker
+
+    def __iter__(self) -> Iterator[tuple[Sample, int, None, None]]:
+        return ((*sample, None) for sample in super().__iter__())
+
+    def _made(self, image: Image.Image, *key: int) -> Sample:
+        with seeded(self._seed, *key):  # the readers of a stream may draw too
+            return self._maker.make(self._maker.open(image, 0), self._seed, *key)
+
+
+def collate_packed(
+    samples: list[tuple[Sample | None, int, str | None, Key | None]],
+) -> tuple[Parcel | None, Tensor, list[str], int, list[Key | None]]:
+    """A parcel (None of nothing), labels (B,), what could not be read, how many images are missing, their keys."""
+    found = [(sample, target, key) for sample, target, _, key in samples if sample is not None]
+    targets = torch.tensor([target for _, target, _ in found], dtype=torch.int64)
+    problems = [problem for _, _, problem, _ in samples if problem]
+    parcel = pack([sample for sample, *_ in found]) if found else None
+    return parcel, targets, problems, len(samples) - len(found), [key for *_, key in found]

@@ -1,0 +1,126 @@
+"""Who makes batches of images: loader processes alone, or with the device; what of a set is kept there."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import sys
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from config import Config, UserError
+from images.draws import CannotDraw
+from images.feed import Feed
+from images.gpu import Finisher
+from images.order import Key
+from images.packed import Draws, PackedImages, PackedStream, Pixels, collate_packed
+from images.resident import Resident, keep
+from images.samples import Images, Stream, collate
+from images.workers import Leash
+
+# Images a second that one core and one GPU decode; by them the files are shared out where data.gpu_decode is null.
+CORE_DECODES, GPU_DECODES = 450, 2500
+DECODING_BATCH = 256  # images that a loader process decodes at a time for a set that is kept
+
+
+class FeedMaker:
+    """Makes the feeds of a run from its configuration; `described` says how, for the manifest."""
+
+    def __init__(self, cfg: Config, device: torch.device, workers: int, leash: Leash | None) -> None:
+        self._cfg, self._device, self._workers, self._leash = cfg, device, workers, leash
+        self._name = choose_pipeline(cfg, device)
+        self.described: dict[str, Any] = {"pipeline": self._name}
+
+    def feed(self, images: Images | Stream, size: int, order: Any, *, training: bool) -> Feed:
+        """The batches of `size` images, in that order."""
+        maker, resident = self._maker(images, training)
+        if maker is None:
+            return Feed(self._loader(images, size, order, collate, drop=training), self._device, None, self._leash)
+        cfg = self._cfg
+        finisher = Finisher(cfg.model.img_size, cfg.data.mean, cfg.data.std, self._device, resident)
+        packed = images.packed(PackedStream if isinstance(images, Stream) else PackedImages, maker)
+        loader = self._loader(packed, size, order, collate_packed, drop=training)
+        return Feed(loader, self._device, finisher, self._leash)
+
+    def _maker(self, images: Images | Stream, training: bool) -> tuple[Pixels | Draws | None, Resident | None]:
+        cfg, size = self._cfg, self._cfg.model.img_size
+        if self._name == "cpu":
+            return (Pixels(images.transform, size) if self._device.type == "cuda" and _has_triton() else None), None
+        try:
+            draws = Draws(images.transform, size, 0.0)
+        except CannotDraw as error:
+            if cfg.data.pipeline == "gpu":
+                raise UserError(
+                    f"data.pipeline is gpu, and it has no {error}: set data.pipeline=cpu (--pipeline cpu) or auto."
+                ) from None
+            self.described["pipeline"] = "cpu"
+            return Pixels(images.transform, size), None
+        part = "training" if training else "evaluation"
+        draws.resident = None if isinstance(images, Stream) else self._kept(images)
+        if draws.resident is not None:
+            self.described[f"{part}_set_kept"] = {"images": len(draws.resident), "bytes": draws.resident.nbytes}
+        elif training and self._device.type == "cuda":
+            draws.share = self.described["decoded_by_gpu"] = gpu_share(cfg, self._workers)
+        return draws, draws.resident
+
+    def _kept(self, images: Images) -> Resident | None:
+        if not self._cfg.data.resident:
+            return None
+        limit = self._cfg.data.resident * _free_bytes(self._device)
+
+        def loader(decoding: Dataset, collate: Any) -> DataLoader:
+            return self._loader(decoding, DECODING_BATCH, None, collate, drop=False)
+
+        return keep(images, limit, self._device, loader)
+
+    def _loader(
+        self, images: Dataset, size: int, order: Sampler | list[Key] | None, collate: Any, *, drop: bool
+    ) -> DataLoader:
+        cfg, workers, once = self._cfg, self._workers, order is None and not isinstance(images, Stream)
+        return DataLoader(
+            images,
+            size,
+            sampler=order,
+            drop_last=drop,
+            num_workers=workers,
+            persistent_workers=workers > 0 and not once,
+            collate_fn=collate,
+            worker_init_fn=self._leash and self._leash.hold,
+            pin_memory=cfg.data.pin_mem and self._device.type == "cuda" and not once,
+            # The seeds of its workers would come from the process's own generator.
+            generator=torch.Generator().manual_seed(cfg.run.seed),
+        )
+
+
+def choose_pipeline(cfg: Config, device: torch.device) -> str:
+    """`cpu` or `gpu`. Raises UserError where the latter is asked for and cannot be had."""
+    if cfg.data.pipeline == "auto":
+        return "gpu" if device.type == "cuda" and _has_triton() else "cpu"
+    if cfg.data.pipeline == "gpu" and device.type == "cuda" and not _has_triton():
+        raise UserError("data.pipeline gpu needs the package triton, which is not installed: use --pipeline cpu.")
+    return cfg.data.pipeline
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def gpu_share(cfg: Config, workers: int) -> float:
+    """Of the JPEG files that a GPU can decode, the share that it is given.
+
+    It follows from the configuration and the loader processes, never from how fast they turn out to be: which images
+    the GPU decodes decides bits.
+    """
+    if cfg.data.gpu_decode is not None:
+        return cfg.data.gpu_decode
+    return round(GPU_DECODES / (GPU_DECODES + CORE_DECODES * max(workers, 1)), 2)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if sys.platform == "linux" else 2**30
