@@ -22,8 +22,10 @@ def make_config(*overrides: str, base: list[str] | None = None) -> Config:
     return load_config(overrides=[*(RECIPE if base is None else base), "data.num_workers=0", *overrides])
 
 
-def make_data(*overrides: str, rank: int = 0, world_size: int = 1, batch_size: int = 8, **kwargs: list[str]) -> Data:
-    return build_data(make_config(*overrides, **kwargs), rank=rank, world_size=world_size, batch_size=batch_size)
+def make_data(*overrides: str, base: list[str] | None = None, batch_size: int = 8, **where: int | str) -> Data:
+    """where: rank, world_size, device; one process on the CPU unless they are given."""
+    where = {"rank": 0, "world_size": 1, **where}
+    return build_data(make_config(*overrides, base=base), batch_size=batch_size, **where)
 
 
 def make_folder(root: Path, train: int = 6, val: int = 4, classes: tuple[str, ...] = ("ant", "bee")) -> Path:

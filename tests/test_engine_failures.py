@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 import engine
-from datasets import build_data
+from datasets import Data, build_data
 from engine import Run
 from record.checkpoint import load_checkpoint
 
@@ -151,7 +151,7 @@ def test_a_step_that_breaks_a_weight_leaves_the_checkpoint_as_it_was(
 def test_data_that_ends_early_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    replace(monkeypatch, engine.to_device, lambda *_: iter(()))
+    monkeypatch.setattr(Data, "train_batches", lambda *_args, **_kwargs: iter(()))
     assert exit_code(tiny(tmp_path / "run")) == 1
     assert capsys.readouterr().err == "error: The training data ended after 0 of the 4 steps of epoch 0.\n"
 

@@ -1,0 +1,275 @@
+"""Images from files to the model: loader processes and device alone, and whole training against a resident batch.
+
+    python benchmarks/bench_images.py [--models deit_tiny swin_tiny] [--pipelines cpu gpu] [--workers 16] [--loader]
+
+It makes its own JPEG files of ImageNet's size (500x375, about 70 kB; --files of them) in a temporary folder, and trains
+from them with the recipe's augmentation, mixup included. `resident` is the same run on one batch that stays on the
+device. Turns of --steps steps alternate; a sample is the mean step of a turn. Rows of `loader` are of the batches
+alone, with nothing else on the device; `float` is what loader processes finish by themselves, as they did before there
+were pipelines. Rows of `cpu` give what one core spends on an image, stage by stage.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import itertools
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_step import BATCH
+from common import MODELS, TINY, Results, command, method_config, parse, parser_for
+from PIL import Image
+
+from config import load_config
+from datasets import build_data
+from engine import Run, train_step
+from images.draws import Drawing
+from images.order import AUGMENT, seeded
+from images.packed import Draws
+from images.parcel import pack
+from images.transforms import train_transform
+from main import build_run
+
+SIZE = (500, 375)
+QUALITY = 90  # which with the noise below gives files of about 70 kB
+PIPELINES = {
+    "float": [],
+    "cpu": ["data.pipeline=cpu"],
+    "gpu": ["data.pipeline=gpu"],
+    "gpu, libjpeg": ["data.pipeline=gpu", "data.gpu_decode=0"],
+    "gpu, nvjpeg": ["data.pipeline=gpu", "data.gpu_decode=1"],
+}
+
+
+def photograph(seed: int) -> bytes:
+    """A JPEG file with edges, gradients and grain."""
+    rng = np.random.default_rng(seed)
+    size = SIZE
+    image = np.zeros((size[1], size[0], 3))
+    for side, weight in ((4, 90.0), (12, 60.0), (40, 30.0)):
+        small = rng.normal(0, weight, (side, side + side // 3, 3)).astype(np.float32)
+        planes = [Image.fromarray(small[:, :, c]).resize(size, Image.Resampling.BICUBIC) for c in range(3)]
+        image += np.stack([np.asarray(plane) for plane in planes], 2)
+    grain = rng.normal(0, 7.0, (size[1], size[0], 1))
+    stream = io.BytesIO()
+    pixels = (image + grain + 120).clip(0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(stream, "JPEG", quality=QUALITY)
+    return stream.getvalue()
+
+
+def _write(task: tuple[str, int]) -> int:
+    path, seed = task
+    return Path(path).write_bytes(photograph(seed))
+
+
+def make_files(root: Path, count: int) -> None:
+    """An image folder of two classes: 64 different files, linked as often as it takes."""
+    different = min(64, count)
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            (root / split / label).mkdir(parents=True)
+    originals = [(str(root / f"{seed}.jpg"), seed) for seed in range(different)]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        sizes = list(pool.map(_write, originals, chunksize=4))
+    print(f"{count} files of {SIZE[0]}x{SIZE[1]}, {sum(sizes) / len(sizes) / 1e3:.1f} kB on average")
+    for number in range(count):
+        os.link(originals[number % different][0], root / "train" / "ab"[number % 2] / f"{number:06}.jpg")
+        if number < 8:
+            os.link(originals[number][0], root / "val" / "ab"[number % 2] / f"{number}.jpg")
+
+
+def config_of(model: str, root: Path, options: Any, pipeline: str) -> list[str]:
+    batch = 4 if options.quick else BATCH[model]
+    smaller = ["model.img_size=32", f"model.kwargs={TINY['swin' if model.startswith('swin') else 'deit']}"]
+    return [
+        *("data.set=imagenet", f"data.path={root}", f"data.batch_size={batch}", f"optim.global_batch={batch}"),
+        *("run.amp=bfloat16", "probes.enabled=false", f"data.num_workers={options.workers}"),
+        *("schedule.epochs=90", "data.resident=0"),
+        *(smaller if options.quick else []),
+        *PIPELINES[pipeline],
+    ]
+
+
+def endless(run: Run) -> Iterator[Any]:
+    """The run's batches, epoch after epoch."""
+    return itertools.chain.from_iterable(run.data.train_batches(epoch) for epoch in itertools.count())
+
+
+def cpu_seconds() -> float:
+    """What this process and its loader processes have used so far."""
+    pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def loader_alone(results: Results, model: str, root: Path, options: Any, device: torch.device) -> None:
+    """Batches as fast as they come."""
+    samples, cores = {}, {}
+    for name in options.pipelines:
+        cfg = load_config(method_config(model, "tetrajet"), config_of(model, root, options, name))
+        size = cfg.data.batch_size
+        place = "cpu" if name == "float" else device
+        data = build_data(cfg, rank=0, world_size=1, batch_size=size, device=place)
+        batches = itertools.chain.from_iterable(data.train_batches(epoch) for epoch in itertools.count())
+        for _ in range(options.warmup + 2):
+            next(batches)
+        samples[name], used = [], cpu_seconds()
+        for _ in range(options.rounds):
+            began = time.perf_counter()
+            for _ in range(options.steps):
+                images, _ = next(batches)
+            if images.is_cuda:
+                torch.cuda.synchronize(device)
+            samples[name].append(1e3 * (time.perf_counter() - began) / options.steps)
+        cores[name] = 1e3 * (cpu_seconds() - used) / (options.rounds * options.steps * size)
+        batches.close()
+        data.close()
+        del data, batches
+        gc.collect()
+    results.add(
+        f"loader {model}",
+        f"batch {size}, {options.workers} workers",
+        samples,
+        dict.fromkeys(samples, next(iter(samples))),
+        rate=lambda _, seconds: size / seconds,
+        rate_unit="images/s",
+    )
+    print("  CPU ms an image: " + ", ".join(f"{name} {used:.2f}" for name, used in cores.items()))
+
+
+def training(results: Results, model: str, root: Path, options: Any, device: torch.device) -> None:
+    """Whole steps with files, and with a batch that stays."""
+    samples, batch = {}, 0
+    for name in [name for name in options.pipelines if name != "float"]:
+        overrides = config_of(model, root, options, name)
+        cfg = load_config(method_config(model, "tetrajet"), [*overrides, *options.carrier_override])
+        batch = cfg.data.batch_size
+        with tempfile.TemporaryDirectory() as folder:
+            run = build_run(cfg, Path(folder) / "run", rank=0, world_size=1, device=device)
+        run.wrapped.train()
+        files = endless(run)
+        kept = next(files)
+        kept = tuple(tensor.clone() for tensor in kept)
+        sources = {"resident": itertools.repeat(kept), name: files}
+        for source in sources.values():  # graphs are recorded after eleven steps
+            turn(run, source, 2 if options.quick else 14, device)
+        for _ in range(options.rounds):
+            for variant, source in sources.items():
+                label = f"resident ({name})" if variant == "resident" else variant
+                samples.setdefault(label, []).append(turn(run, source, options.steps, device))
+        files.close()
+        run.data.close()
+        del run, files, sources, kept, source
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    results.add(
+        f"training {model}",
+        f"batch {batch}, {options.workers} workers",
+        samples,
+        {name: name if name.startswith("resident") else f"resident ({name})" for name in samples},
+        rate=lambda _, seconds: batch / seconds,
+        rate_unit="images/s",
+    )
+
+
+def turn(run: Run, batches: Iterator[Any], steps: int, device: torch.device) -> float:
+    """Milliseconds a step."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(steps):
+        train_step(run, batches)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - began) / steps
+
+
+def stages(results: Results, root: Path, options: Any) -> None:
+    """Milliseconds of one core an image, stage by stage of DeiT's recipe."""
+    torch.set_num_threads(1)
+    cfg = load_config(method_config("deit_tiny", "tetrajet"), config_of("deit_tiny", root, options, "gpu"))
+    content = (root / "0.jpg").read_bytes()
+    transform, size = train_transform(cfg), cfg.model.img_size
+    image = Image.open(io.BytesIO(content)).convert("RGB")
+    crop, flip, policy, tensor, normalise, *_ = transform.transforms
+    cropped, drawing, draws = crop(image), Drawing(transform), Draws(transform, size, 0.0)
+    on_device = Draws(transform, size, 1.0)
+    as_tensor = tensor(cropped)
+    opened, kept = draws.open(content, 0), on_device.open(content, 0)
+    packed = [draws.make(opened, 0, AUGMENT, 0, number) for number in range(32)]
+
+    def seeds() -> None:
+        with seeded(0, AUGMENT, 0, 1):
+            pass
+
+    calls: dict[str, Callable[[], object]] = {
+        "decode (Pillow)": lambda: Image.open(io.BytesIO(content)).convert("RGB"),
+        "decode (torchvision)": lambda: draws.open(content, 0),
+        "header": lambda: on_device.open(content, 0),
+        "crop and resize": lambda: crop(image),
+        "flip": lambda: flip(cropped),
+        "RandAugment": lambda: policy(cropped),
+        "to tensor": lambda: tensor(cropped),
+        "normalise": lambda: normalise(as_tensor),
+        "seeds, and putting them back": seeds,
+        "draws": lambda: drawing.draw(kept.height, kept.width),
+        "pack 32 of them": lambda: pack(packed),
+    }
+    samples = {}
+    for name, call in calls.items():
+        samples[name] = []
+        for _ in range(options.rounds):
+            began = time.perf_counter()
+            for _ in range(2 if options.quick else 50):
+                call()
+            samples[name].append(1e3 * (time.perf_counter() - began) / (2 if options.quick else 50))
+    results.add("cpu deit_tiny", "1 core", samples, {name: name for name in samples})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_for(__doc__, rounds=4)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS, help="default: all five")
+    parser.add_argument(
+        "--pipelines", nargs="+", default=["float", "cpu", "gpu"], choices=PIPELINES, help="default: float cpu gpu"
+    )
+    parser.add_argument("--workers", type=int, help="loader processes (default: one a core)")
+    parser.add_argument("--files", type=int, help="how many there are (default: 16384)")
+    parser.add_argument("--steps", type=int, help="steps of a turn (default: 24)")
+    parser.add_argument("--loader", action="store_true", help="the batches alone as well")
+    parser.add_argument("--no-training", action="store_true", help="not the training")
+    parser.add_argument("--stages", action="store_true", help="what one core spends on an image as well")
+    parser.add_argument("--carrier", default="bf16", choices=["bf16", "fp8"], help="quant.carrier")
+    options, device = parse(parser, argv)
+    if options.workers is None:
+        options.workers = 0 if options.quick else len(os.sched_getaffinity(0))
+    options.files = options.files or (64 if options.quick else 16384)
+    options.steps = options.steps or (2 if options.quick else 24)
+    results = Results("images", options, device)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        make_files(root, options.files)
+        if options.stages:
+            stages(results, root, options)
+        for model in options.models:
+            if options.loader:
+                loader_alone(results, model, root, options, device)
+            if not options.no_training:
+                training(results, model, root, options, device)
+            results.write()
+
+
+if __name__ == "__main__":
+    command(main)

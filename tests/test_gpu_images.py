@@ -1,0 +1,103 @@
+"""Batches of images made on a GPU: Pillow's bits at the sizes of training, and what its JPEG decoder does."""
+
+from __future__ import annotations
+
+import io
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import assert_same, folder_config, make_data, stack
+from image_cases import CASES, drawn_batch, every_operation, extreme_batch, finished, unequal
+from PIL import Image
+from test_draws import photograph
+from test_pipeline import FILES, folder  # noqa: F401 (a fixture)
+from torchvision.io import decode_jpeg
+
+from images.parcel import JPEG
+
+pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", [32, 64, 224])
+def test_kernels_give_pillows_bits(case, size):
+    count = 26 if size == 224 else 104
+    assert unequal(drawn_batch(case, size, count, GPU), size, GPU) == []
+
+
+@pytest.mark.parametrize("size", [17, 32, 100])
+def test_kernels_give_pillows_bits_of_extreme_images(size):
+    assert unequal(extreme_batch(size, GPU, every_operation()), size, GPU) == []
+
+
+def test_the_gpus_decoder_is_within_a_few_levels():
+    batch = drawn_batch("const", 224, 60, GPU, files=True)
+    images = finished(batch, 224, GPU)
+    different = (images - batch.expected).abs() * (0.226 * 255)  # about levels
+    decoded = torch.tensor([sample.kind == JPEG for sample in batch.samples])
+    assert different[~decoded].max() == 0
+    means = different[decoded].mean(dim=(1, 2, 3))
+    assert 0 < means.max() < 1.5 and means.mean() < 1.0
+
+
+def test_batches_of_a_run_are_the_loaders(folder):  # noqa: F811
+    base = folder_config(folder)
+    for more in (FILES, "data.resident=0.01"):
+        for workers in (0, 2):
+            options = [more, f"data.num_workers={workers}", "data.gpu_decode=0"]
+            data = make_data(*options, base=base, batch_size=4, device="cuda")
+            expected = make_data(base=base, batch_size=4)
+            assert data.pipeline["pipeline"] == "gpu"
+            for epoch in range(2):
+                images, targets = stack(data.train_batches(epoch))
+                assert images.is_cuda and targets.is_cuda
+                assert_same(expected.train_batches(epoch), [(images.cpu(), targets.cpu())])
+            images, targets = stack(data.eval_batches())
+            assert_same(expected.eval_batches(), [(images.cpu(), targets.cpu())])
+            data.close()
+
+
+def test_the_loaders_pixels_are_normalised_on_the_device(folder):  # noqa: F811
+    base = folder_config(folder)
+    data = make_data("data.pipeline=cpu", "data.num_workers=2", base=base, batch_size=4, device="cuda")
+    images, targets = stack(data.train_batches(0))
+    assert_same(make_data(base=base, batch_size=4).train_batches(0), [(images.cpu(), targets.cpu())])
+
+
+def test_an_abandoned_epoch_and_one_and_two_processes(folder):  # noqa: F811
+    base = folder_config(folder)
+    options = {"base": base, "device": "cuda"}
+    data = make_data("data.num_workers=2", batch_size=4, **options)
+    before = list(itertools.islice(data.train_batches(2), 2))
+    whole = stack(make_data("data.num_workers=1", batch_size=8, **options).train_batches(2))
+    alone = make_data(batch_size=4, **options)
+    share = alone.pipeline.get("decoded_by_gpu")
+    assert_same(alone.train_batches(2), [*before, *data.train_batches(2, start=2)])
+    for rank in range(2):
+        part = stack(make_data(rank=rank, world_size=2, batch_size=4, **options).train_batches(2))
+        assert torch.equal(part[0], whole[0][rank::2]) and torch.equal(part[1], whole[1][rank::2]), share
+
+
+def test_a_file_that_the_gpu_cannot_decode_is_pillows(folder, monkeypatch, capsys):  # noqa: F811
+    options = {"base": [*folder_config(folder), FILES, "data.gpu_decode=1"], "batch_size": 4}
+    expected = make_data("data.gpu_decode=0", base=options["base"], batch_size=4)
+
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr("images.gpu.decode_jpeg", fail)
+    images, targets = stack(make_data(**options, device="cuda").train_batches(0))
+    assert_same(expected.train_batches(0), [(images.cpu(), targets.cpu())])
+
+
+def test_the_gpu_decoder_and_pillow_agree_on_a_grey_image():
+    """The control: where colours are not interpolated the two are close."""
+    stream = io.BytesIO()
+    grey = Image.fromarray(np.repeat(np.asarray(photograph(1, 64, 64))[:, :, :1], 3, 2))
+    grey.save(stream, "JPEG", quality=95)
+    data = torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)
+    mine = decode_jpeg([data], device=GPU)[0].permute(1, 2, 0).cpu().int()
+    assert (mine - torch.from_numpy(np.array(Image.open(stream))).int()).abs().max() <= 2
