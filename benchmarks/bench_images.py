@@ -30,7 +30,7 @@ from common import MODELS, TINY, Results, command, method_config, parse, parser_
 from PIL import Image
 
 from config import load_config
-from datasets import build_data
+from datasets import Data, build_data
 from engine import Run, train_step
 from images.draws import Drawing
 from images.order import AUGMENT, seeded
@@ -99,9 +99,10 @@ def config_of(model: str, root: Path, options: Any, pipeline: str) -> list[str]:
     ]
 
 
-def endless(run: Run) -> Iterator[Any]:
-    """The run's batches, epoch after epoch."""
-    return itertools.chain.from_iterable(run.data.train_batches(epoch) for epoch in itertools.count())
+def endless(data: Data) -> Iterator[Any]:
+    """The batches of a run, epoch after epoch."""
+    for epoch in itertools.count():
+        yield from data.train_batches(epoch)
 
 
 def cpu_seconds() -> float:
@@ -122,7 +123,7 @@ def loader_alone(results: Results, model: str, root: Path, options: Any, device:
         size = cfg.data.batch_size
         place = "cpu" if name == "float" else device
         data = build_data(cfg, rank=0, world_size=1, batch_size=size, device=place)
-        batches = itertools.chain.from_iterable(data.train_batches(epoch) for epoch in itertools.count())
+        batches = endless(data)
         for _ in range(options.warmup + 2):
             next(batches)
         samples[name], used = [], cpu_seconds()
@@ -159,7 +160,7 @@ def training(results: Results, model: str, root: Path, options: Any, device: tor
         with tempfile.TemporaryDirectory() as folder:
             run = build_run(cfg, Path(folder) / "run", rank=0, world_size=1, device=device)
         run.wrapped.train()
-        files = endless(run)
+        files = endless(run.data)
         kept = next(files)
         kept = tuple(tensor.clone() for tensor in kept)
         sources = {"resident": itertools.repeat(kept), name: files}
