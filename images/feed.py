@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,9 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from images.gpu import Finisher
+from images.parcel import Parcel
+from images.slots import Slot
 from images.workers import Leash
 
 AHEAD = 2  # finished batches that wait for the model
+PRIORITY = -1  # of the stream: its small kernels go in between the model's, which are waiting for them
 
 
 class Loaded(NamedTuple):
@@ -37,6 +41,7 @@ class Feed:
         self.loader, self._device, self._finisher, self._leash = loader, device, finisher, leash
         self._stream: torch.cuda.Stream | None = None
         self._thread: _Ahead | None = None
+        self._copied: deque[tuple[torch.cuda.Event | None, Slot]] = deque()
 
     def __iter__(self) -> Iterator[Loaded]:
         self.stop()
@@ -51,7 +56,7 @@ class Feed:
             # A loader without processes draws from the generators of this one, which a thread would disturb.
             yield from (self._mend(self._finish(batch), batch) for batch in batches)
             return
-        self._stream = self._stream or torch.cuda.Stream(self._device)
+        self._stream = self._stream or torch.cuda.Stream(self._device, priority=PRIORITY)
         self._thread = ahead = _Ahead(batches, self._finish, self._stream)
         try:
             for (finished, batch), done in ahead:
@@ -70,19 +75,30 @@ class Feed:
             self._thread = None
 
     def _finish(self, batch: Any) -> _Finished:
-        parcel, targets, unreadable, missing, _ = batch
+        parcel, unreadable, missing, _ = batch
         if parcel is None:
-            return _Finished(Loaded(torch.empty(0), targets, unreadable, missing, targets), [])
-        images, failed = self._finisher(parcel)
-        on_device = targets.to(self._device, non_blocking=True)
-        return _Finished(Loaded(images, on_device, unreadable, missing, targets), failed)
+            nothing = torch.empty(0, dtype=torch.int64)
+            return _Finished(Loaded(torch.empty(0), nothing, unreadable, missing, nothing), [])
+        images, targets, failed = self._finisher(parcel)
+        labels = parcel.targets.clone()
+        self._free(parcel)
+        return _Finished(Loaded(images, targets, unreadable, missing, labels), failed)
+
+    def _free(self, parcel: Parcel) -> None:
+        """Let loader processes have the slots of parcels that have been copied, this one's as soon as it has been."""
+        if parcel.slot is None:
+            return
+        copied = None if self._device.type == "cpu" else torch.cuda.current_stream(self._device).record_event()
+        self._copied.append((copied, parcel.slot))
+        while self._copied and (self._copied[0][0] is None or self._copied[0][0].query()):
+            self._copied.popleft()[1].free()
 
     def _mend(self, finished: _Finished, batch: Any) -> Loaded:
         """Images that neither the device nor Pillow could decode, replaced as any unreadable image is."""
         loaded = finished.loaded
         if not finished.failed:
             return loaded
-        keys, lost, unreadable = batch[4], [], list(loaded.unreadable)
+        keys, lost, unreadable = batch[3], [], list(loaded.unreadable)
         labels = loaded.labels.clone()
         for row in finished.failed:
             image, label, problem = self.loader.dataset.whole(keys[row])

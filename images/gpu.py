@@ -42,10 +42,12 @@ class Finisher:
         every_level = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
         self._levels = normalise(every_level, mean, std).reshape(3, 256).to(device)
 
-    def __call__(self, parcel: Parcel) -> tuple[Tensor, list[int]]:
-        """(images (B, 3, size, size) float32 on the device, rows that could not be decoded, which hold anything)."""
+    def __call__(self, parcel: Parcel) -> tuple[Tensor, Tensor, list[int]]:
+        """(images (B, 3, size, size) float32, labels (B,) int64, both on the device, rows that could not be decoded and
+        hold anything)."""
         if self._device.type == "cpu" and not _interpreted():
-            return self._by_pillow(parcel)
+            images, failed = self._by_pillow(parcel)
+            return images, parcel.targets.clone(), failed
         return self._by_kernels(parcel)
 
     def _by_pillow(self, parcel: Parcel) -> tuple[Tensor, list[int]]:
@@ -72,14 +74,11 @@ class Finisher:
             return open_image(io.BytesIO(content.tobytes()))
         return Image.fromarray(content.reshape(-1, image[columns.ROW] // 3, 3))
 
-    def _by_kernels(self, parcel: Parcel) -> tuple[Tensor, list[int]]:
-        memory = torch.empty_like(parcel.memory, device=self._device)
+    def _by_kernels(self, parcel: Parcel) -> tuple[Tensor, Tensor, list[int]]:
         decoded, failed = self._decode(parcel)
-        self._place(parcel, memory, decoded)
-        here = parcel.at(memory)
-        memory.copy_(parcel.memory, non_blocking=True)
-        out = augment(here, self._levels, self._size)
-        return out, failed
+        here = parcel.to(self._device)
+        self._place(here, parcel, decoded)
+        return augment(here, self._levels, self._size), here.targets.clone(), failed
 
     def _decode(self, parcel: Parcel) -> tuple[dict[int, Tensor], list[int]]:
         """JPEG files by row, (3, height, width) or (height, width, 3) seen so, and the rows that cannot be decoded."""
@@ -108,12 +107,11 @@ class Finisher:
         top, left, height, width = parcel.images[row, columns.TOP : columns.WIDTH + 1].tolist()
         return top + height, left + width
 
-    def _place(self, parcel: Parcel, memory: Tensor, decoded: dict[int, Tensor]) -> None:
-        """Addresses into the parcel's table: where on the device each image is."""
-        images = parcel.images
+    def _place(self, here: Parcel, parcel: Parcel, decoded: dict[int, Tensor]) -> None:
+        """Addresses into the table of a parcel on the device: where there each image is."""
+        images = parcel.images.clone()
         kinds = images[:, columns.KIND]
-        start = parcel.layout["source"][0]
-        images[:, columns.START] += torch.where(kinds == PIXELS, memory.data_ptr() + start, 0)
+        images[:, columns.START] += torch.where(kinds == PIXELS, here.memory.data_ptr() + here.layout["source"][0], 0)
         if self._resident is not None:
             resident = kinds == RESIDENT
             places = images[resident, columns.START]
@@ -122,6 +120,7 @@ class Finisher:
         for row, image in decoded.items():
             strides = image.stride()
             images[row, : columns.CHANNEL + 1] = torch.tensor([image.data_ptr(), strides[1], strides[2], strides[0]])
+        here.images.copy_(images)
         self._alive = decoded  # until the next batch: by then this one's kernels are in the stream
 
 

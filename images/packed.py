@@ -26,6 +26,7 @@ from images.order import Key, reseed, seeded
 from images.parcel import JPEG, PIXELS, RESIDENT, Parcel, Sample, pack
 from images.resident import Resident
 from images.samples import Images, Stream
+from images.slots import Slots
 
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly
 
@@ -161,12 +162,18 @@ class PackedStream(Stream):
             return self._maker.make(self._maker.open(image, 0), self._seed, *key)
 
 
-def collate_packed(
-    samples: list[tuple[Sample | None, int, str | None, Key | None]],
-) -> tuple[Parcel | None, Tensor, list[str], int, list[Key | None]]:
-    """A parcel (None of nothing), labels (B,), what could not be read, how many images are missing, their keys."""
-    found = [(sample, target, key) for sample, target, _, key in samples if sample is not None]
-    targets = torch.tensor([target for _, target, _ in found], dtype=torch.int64)
-    problems = [problem for _, _, problem, _ in samples if problem]
-    parcel = pack([sample for sample, *_ in found]) if found else None
-    return parcel, targets, problems, len(samples) - len(found), [key for *_, key in found]
+class Collate:
+    """Samples to (parcel or None of nothing, what could not be read, how many images are missing, the others' keys)."""
+
+    def __init__(self, slots: Slots | None = None) -> None:
+        self._slots = slots
+
+    def __call__(
+        self, samples: list[tuple[Sample | None, int, str | None, Key | None]]
+    ) -> tuple[Parcel | None, list[str], int, list[Key | None]]:
+        found = [(sample, target, key) for sample, target, _, key in samples if sample is not None]
+        problems = [problem for _, _, problem, _ in samples if problem]
+        parcel = None
+        if found:
+            parcel = pack([sample for sample, *_ in found], [target for _, target, _ in found], self._slots)
+        return parcel, problems, len(samples) - len(found), [key for *_, key in found]

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from images.draws import AUTO_CONTRAST, BLUR, CONTRAST, EQUALIZE, TABLE, VALUES, Box, Crop, Drawn, Operation
+from images.slots import Slot, Slots
 
 PIXELS, JPEG, RESIDENT = range(3)  # an image's pixels (height, width, 3); its file; its number in a Resident
 
@@ -52,11 +52,15 @@ class Extent(NamedTuple):
 
 @dataclass
 class Parcel:
-    """A batch of images, packed; `sections` are views of `memory` (uint8), on whatever device that is."""
+    """A batch of images, packed: its sections are attributes, views of `memory` (uint8) on whatever device that is.
+
+    images, operations, values, boxes, noise, tables, targets (B,) int64, source: the images themselves.
+    """
 
     memory: Tensor
     layout: dict[str, tuple[int, tuple[int, ...], torch.dtype]]  # section: first byte, shape, dtype
     extent: Extent
+    slot: Slot | None = None  # whose memory it is, in a process that shares it
 
     def __getattr__(self, name: str) -> Tensor:
         try:
@@ -66,25 +70,29 @@ class Parcel:
         count = math.prod(shape) * dtype.itemsize
         return self.memory[start : start + count].view(dtype).view(shape)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+    def __reduce__(self) -> tuple:
+        if self.slot is None:
+            return Parcel, (self.memory, self.layout, self.extent)
+        return _unpacked, (self.slot, self.memory.numel(), self.layout, self.extent)
 
     def __len__(self) -> int:
         return self.layout["images"][1][0]
 
-    def pin_memory(self) -> Parcel:
-        return Parcel(self.memory.pin_memory(), self.layout, self.extent)
-
-    def at(self, memory: Tensor) -> Parcel:
-        """The same sections in other memory, a copy on a device for example."""
+    def to(self, device: torch.device) -> Parcel:
+        """A copy on a GPU, on its way while the program goes on; the slot may be freed when it is there."""
+        memory = torch.empty_like(self.memory, device=device)
+        if self.slot is not None:
+            self.slot.pin(self.memory.numel())
+        memory.copy_(self.memory, non_blocking=True)
         return Parcel(memory, self.layout, self.extent)
 
 
-def pack(samples: Sequence[Sample]) -> Parcel:
-    """Samples to a parcel; in a loader process in memory that it shares with the main one."""
+def _unpacked(slot: Slot, size: int, layout: dict, extent: Extent) -> Parcel:
+    return Parcel(slot.memory(size), layout, extent, slot)
+
+
+def pack(samples: Sequence[Sample], targets: Sequence[int] = (), slots: Slots | None = None) -> Parcel:
+    """Samples to a parcel, in a slot if there is a free one. targets: their labels."""
     rounds = max((len(sample.drawn.operations) for sample in samples), default=0)
     images = np.zeros((len(samples), COLUMNS), np.int64)
     operations = np.zeros((rounds, len(samples), OF_OPERATION), np.int32)
@@ -115,7 +123,8 @@ def pack(samples: Sequence[Sample]) -> Parcel:
     looked_up = np.frombuffer(b"".join(tables), np.uint8).reshape(len(tables), 256)
     sections = {"images": images, "operations": operations, "values": values, "boxes": placed}
     sections |= {"noise": noise, "tables": looked_up}
-    return _write(sections, pieces, _extent(images, operations, lines))
+    sections["targets"] = np.array(targets, np.int64)
+    return _write(sections, pieces, _extent(images, operations, lines), slots)
 
 
 def _extent(images: np.ndarray, operations: np.ndarray, lines: np.ndarray) -> Extent:
@@ -173,14 +182,15 @@ def _place_images(samples: Sequence[Sample], images: np.ndarray) -> list[np.ndar
     return pieces
 
 
-def _write(sections: dict[str, np.ndarray], pieces: list[np.ndarray], extent: Extent) -> Parcel:
+def _write(sections: dict[str, np.ndarray], pieces: list[np.ndarray], extent: Extent, slots: Slots | None) -> Parcel:
     layout, filled = {}, 0
     for name, array in sections.items():
         layout[name] = filled, array.shape, getattr(torch, array.dtype.name)
         filled += -(-array.nbytes // 16) * 16
     size = sum(piece.size for piece in pieces)
     layout["source"] = filled, (size,), torch.uint8
-    memory = _memory(filled + size)
+    slot = slots and slots.take(filled + size)
+    memory = slot.memory(filled + size) if slot else torch.empty(filled + size, dtype=torch.uint8)
     written = memory.numpy()
     for name, array in sections.items():
         start = layout[name][0]
@@ -188,14 +198,7 @@ def _write(sections: dict[str, np.ndarray], pieces: list[np.ndarray], extent: Ex
     for piece in pieces:
         written[filled : filled + piece.size] = piece
         filled += piece.size
-    return Parcel(memory, layout, extent)
-
-
-def _memory(size: int) -> Tensor:
-    if get_worker_info() is None:
-        return torch.empty(size, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(size)  # as default_collate does, else it is copied there on sending
-    return torch.empty(0, dtype=torch.uint8).set_(storage)
+    return Parcel(memory, layout, extent, slot or None)
 
 
 def drawn_of(parcel: Parcel, row: int) -> Drawn:

@@ -13,16 +13,19 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from config import Config, UserError
 from images.draws import CannotDraw
-from images.feed import Feed
+from images.feed import AHEAD, Feed
 from images.gpu import Finisher
 from images.order import Key
-from images.packed import Draws, PackedImages, PackedStream, Pixels, collate_packed
+from images.packed import Collate, Draws, PackedImages, PackedStream, Pixels
 from images.resident import Resident, keep
 from images.samples import Images, Stream, collate
+from images.slots import Slots, can_share
 from images.workers import Leash
 
 # Images a second that one core and one GPU decode; by them the files are shared out where data.gpu_decode is null.
 CORE_DECODES, GPU_DECODES = 450, 2500
+PREFETCH = 2  # batches that a loader process has in hand
+IMAGE_BYTES = 2**20  # of an image in a slot, on average and at most; an image of 500x375 has 560 kB
 DECODING_BATCH = 256  # images that a loader process decodes at a time for a set that is kept
 
 
@@ -42,7 +45,7 @@ class FeedMaker:
         cfg = self._cfg
         finisher = Finisher(cfg.model.img_size, cfg.data.mean, cfg.data.std, self._device, resident)
         packed = images.packed(PackedStream if isinstance(images, Stream) else PackedImages, maker)
-        loader = self._loader(packed, size, order, collate_packed, drop=training)
+        loader = self._loader(packed, size, order, Collate(self._slots(size)), drop=training)
         return Feed(loader, self._device, finisher, self._leash)
 
     def _maker(self, images: Images | Stream, training: bool) -> tuple[Pixels | Draws | None, Resident | None]:
@@ -76,6 +79,16 @@ class FeedMaker:
 
         return keep(images, limit, self._device, loader)
 
+    def _slots(self, size: int) -> Slots | None:
+        """Memory for the parcels of batches of `size` images that loader processes have in hand."""
+        if not self._workers or not can_share():
+            return None
+        try:
+            count = PREFETCH * self._workers + AHEAD + 4
+            return Slots(count, size * IMAGE_BYTES, pinned=self._cfg.data.pin_mem)
+        except OSError:  # they go one by one then
+            return None
+
     def _loader(
         self, images: Dataset, size: int, order: Sampler | list[Key] | None, collate: Any, *, drop: bool
     ) -> DataLoader:
@@ -89,7 +102,7 @@ class FeedMaker:
             persistent_workers=workers > 0 and not once,
             collate_fn=collate,
             worker_init_fn=self._leash and self._leash.hold,
-            pin_memory=cfg.data.pin_mem and self._device.type == "cuda" and not once,
+            prefetch_factor=PREFETCH if workers else None,
             # The seeds of its workers would come from the process's own generator.
             generator=torch.Generator().manual_seed(cfg.run.seed),
         )

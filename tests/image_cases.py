@@ -45,7 +45,7 @@ class Batch(NamedTuple):
 
 
 def finished(batch: Batch, size: int, device: torch.device) -> Tensor:
-    images, failed = Finisher(size, MEAN, STD, device, batch.resident)(pack(batch.samples))
+    images, _, failed = Finisher(size, MEAN, STD, device, batch.resident)(pack(batch.samples))
     assert not failed
     return images.cpu()
 

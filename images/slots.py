@@ -1,0 +1,115 @@
+"""Shared memory for parcels that is used again and again, and that a GPU copies from without a detour.
+
+A tensor that a loader process sends costs a connection to it, answered between its images, new pages, and a copy into
+pinned memory, all of it one batch after the other. A slot costs a number. It is anonymous memory, so the size of
+/dev/shm does not matter, and it takes memory only where it has been written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import mmap
+import multiprocessing
+import os
+import struct
+import weakref
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_NUMBER = struct.Struct("<H")
+_ids = itertools.count()
+_open: weakref.WeakValueDictionary[int, Slots] = weakref.WeakValueDictionary()  # by id, for slots that are received
+
+
+class Slots:
+    """`count` stretches of shared memory of `size` bytes each, which loader processes are forked with.
+
+    pinned: whether a GPU may copy from them while the program goes on. Raises OSError where there is no room for them.
+    """
+
+    def __init__(self, count: int, size: int, *, pinned: bool) -> None:
+        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        self._maps = [np.frombuffer(mmap.mmap(-1, size, flags=flags), np.uint8) for _ in range(count)]
+        self._pinned = pinned
+        self._registered: dict[int, int] = {}  # bytes of a slot that a GPU knows
+        self._read, self._write = os.pipe()  # of the numbers of free slots: a killed reader can leave no lock behind
+        self._close = weakref.finalize(self, _close, self._read, self._write)
+        os.set_blocking(self._read, False)
+        for number in range(count):
+            self.free(number)
+        self.id = next(_ids)
+        _open[self.id] = self
+
+    def take(self, size: int) -> Slot | None:
+        """A free slot, for a loader process; None where there is none of that size."""
+        if size <= self._maps[0].size:
+            with contextlib.suppress(BlockingIOError):
+                return Slot(self, _NUMBER.unpack(os.read(self._read, _NUMBER.size))[0], received=False)
+        return None
+
+    def free(self, number: int) -> None:
+        os.write(self._write, _NUMBER.pack(number))
+
+    def memory(self, number: int, size: int) -> Tensor:
+        """The first `size` bytes of a slot."""
+        return torch.from_numpy(self._maps[number][:size])
+
+    def pin(self, number: int, size: int) -> None:
+        """Let a GPU copy so many bytes of a slot while the program goes on."""
+        known = self._registered.get(number, 0)
+        if known >= size or not self._pinned:
+            return
+        pointer, runtime = self._maps[number].ctypes.data, torch.cuda.cudart()
+        if known:
+            torch.cuda.synchronize()
+            runtime.cudaHostUnregister(pointer)
+        size = min(size + size // 4, self._maps[number].size)
+        if int(runtime.cudaHostRegister(pointer, size, 0)) == 0:
+            self._registered[number] = size
+
+    def unpin(self) -> None:
+        """Let the GPU go of the memory."""
+        for number in self._registered:
+            torch.cuda.cudart().cudaHostUnregister(self._maps[number].ctypes.data)
+        self._registered.clear()
+
+
+class Slot:
+    """A slot in use. The process that has received it frees it, at the latest when it forgets it."""
+
+    def __init__(self, slots: Slots, number: int, *, received: bool) -> None:
+        self._slots, self._number, self._held = slots, number, received
+
+    def memory(self, size: int) -> Tensor:
+        return self._slots.memory(self._number, size)
+
+    def pin(self, size: int) -> None:
+        self._slots.pin(self._number, size)
+
+    def free(self) -> None:
+        if self._held:
+            self._held = False
+            self._slots.free(self._number)
+
+    def __del__(self) -> None:
+        self.free()
+
+    def __reduce__(self) -> tuple:
+        return _received, (self._slots.id, self._number)
+
+
+def _received(slots: int, number: int) -> Slot:
+    return Slot(_open[slots], number, received=True)
+
+
+def _close(read: int, write: int) -> None:
+    os.close(read)
+    os.close(write)
+
+
+def can_share() -> bool:
+    """Whether loader processes are forked, and so have the slots."""
+    return multiprocessing.get_start_method() == "fork"
