@@ -36,7 +36,8 @@ class Slots:
         self._pinned = pinned
         self._registered: dict[int, int] = {}  # bytes of a slot that a GPU knows
         self._read, self._write = os.pipe()  # of the numbers of free slots: a killed reader can leave no lock behind
-        self._close = weakref.finalize(self, _close, self._read, self._write)
+        ends = self._read, self._write, self._maps, self._registered
+        self._close = weakref.finalize(self, _close, os.getpid(), *ends)
         os.set_blocking(self._read, False)
         for number in range(count):
             self.free(number)
@@ -70,12 +71,6 @@ class Slots:
         if int(runtime.cudaHostRegister(pointer, size, 0)) == 0:
             self._registered[number] = size
 
-    def unpin(self) -> None:
-        """Let the GPU go of the memory."""
-        for number in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self._maps[number].ctypes.data)
-        self._registered.clear()
-
 
 class Slot:
     """A slot in use. The process that has received it frees it, at the latest when it forgets it."""
@@ -92,7 +87,8 @@ class Slot:
     def free(self) -> None:
         if self._held:
             self._held = False
-            self._slots.free(self._number)
+            with contextlib.suppress(OSError):  # at the end of the program
+                self._slots.free(self._number)
 
     def __del__(self) -> None:
         self.free()
@@ -105,9 +101,12 @@ def _received(slots: int, number: int) -> Slot:
     return Slot(_open[slots], number, received=True)
 
 
-def _close(read: int, write: int) -> None:
-    os.close(read)
-    os.close(write)
+def _close(pid: int, read: int, write: int, maps: list[np.ndarray], registered: dict[int, int]) -> None:
+    if os.getpid() == pid:  # not a copy in a forked process
+        os.close(read)
+        os.close(write)
+        for number in registered:  # before the memory goes
+            torch.cuda.cudart().cudaHostUnregister(maps[number].ctypes.data)
 
 
 def can_share() -> bool:
