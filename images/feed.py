@@ -6,14 +6,14 @@ import contextlib
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from images.gpu import Finisher
+from images.gpu import Decoded, Finisher
 from images.parcel import Parcel
 from images.slots import Slot
 from images.workers import Leash
@@ -39,7 +39,7 @@ class Feed:
         self, loader: DataLoader, device: torch.device, finisher: Finisher | None, leash: Leash | None
     ) -> None:
         self.loader, self._device, self._finisher, self._leash = loader, device, finisher, leash
-        self._stream: torch.cuda.Stream | None = None
+        self._streams: list[torch.cuda.Stream] = []
         self._thread: _Ahead | None = None
         self._copied: deque[tuple[torch.cuda.Event | None, Slot]] = deque()
 
@@ -54,19 +54,21 @@ class Feed:
             return
         if self._device.type == "cpu" or not self.loader.num_workers:
             # A loader without processes draws from the generators of this one, which a thread would disturb.
-            yield from (self._mend(self._finish(batch), batch) for batch in batches)
+            yield from (self._mend(self._finish(batch, None), batch) for batch in batches)
             return
-        self._stream = self._stream or torch.cuda.Stream(self._device, priority=PRIORITY)
-        self._thread = ahead = _Ahead(batches, self._finish, self._stream)
+        self._streams = self._streams or [torch.cuda.Stream(self._device, priority=PRIORITY) for _ in range(2)]
+        # The GPU's decoder is waited for, by a thread that does nothing else.
+        decoding = _Ahead(batches, self._decode, self._streams[0])
+        self._thread = finishing = _Ahead(decoding, self._finish_decoded, self._streams[1])
         try:
-            for (finished, batch), done in ahead:
+            for (finished, batch), done in finishing:
                 current = torch.cuda.current_stream(self._device)
                 current.wait_event(done)
                 for tensor in (finished.loaded.images, finished.loaded.targets):
                     tensor.record_stream(current)
                 yield self._mend(finished, batch)
         finally:
-            ahead.stop()
+            finishing.stop()
 
     def stop(self) -> None:
         """End the thread of an earlier pass, if there is one."""
@@ -74,12 +76,22 @@ class Feed:
             self._thread.stop()
             self._thread = None
 
-    def _finish(self, batch: Any) -> _Finished:
+    def _decode(self, batch: Any) -> tuple[Any, Decoded | None]:
+        return batch, None if batch[0] is None else self._finisher.decode(batch[0])
+
+    def _finish_decoded(self, item: tuple[tuple[Any, Decoded | None], torch.cuda.Event]) -> tuple[_Finished, Any]:
+        (batch, decoded), done = item
+        self._streams[1].wait_event(done)
+        for image in decoded.images.values() if decoded else ():
+            image.record_stream(self._streams[1])
+        return self._finish(batch, decoded), batch
+
+    def _finish(self, batch: Any, decoded: Decoded | None) -> _Finished:
         parcel, unreadable, missing, _ = batch
         if parcel is None:
             nothing = torch.empty(0, dtype=torch.int64)
             return _Finished(Loaded(torch.empty(0), nothing, unreadable, missing, nothing), [])
-        images, targets, failed = self._finisher(parcel)
+        images, targets, failed = self._finisher(parcel, decoded)
         labels = parcel.targets.clone()
         self._free(parcel)
         return _Finished(Loaded(images, targets, unreadable, missing, labels), failed)
@@ -120,35 +132,42 @@ class _Finished(NamedTuple):
 
 
 class _Ahead:
-    """Batches finished in a thread, on a stream."""
+    """What a function makes of items, in a thread and on a stream, some items ahead: (made, when the stream has it)."""
 
-    def __init__(self, batches: Iterator[Any], finish: Any, stream: torch.cuda.Stream) -> None:
-        self._batches, self._finish, self._stream = batches, finish, stream
+    def __init__(
+        self, items: Iterator[Any] | _Ahead, function: Callable[[Any], Any], stream: torch.cuda.Stream
+    ) -> None:
+        self._items, self._function, self._stream = items, function, stream
         self._ready: queue.Queue[Any] = queue.Queue(AHEAD)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="images", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Iterator[tuple[tuple[_Finished, Any], torch.cuda.Event]]:
+    def __iter__(self) -> Iterator[tuple[Any, torch.cuda.Event]]:
         while (item := self._ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
 
     def stop(self) -> None:
+        """End the thread and those before it; what they have in hand is dropped."""
         self._stopped.set()
+        if isinstance(self._items, _Ahead):
+            self._items.stop()
         while self._thread.is_alive():
             with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.05)  # it may be waiting for room
+        with contextlib.suppress(queue.Full):
+            self._ready.put_nowait(None)  # and whoever waits for it, for this
 
     def _work(self) -> None:
         try:
             with torch.cuda.stream(self._stream):
-                for batch in self._batches:
+                for item in self._items:
                     if self._stopped.is_set():
-                        return
-                    finished = self._finish(batch)
-                    self._put(((finished, batch), self._stream.record_event()))
+                        break
+                    made = self._function(item)
+                    self._put((made, self._stream.record_event()))
             self._put(None)
         except BaseException as error:
             self._put(error)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import io
 import os
+import sys
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,13 @@ from images.resident import Resident
 PIXELS_OF_A_PROGRAM = 1024
 
 
+class Decoded(NamedTuple):
+    """JPEG files of a parcel: images by row, seen as (3, height, width) uint8, and rows that nothing can decode."""
+
+    images: dict[int, Tensor]
+    failed: list[int]
+
+
 class Finisher:
     """From parcels to batches on a device, by the kernels on a GPU and by Pillow on a CPU."""
 
@@ -40,15 +48,19 @@ class Finisher:
     ) -> None:
         self._size, self._mean, self._std, self._device, self._resident = size, mean, std, device, resident
         every_level = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
+        self._said = False
         self._levels = normalise(every_level, mean, std).reshape(3, 256).to(device)
 
-    def __call__(self, parcel: Parcel) -> tuple[Tensor, Tensor, list[int]]:
+    def __call__(self, parcel: Parcel, decoded: Decoded | None = None) -> tuple[Tensor, Tensor, list[int]]:
         """(images (B, 3, size, size) float32, labels (B,) int64, both on the device, rows that could not be decoded and
-        hold anything)."""
+        hold anything). decoded: what `decode` has made of the parcel, if it was asked before."""
         if self._device.type == "cpu" and not _interpreted():
             images, failed = self._by_pillow(parcel)
             return images, parcel.targets.clone(), failed
-        return self._by_kernels(parcel)
+        decoded = self.decode(parcel) if decoded is None else decoded
+        here = parcel.to(self._device)
+        self._place(here, parcel, decoded.images)
+        return augment(here, self._levels, self._size), here.targets.clone(), decoded.failed
 
     def _by_pillow(self, parcel: Parcel) -> tuple[Tensor, list[int]]:
         out, failed = torch.zeros(len(parcel), 3, self._size, self._size), []
@@ -74,34 +86,35 @@ class Finisher:
             return open_image(io.BytesIO(content.tobytes()))
         return Image.fromarray(content.reshape(-1, image[columns.ROW] // 3, 3))
 
-    def _by_kernels(self, parcel: Parcel) -> tuple[Tensor, Tensor, list[int]]:
-        decoded, failed = self._decode(parcel)
-        here = parcel.to(self._device)
-        self._place(here, parcel, decoded)
-        return augment(here, self._levels, self._size), here.targets.clone(), failed
-
-    def _decode(self, parcel: Parcel) -> tuple[dict[int, Tensor], list[int]]:
-        """JPEG files by row, (3, height, width) or (height, width, 3) seen so, and the rows that cannot be decoded."""
+    def decode(self, parcel: Parcel) -> Decoded:
+        """The JPEG files of a parcel, decoded on the device; this waits for it."""
         rows = (parcel.images[:, columns.KIND] == JPEG).nonzero().flatten().tolist()
         if not rows:
-            return {}, []
+            return Decoded({}, [])
         spans = parcel.images[rows][:, [columns.START, columns.LENGTH]].tolist()
         files = [parcel.source[start : start + length] for start, length in spans]
-        decoded: dict[int, Tensor] = {}
         if self._device.type == "cuda":
             try:
                 images = decode_jpeg(files, mode=ImageReadMode.RGB, device=self._device)
-                return dict(zip(rows, images, strict=True)), []
-            except (RuntimeError, torch.OutOfMemoryError):  # one of them, whichever, or memory: on the CPU then
-                pass
-        failed = []
+                return Decoded(dict(zip(rows, images, strict=True)), [])
+            except (RuntimeError, torch.OutOfMemoryError) as error:  # of one file, whichever, or of the decoder
+                self._say_once(error)
+        decoded, failed = {}, []
         for row, file in zip(rows, files, strict=True):
             try:
                 image = np.array(open_image(io.BytesIO(file.numpy().tobytes())))
-            except Exception:
+            except Exception:  # as for all images
                 image, failed = np.zeros((*self._box_end(parcel, row), 3), np.uint8), [*failed, row]
             decoded[row] = torch.from_numpy(image).to(self._device).permute(2, 0, 1)
-        return decoded, failed
+        return Decoded(decoded, failed)
+
+    def _say_once(self, error: Exception) -> None:
+        if not self._said:
+            self._said = True
+            said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            print(
+                f"note: a batch that the GPU cannot decode ({said}) is decoded by Pillow.", file=sys.stderr, flush=True
+            )
 
     def _box_end(self, parcel: Parcel, row: int) -> tuple[int, int]:
         top, left, height, width = parcel.images[row, columns.TOP : columns.WIDTH + 1].tolist()

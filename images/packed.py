@@ -96,7 +96,9 @@ class Draws:
             return self._pixels.make(self._image(opened), seed, *key)
         if kind == PIXELS:
             crop = drawn.crop
-            place = place[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+            place = place[
+                crop.top : crop.top + crop.height, crop.left : crop.left + crop.width
+            ].copy()  # lets go of all
             drawn = drawn._replace(crop=crop._replace(top=0, left=0))
         return Sample(place, kind, drawn)
 

@@ -84,7 +84,7 @@ class FeedMaker:
         if not self._workers or not can_share():
             return None
         try:
-            count = PREFETCH * self._workers + AHEAD + 4
+            count = PREFETCH * self._workers + 2 * AHEAD + 4
             return Slots(count, size * IMAGE_BYTES, pinned=self._cfg.data.pin_mem)
         except OSError:  # they go one by one then
             return None

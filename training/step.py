@@ -87,8 +87,8 @@ def _compute_gradients(run: TrainingState, batches: Batches) -> _Gradients:
 
 
 def _launched(run: TrainingState, gradients: _Gradients) -> Step:
-    """The present step, with its figures on their way to the host."""
-    ready = torch.cuda.Event() if run.device.type == "cuda" else None
+    """The present step, with its figures on their way to the host, which sleeps until they are there."""
+    ready = torch.cuda.Event(blocking=True) if run.device.type == "cuda" else None
     figures = gradients.figures.to("cpu", non_blocking=True)
     if ready is not None:
         ready.record()
