@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import threading
 from collections import deque
@@ -33,12 +34,21 @@ class Loaded(NamedTuple):
 
 
 class Feed:
-    """The batches of a loader on a device; without a finisher they are what the loader's processes have made."""
+    """The batches of a loader on a device; without a finisher they are what the loader's processes have made.
+
+    together: batches whose files the GPU decodes at a time.
+    """
 
     def __init__(
-        self, loader: DataLoader, device: torch.device, finisher: Finisher | None, leash: Leash | None
+        self,
+        loader: DataLoader,
+        device: torch.device,
+        finisher: Finisher | None,
+        leash: Leash | None,
+        together: int = 1,
     ) -> None:
         self.loader, self._device, self._finisher, self._leash = loader, device, finisher, leash
+        self._together = together
         self._streams: list[torch.cuda.Stream] = []
         self._thread: _Ahead | None = None
         self._copied: deque[tuple[torch.cuda.Event | None, Slot]] = deque()
@@ -58,8 +68,8 @@ class Feed:
             return
         self._streams = self._streams or [torch.cuda.Stream(self._device, priority=PRIORITY) for _ in range(2)]
         # The GPU's decoder is waited for, by a thread that does nothing else.
-        decoding = _Ahead(batches, self._decode, self._streams[0])
-        self._thread = finishing = _Ahead(decoding, self._finish_decoded, self._streams[1])
+        decoding = _Ahead(_groups(batches, self._together), self._decode, self._streams[0])
+        self._thread = finishing = _Ahead(_parts(decoding), self._finish_decoded, self._streams[1], before=decoding)
         try:
             for (finished, batch), done in finishing:
                 current = torch.cuda.current_stream(self._device)
@@ -76,11 +86,12 @@ class Feed:
             self._thread.stop()
             self._thread = None
 
-    def _decode(self, batch: Any) -> tuple[Any, Decoded | None]:
-        return batch, None if batch[0] is None else self._finisher.decode(batch[0])
+    def _decode(self, batches: list[Any]) -> list[tuple[Any, Decoded | None]]:
+        decoded = iter(self._finisher.decode([parcel for parcel, *_ in batches if parcel is not None]))
+        return [(batch, None if batch[0] is None else next(decoded)) for batch in batches]
 
-    def _finish_decoded(self, item: tuple[tuple[Any, Decoded | None], torch.cuda.Event]) -> tuple[_Finished, Any]:
-        (batch, decoded), done = item
+    def _finish_decoded(self, item: tuple[Any, Decoded | None, torch.cuda.Event]) -> tuple[_Finished, Any]:
+        batch, decoded, done = item
         self._streams[1].wait_event(done)
         for image in decoded.images.values() if decoded else ():
             image.record_stream(self._streams[1])
@@ -126,6 +137,17 @@ class Feed:
         return Loaded(images, labels.to(self._device), unreadable, loaded.missing + len(lost), labels)
 
 
+def _groups(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while group := list(itertools.islice(batches, size)):
+        yield group
+
+
+def _parts(decoding: _Ahead) -> Iterator[tuple[Any, Decoded | None, torch.cuda.Event]]:
+    for group, done in decoding:
+        for batch, decoded in group:
+            yield batch, decoded, done
+
+
 class _Finished(NamedTuple):
     loaded: Loaded
     failed: list[int]  # rows that could not be decoded
@@ -135,9 +157,13 @@ class _Ahead:
     """What a function makes of items, in a thread and on a stream, some items ahead: (made, when the stream has it)."""
 
     def __init__(
-        self, items: Iterator[Any] | _Ahead, function: Callable[[Any], Any], stream: torch.cuda.Stream
+        self,
+        items: Iterator[Any],
+        function: Callable[[Any], Any],
+        stream: torch.cuda.Stream,
+        before: _Ahead | None = None,
     ) -> None:
-        self._items, self._function, self._stream = items, function, stream
+        self._items, self._function, self._stream, self._before = items, function, stream, before
         self._ready: queue.Queue[Any] = queue.Queue(AHEAD)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="images", daemon=True)
@@ -150,10 +176,10 @@ class _Ahead:
             yield item
 
     def stop(self) -> None:
-        """End the thread and those before it; what they have in hand is dropped."""
+        """End the thread and the one before it; what they have in hand is dropped."""
         self._stopped.set()
-        if isinstance(self._items, _Ahead):
-            self._items.stop()
+        if self._before is not None:
+            self._before.stop()
         while self._thread.is_alive():
             with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.05)  # it may be waiting for room

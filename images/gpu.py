@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import os
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -57,7 +59,7 @@ class Finisher:
         if self._device.type == "cpu" and not _interpreted():
             images, failed = self._by_pillow(parcel)
             return images, parcel.targets.clone(), failed
-        decoded = self.decode(parcel) if decoded is None else decoded
+        decoded = self.decode([parcel])[0] if decoded is None else decoded
         here = parcel.to(self._device)
         self._place(here, parcel, decoded.images)
         return augment(here, self._levels, self._size), here.targets.clone(), decoded.failed
@@ -86,25 +88,27 @@ class Finisher:
             return open_image(io.BytesIO(content.tobytes()))
         return Image.fromarray(content.reshape(-1, image[columns.ROW] // 3, 3))
 
-    def decode(self, parcel: Parcel) -> Decoded:
-        """The JPEG files of a parcel, decoded on the device; this waits for it."""
-        rows = (parcel.images[:, columns.KIND] == JPEG).nonzero().flatten().tolist()
-        if not rows:
-            return Decoded({}, [])
-        spans = parcel.images[rows][:, [columns.START, columns.LENGTH]].tolist()
-        files = [parcel.source[start : start + length] for start, length in spans]
-        if self._device.type == "cuda":
+    def decode(self, parcels: list[Parcel]) -> list[Decoded]:
+        """The JPEG files of parcels, decoded on the device; this waits for it."""
+        rows = [(parcel.images[:, columns.KIND] == JPEG).nonzero().flatten().tolist() for parcel in parcels]
+        files = [list(_files(parcel, of_parcel)) for parcel, of_parcel in zip(parcels, rows, strict=True)]
+        if any(files) and self._device.type == "cuda":
             try:
-                images = decode_jpeg(files, mode=ImageReadMode.RGB, device=self._device)
-                return Decoded(dict(zip(rows, images, strict=True)), [])
+                images = iter(
+                    decode_jpeg(list(itertools.chain.from_iterable(files)), mode=ImageReadMode.RGB, device=self._device)
+                )
+                return [Decoded({row: next(images) for row in of_parcel}, []) for of_parcel in rows]
             except (RuntimeError, torch.OutOfMemoryError) as error:  # of one file, whichever, or of the decoder
                 self._say_once(error)
+        return [self._by_pillow_alone(*of_parcel) for of_parcel in zip(parcels, rows, files, strict=True)]
+
+    def _by_pillow_alone(self, parcel: Parcel, rows: list[int], files: list[Tensor]) -> Decoded:
         decoded, failed = {}, []
         for row, file in zip(rows, files, strict=True):
             try:
                 image = np.array(open_image(io.BytesIO(file.numpy().tobytes())))
             except Exception:  # as for all images
-                image, failed = np.zeros((*self._box_end(parcel, row), 3), np.uint8), [*failed, row]
+                image, failed = np.zeros((*_box_end(parcel, row), 3), np.uint8), [*failed, row]
             decoded[row] = torch.from_numpy(image).to(self._device).permute(2, 0, 1)
         return Decoded(decoded, failed)
 
@@ -115,10 +119,6 @@ class Finisher:
             print(
                 f"note: a batch that the GPU cannot decode ({said}) is decoded by Pillow.", file=sys.stderr, flush=True
             )
-
-    def _box_end(self, parcel: Parcel, row: int) -> tuple[int, int]:
-        top, left, height, width = parcel.images[row, columns.TOP : columns.WIDTH + 1].tolist()
-        return top + height, left + width
 
     def _place(self, here: Parcel, parcel: Parcel, decoded: dict[int, Tensor]) -> None:
         """Addresses into the table of a parcel on the device: where there each image is."""
@@ -135,6 +135,18 @@ class Finisher:
             images[row, : columns.CHANNEL + 1] = torch.tensor([image.data_ptr(), strides[1], strides[2], strides[0]])
         here.images.copy_(images)
         self._alive = decoded  # until the next batch: by then this one's kernels are in the stream
+
+
+def _files(parcel: Parcel, rows: list[int]) -> Iterator[Tensor]:
+    """The files of these rows, (bytes,) uint8 each."""
+    for start, length in parcel.images[rows][:, [columns.START, columns.LENGTH]].tolist():
+        yield parcel.source[start : start + length]
+
+
+def _box_end(parcel: Parcel, row: int) -> tuple[int, int]:
+    """Height and width up to the end of an image's box."""
+    top, left, height, width = parcel.images[row, columns.TOP : columns.WIDTH + 1].tolist()
+    return top + height, left + width
 
 
 def augment(parcel: Parcel, levels: Tensor, size: int) -> Tensor:

@@ -22,8 +22,10 @@ from images.samples import Images, Stream, collate
 from images.slots import Slots, can_share
 from images.workers import Leash
 
-# Images a second that one core and one GPU decode; by them the files are shared out where data.gpu_decode is null.
-CORE_DECODES, GPU_DECODES = 450, 2500
+# Images a second that a loader process and a GPU that trains decode beside each other (an H100 with 16 cores); by them
+# the files are shared out where data.gpu_decode is null.
+CORE_DECODES, GPU_DECODES = 270, 5000
+TOGETHER = 3  # batches whose files a GPU decodes at a time: each time takes some 30 ms beside a training step
 PREFETCH = 2  # batches that a loader process has in hand
 IMAGE_BYTES = 2**20  # of an image in a slot, on average and at most; an image of 500x375 has 560 kB
 DECODING_BATCH = 256  # images that a loader process decodes at a time for a set that is kept
@@ -46,7 +48,8 @@ class FeedMaker:
         finisher = Finisher(cfg.model.img_size, cfg.data.mean, cfg.data.std, self._device, resident)
         packed = images.packed(PackedStream if isinstance(images, Stream) else PackedImages, maker)
         loader = self._loader(packed, size, order, Collate(self._slots(size)), drop=training)
-        return Feed(loader, self._device, finisher, self._leash)
+        together = TOGETHER if isinstance(maker, Draws) and maker.share else 1
+        return Feed(loader, self._device, finisher, self._leash, together)
 
     def _maker(self, images: Images | Stream, training: bool) -> tuple[Pixels | Draws | None, Resident | None]:
         cfg, size = self._cfg, self._cfg.model.img_size
@@ -84,7 +87,7 @@ class FeedMaker:
         if not self._workers or not can_share():
             return None
         try:
-            count = PREFETCH * self._workers + 2 * AHEAD + 4
+            count = PREFETCH * self._workers + TOGETHER * (AHEAD + 1) + AHEAD + 4
             return Slots(count, size * IMAGE_BYTES, pinned=self._cfg.data.pin_mem)
         except OSError:  # they go one by one then
             return None
