@@ -41,6 +41,7 @@ from images.sets import open_sets
 from images.transforms import eval_transform, train_transform
 from images.workers import CUT_OFF, Leash, failure_of_workers
 
+MAX_WORKERS = 16  # loader processes of one process, where data.num_workers does not say
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W) float32, labels (B,) int64
 
 
@@ -258,7 +259,7 @@ def _num_workers(cfg: Config) -> int:
     if cfg.data.num_workers is not None:
         return cfg.data.num_workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(10, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _mixes(cfg: Config) -> bool:

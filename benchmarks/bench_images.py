@@ -39,7 +39,8 @@ from images.parcel import pack
 from images.transforms import train_transform
 from main import build_run
 
-SIZE = (500, 375)
+SIZE, SMALL = (500, 375), (64, 64)
+TINY_IMAGENET = "tiny_imagenet"  # DeiT-T at 64x64 pixels, on a set that is kept on the device
 QUALITY = 90  # which with the noise below gives files of about 70 kB
 PIPELINES = {
     "float": [],
@@ -50,10 +51,9 @@ PIPELINES = {
 }
 
 
-def photograph(seed: int) -> bytes:
+def photograph(seed: int, size: tuple[int, int]) -> bytes:
     """A JPEG file with edges, gradients and grain."""
     rng = np.random.default_rng(seed)
-    size = SIZE
     image = np.zeros((size[1], size[0], 3))
     for side, weight in ((4, 90.0), (12, 60.0), (40, 30.0)):
         small = rng.normal(0, weight, (side, side + side // 3, 3)).astype(np.float32)
@@ -66,21 +66,21 @@ def photograph(seed: int) -> bytes:
     return stream.getvalue()
 
 
-def _write(task: tuple[str, int]) -> int:
-    path, seed = task
-    return Path(path).write_bytes(photograph(seed))
+def _write(task: tuple[str, int, tuple[int, int]]) -> int:
+    path, seed, size = task
+    return Path(path).write_bytes(photograph(seed, size))
 
 
-def make_files(root: Path, count: int) -> None:
+def make_files(root: Path, count: int, size: tuple[int, int] = SIZE) -> None:
     """An image folder of two classes: 64 different files, linked as often as it takes."""
     different = min(64, count)
     for split in ("train", "val"):
         for label in ("a", "b"):
             (root / split / label).mkdir(parents=True)
-    originals = [(str(root / f"{seed}.jpg"), seed) for seed in range(different)]
+    originals = [(str(root / f"{seed}.jpg"), seed, size) for seed in range(different)]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         sizes = list(pool.map(_write, originals, chunksize=4))
-    print(f"{count} files of {SIZE[0]}x{SIZE[1]}, {sum(sizes) / len(sizes) / 1e3:.1f} kB on average")
+    print(f"{count} files of {size[0]}x{size[1]}, {sum(sizes) / len(sizes) / 1e3:.1f} kB on average")
     for number in range(count):
         os.link(originals[number % different][0], root / "train" / "ab"[number % 2] / f"{number:06}.jpg")
         if number < 8:
@@ -88,12 +88,13 @@ def make_files(root: Path, count: int) -> None:
 
 
 def config_of(model: str, root: Path, options: Any, pipeline: str) -> list[str]:
-    batch = 4 if options.quick else BATCH[model]
+    batch = 4 if options.quick else BATCH.get(model, 256)
+    kept = 0.25 if model == TINY_IMAGENET else 0
     smaller = ["model.img_size=32", f"model.kwargs={TINY['swin' if model.startswith('swin') else 'deit']}"]
     return [
         *("data.set=imagenet", f"data.path={root}", f"data.batch_size={batch}", f"optim.global_batch={batch}"),
         *("run.amp=bfloat16", "probes.enabled=false", f"data.num_workers={options.workers}"),
-        *("schedule.epochs=90", "data.resident=0"),
+        *("schedule.epochs=90", f"data.resident={kept}"),
         *(smaller if options.quick else []),
         *PIPELINES[pipeline],
     ]
@@ -165,7 +166,7 @@ def training(results: Results, model: str, root: Path, options: Any, device: tor
         kept = tuple(tensor.clone() for tensor in kept)
         sources = {"resident": itertools.repeat(kept), name: files}
         for source in sources.values():  # graphs are recorded after eleven steps
-            turn(run, source, 2 if options.quick else 14, device)
+            turn(run, source, 2 if options.quick else 14 if source is sources["resident"] else 60, device)
         for _ in range(options.rounds):
             for variant, source in sources.items():
                 label = f"resident ({name})" if variant == "resident" else variant
@@ -242,7 +243,9 @@ def stages(results: Results, root: Path, options: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_for(__doc__, rounds=4)
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS, help="default: all five")
+    parser.add_argument(
+        "--models", nargs="+", default=MODELS, choices=[*MODELS, TINY_IMAGENET], help="default: all five"
+    )
     parser.add_argument(
         "--pipelines", nargs="+", default=["float", "cpu", "gpu"], choices=PIPELINES, help="default: float cpu gpu"
     )
@@ -259,12 +262,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.files = options.files or (64 if options.quick else 16384)
     options.steps = options.steps or (2 if options.quick else 24)
     results = Results("images", options, device)
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
+    with tempfile.TemporaryDirectory() as large, tempfile.TemporaryDirectory() as small:
+        root = Path(large)
         make_files(root, options.files)
+        if TINY_IMAGENET in options.models:
+            make_files(Path(small), options.files, SMALL)
         if options.stages:
             stages(results, root, options)
         for model in options.models:
+            root = Path(small if model == TINY_IMAGENET else large)
             if options.loader:
                 loader_alone(results, model, root, options, device)
             if not options.no_training:

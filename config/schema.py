@@ -284,7 +284,7 @@ class DataConfig(Section):
     )
     num_workers: Int | None = key(
         None,
-        "loader processes of one process; null: its share of the cores, 10 at most",
+        "loader processes of one process; null: its share of the cores, 16 at most",
         "--num_workers",
         ge=0,
         le=1024,
