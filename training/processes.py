@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from config import UserError
 from datasets import failure_of_workers
+from training.compilers import failure_of_compilers
 from training.ends import TrainingError
 
 _FIRST_SPEAKS_WITHIN = datetime.timedelta(seconds=5)
@@ -112,6 +113,8 @@ def _sentence(error: Exception) -> tuple[int, str]:
             "which leaves evaluation the memory of training.\n"
         )
     if isinstance(error, RuntimeError) and (said := failure_of_workers(error)) is not None:
+        return 2, f"error: {said}\n"
+    if (said := failure_of_compilers(error)) is not None:
         return 2, f"error: {said}\n"
     return 1, "".join(traceback.format_exception(error))
 
