@@ -291,11 +291,21 @@ def test_a_preset_s_name_is_a_recipe(name):
     assert made.blocks[0].attn.qkv.recipe == PRESETS[name]
 
 
+def test_the_preset_of_the_other_layer_has_a_name_too():
+    model = Own()
+    convert_linears(model, "int4", ["used"])
+    assert isinstance(model.used, Int4Linear) and model.used.recipe == Int4Recipe()
+    assert Int4Linear.from_linear(nn.Linear(8, 8), "int4").recipe == Int4Recipe()
+    made = timm.create_model("mxfp4_deit_tiny_patch16_224", recipe="int4", **VIT)
+    assert isinstance(made.blocks[0].attn.qkv, Int4Linear)
+
+
 @pytest.mark.parametrize("given", ["tetra_jet", None, 4, {"q1": None}], ids=str)
 def test_what_is_no_recipe_is_refused_with_what_was_expected(given):
     for call in (
         lambda: convert_linears(Own(), given, ["used"]),
         lambda: QuantLinear.from_linear(nn.Linear(8, 8), given),
+        lambda: Int4Linear.from_linear(nn.Linear(8, 8), given),
         lambda: timm.models.model_entrypoint("mxfp4_deit_tiny_patch16_224")(recipe=given, **VIT),
     ):
         with pytest.raises((TypeError, ValueError), match=r"recipe .*full_precision, tetrajet, microscaling"):
@@ -305,4 +315,6 @@ def test_what_is_no_recipe_is_refused_with_what_was_expected(given):
 def test_the_other_layer_s_recipe_is_refused():
     with pytest.raises(TypeError, match="use Int4Linear"):
         QuantLinear.from_linear(nn.Linear(8, 8), Int4Recipe())
+    with pytest.raises(TypeError, match="use QuantLinear"):
+        Int4Linear.from_linear(nn.Linear(8, 8), "tetrajet")
     assert LinearRecipe() == PRESETS["full_precision"]
