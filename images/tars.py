@@ -80,7 +80,7 @@ def _members(tar: str, folder: str = "") -> Iterator[Member]:
     """The files and folders of a tar file, below `folder`; links to files are the files they lead to."""
     with open(tar, "rb") as file:
         if file.read(6).startswith(_COMPRESSED):
-            raise tarfile.ReadError(f"{tar} is compressed, and images are read in place: decompress it")
+            raise tarfile.ReadError(f"{Path(tar).name} is compressed, and images are read in place: decompress it")
         file.seek(0)
         found = [Member(folder, tar, 0, -1)] if folder else []
         found += _scan(file, tar, folder, 0)

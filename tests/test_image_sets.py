@@ -293,7 +293,7 @@ def test_compressed_tar_files_are_to_be_decompressed(tmp_path, mode):
         make_data(base=folder_config(root))
     for split in ("train", "val"):
         (root / f"{split}.tar.{mode}").rename(root / f"{split}.tar")
-    with pytest.raises(UserError, match=r"train\.tar is compressed, and images are read in place: decompress it\."):
+    with pytest.raises(UserError, match=r"train\.tar is compressed, and images are read in place: decompress it"):
         make_data(base=folder_config(root))
 
 
