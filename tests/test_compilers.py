@@ -135,16 +135,16 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_no_cpp_compiler_for_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch._inductor.config as inductor
+    import torch._inductor.config as inductor  # takes a second
 
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, "g++"))
-    assert sentence(COMPILED, CPU) == CPP + (
-        "there is no g++ on PATH: install g++, set CXX to a C++ compiler, or leave --compile out."
-    )
+    with inductor.patch({"cpp.cxx": (None, "g++")}):
+        assert sentence(COMPILED, CPU) == CPP + (
+            "there is no g++ on PATH: install g++, set CXX to a C++ compiler, or leave --compile out."
+        )
     for value in ("/nowhere", "/"):
-        monkeypatch.setattr(inductor.cpp, "cxx", (None, value))
         monkeypatch.setenv("CXX", value)
-        assert sentence(COMPILED, CPU).startswith(CPP + f"CXX is {value!r}, which does not work: ")
+        with inductor.patch({"cpp.cxx": (None, value)}):
+            assert sentence(COMPILED, CPU).startswith(CPP + f"CXX is {value!r}, which does not work: ")
 
 
 LATE = {  # a launcher that Triton has not compiled yet; what torch.compile meets
