@@ -28,7 +28,7 @@ from record.runlog import RunLog, check_new, complete, mend_best
 from record.weights import load_weights, saved_classes
 from training.build import build_evaluation, build_run, pick_device
 from training.given import as_trained, fit
-from training.processes import Processes, leave
+from training.processes import Processes, leave, say
 
 SMOKE_STEPS, SMOKE_BATCH = 2, 2
 
@@ -55,9 +55,7 @@ def evaluate_only(
         figures |= {f"{prefix}{name}": value for name, value in evaluate(run, run.model).items()}
     if run.rank == 0:
         stabilizer = "" if cfg.stabilizer.kind == "none" else f", stabilizer.kind {cfg.stabilizer.kind}"
-        print(
-            f"{path}: {describe(figures)} on {run.data.eval_size} images, quant.scheme {cfg.quant.scheme}{stabilizer}"
-        )
+        say(f"{path}: {describe(figures)} on {run.data.eval_size} images, quant.scheme {cfg.quant.scheme}{stabilizer}")
 
 
 def describe(figures: dict[str, float]) -> str:
@@ -114,7 +112,7 @@ def run_training(
         if rank == 0:
             if here and resume.name == LAST:
                 complete(output_dir, state)
-            print(f"{resume} is complete: {run.epoch} epochs, best top-1 {run.best_top1:.2f} %.")
+            say(f"{resume} is complete: {run.epoch} epochs, best top-1 {run.best_top1:.2f} %.")
         return
     run.log = RunLog(
         output_dir,
@@ -136,7 +134,7 @@ def run_training(
                 file=sys.stderr,
             )
         if resume and rank == 0:
-            print(f"Continuing {resume} at epoch {run.epoch}, step {run.step}.")
+            say(f"Continuing {resume} at epoch {run.epoch}, step {run.step}.")
         try:
             train(run, max_steps=SMOKE_STEPS if smoke else None)
         finally:
@@ -194,10 +192,9 @@ def finish_epoch(run: Run, train_figures: dict[str, float], figures: dict[str, f
     run.save(*([LAST, BEST] if is_best else [LAST]))  # killed between the two, it is mended when it is started again
     if run.rank == 0:
         scores = {name: value for name, value in figures.items() if name != "seconds"}
-        print(
+        say(
             f"epoch {run.epoch}/{run.cfg.schedule.epochs}: train loss {train_figures['loss']:.4f}, "
-            f"{train_figures['images_per_s']:.0f} images/s, {describe(scores)}, best {run.best_top1:.2f} %",
-            flush=True,
+            f"{train_figures['images_per_s']:.0f} images/s, {describe(scores)}, best {run.best_top1:.2f} %"
         )
 
 
@@ -245,7 +242,7 @@ def main(argv: Sequence[str] | None = None, processes: Processes | None = None) 
     if options.smoke:
         cfg = load_config(options.config, overrides + smoke_overrides(cfg, world_size), source="the command line")
     if options.print_config:
-        print(dump_config(cfg), end="")
+        say(dump_config(cfg).rstrip("\n"))
         return
     device = pick_device(cfg)
     name = run_name(options.config) if options.config else cfg.model.name
@@ -264,7 +261,7 @@ def main(argv: Sequence[str] | None = None, processes: Processes | None = None) 
         output_dir = Path(scratch) / "smoke" if options.smoke else output_dir
         run_training(cfg, output_dir, rank=rank, world_size=world_size, device=device, smoke=options.smoke)
     if options.smoke and rank == 0:
-        print(f"smoke test passed: {SMOKE_STEPS} training steps and 1 evaluation batch of {cfg.model.name}")
+        say(f"smoke test passed: {SMOKE_STEPS} training steps and 1 evaluation batch of {cfg.model.name}")
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:

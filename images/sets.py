@@ -108,6 +108,9 @@ def _image_folder(root: Path, split: str) -> ImageFolder | ImageTar:
     """root/split with one folder a class; or that as root/split.tar; or one tar file a class in root/split."""
     folder, tar = root / split, root / f"{split}.tar"
     source = tar if tar.is_file() and not folder.is_dir() else folder
+    packed = [root / f"{split}.{end}" for end in ("tar.gz", "tgz", "tar.bz2", "tar.xz", "tar.zst")]
+    if not source.exists() and (found := next((path for path in packed if path.is_file()), None)) is not None:
+        raise UserError(f"{found} is compressed, and images are read in place: decompress it to {tar.name}.")
     if not source.exists():
         entries = sorted(entry.name for entry in root.iterdir()) if root.is_dir() else []
         held = ", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else "")

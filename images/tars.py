@@ -16,6 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from images.decode import open_image
 
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _SPLITS = frozenset(("train", "val", "valid", "validation", "test"))
 
 
@@ -82,6 +83,9 @@ class ImageTar(Dataset[tuple[Image.Image, int]]):
 def _members(tar: str, folder: str = "") -> Iterator[Member]:
     """The files and folders of a tar file, below `folder`; links to files are the files they lead to."""
     with open(tar, "rb") as file:
+        if file.read(6).startswith(_COMPRESSED):
+            raise tarfile.ReadError(f"{Path(tar).name} is compressed, and images are read in place: decompress it")
+        file.seek(0)
         found = [Member(folder, tar, 0, -1)] if folder else []
         found += _scan(file, tar, folder, 0)
     files = {m.path: m for m in found if isinstance(m, Member)}

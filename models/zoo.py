@@ -58,6 +58,11 @@ def create_model(cfg: Config, num_classes: int) -> nn.Module:
         raise UserError(f"There is no model {cfg.model.name}{hint}")
     for argument in _KEY_OF.keys() & cfg.model.kwargs.keys():
         raise UserError(f"model.kwargs.{argument} is set by {_KEY_OF[argument]}; use that key.")
+    if cfg.model.kwargs.get("in_chans", 3) != 3:
+        raise UserError(
+            f"model.kwargs.in_chans is {cfg.model.kwargs['in_chans']}, and images come with 3 channels, grey ones too; "
+            "leave it out."
+        )
     kwargs: dict[str, Any] = {"img_size": cfg.model.img_size, **cfg.model.kwargs}
     if cfg.model.patch_size is not None:
         kwargs["patch_size"] = cfg.model.patch_size

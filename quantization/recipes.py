@@ -68,11 +68,12 @@ PRESETS: dict[str, LinearRecipe] = {
 def as_recipe(recipe: LinearRecipe | Int4Recipe | str) -> LinearRecipe | Int4Recipe:
     """A recipe, or that of a preset's name. Raises ValueError for another name, TypeError for anything else."""
     if isinstance(recipe, str):
-        expect("a recipe", recipe, PRESETS)
-        return PRESETS[recipe]
+        expect("a recipe", recipe, (*PRESETS, "int4"))
+        return Int4Recipe() if recipe == "int4" else PRESETS[recipe]
     if not isinstance(recipe, LinearRecipe | Int4Recipe):
         raise TypeError(
-            f"a recipe is a LinearRecipe, an Int4Recipe or the name of a preset ({', '.join(PRESETS)}); got {recipe!r}"
+            f"a recipe is a LinearRecipe, an Int4Recipe or the name of a preset ({', '.join(PRESETS)}, int4); got "
+            f"{recipe!r}"
         )
     return recipe
 

@@ -52,6 +52,11 @@ def _no_entries(*_: Any) -> OrderedDict[Any, Any]:
     return OrderedDict()
 
 
+def _no_items(*_: Any) -> list[Any]:
+    """What a deque is before its items are set."""
+    return []
+
+
 # What other programs keep beside weights: nothing of it is imported or run.
 _NUMPY = ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")
 _NUMPY_TYPES = (
@@ -67,16 +72,25 @@ _NUMPY_TYPES = (
     "int64",
     "uint8",
 )
+# Of what they are: the kinds that a defaultdict makes are types of Python.
+_BUILTIN = ("frozenset", "range", "slice", "complex", "list", "dict", "tuple", "int", "float", "str", "bool")
 _PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
 _VALUES = [
     *(f"numpy.{core}.{name}" for core in ("core", "_core") for name in _NUMPY),
     *(f"numpy.{name}" for name in _NUMPY_TYPES),
     *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS),
+    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in _BUILTIN),
+    *(f"numpy.random._pickle.__{kind}_ctor" for kind in ("randomstate", "generator", "bit_generator")),
+    *("numpy.random._mt19937.MT19937", "numpy.random._pcg64.PCG64", "numpy.random.bit_generator.SeedSequence"),
+    *("numpy.random.bit_generator.__pyx_unpickle_SeedSequence", "numpy.ma.core._mareconstruct"),
+    *("numpy.ma.MaskedArray", "numpy.ma.core.MaskedArray"),
+    *("decimal.Decimal", "fractions.Fraction", "uuid.UUID", "uuid.SafeUUID"),
     *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
     *("argparse.Namespace", "types.SimpleNamespace", "torch.torch_version.TorchVersion"),
 ]
 _BESIDE: list[Any] = [(_Beside, name) for name in _VALUES]
 _BESIDE += [(OrderedDict, "yacs.config.CfgNode"), (_no_entries, "collections.defaultdict")]  # of Swin; of some trainers
+_BESIDE += [(_no_items, "collections.deque")]
 
 
 def _check_plain(value: Any, where: str) -> None:

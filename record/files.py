@@ -150,6 +150,9 @@ class FolderLock:
             with contextlib.suppress(OSError):  # ours only if the name still is that of the file which was locked
                 if os.fstat(file.fileno()).st_ino == os.lstat(self.path).st_ino:
                     self._file = file
+        if os.fstat(self._file.fileno()).st_nlink > 1:
+            self._file.close()
+            raise UserError(f"{self.path} is a hard link, by which another file would be written; remove it.")
         self._file.truncate()
         self._file.write(f"{os.getpid()} {platform.node()}\n".encode())
 

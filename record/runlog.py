@@ -34,6 +34,16 @@ CONFIG, TENSORBOARD = "resolved.yaml", "tensorboard"
 _FILES = (LAST, BEST, MANIFEST, METRICS, LOCK, "resolved*.yaml", "*.tmp", ".*.tmp")
 
 
+def _content(path: Path) -> bytes:
+    """Raises UserError where `path` is no file or cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); move it away, or choose another --output_dir."
+        ) from None
+
+
 class RunLog(contextlib.AbstractContextManager):
     """The files of one run. On ranks other than 0 (enabled=False) every method does nothing.
 
@@ -96,7 +106,7 @@ class RunLog(contextlib.AbstractContextManager):
         if not self.enabled:
             return None
         path, n = self.output_dir / CONFIG, 0
-        while path.exists() and path.read_bytes() != text.encode():
+        while path.exists() and _content(path) != text.encode():
             n += 1
             path = self.output_dir / f"resolved.{n}.yaml"
         if not path.exists():

@@ -11,7 +11,7 @@ from typing import Any
 from config import UserError, load_config
 from record.metrics import finished_epochs
 from record.runlog import CONFIG
-from results.style import DPI, labels, line_styles, method_name, picture
+from results.style import DPI, check_run, labels, line_styles, method_name, picture, read_all
 
 PARTS = ("train", "eval")  # of an epoch
 
@@ -37,8 +37,7 @@ def figure_of(data: dict[str, Any], name: str) -> float:
 
 def read_run(directory: Path) -> RunFigures:
     """Raises UserError for a folder that is not a run or has no epoch yet."""
-    if not (directory / CONFIG).is_file():
-        raise UserError(f"{directory} is not a run: it holds no {CONFIG}; give the --output_dir of a run.")
+    check_run(directory)
     finished = finished_epochs(directory)
     if not finished:
         raise UserError(f"The run in {directory} has not finished an epoch yet.")
@@ -95,8 +94,8 @@ def draw_curves(runs: Sequence[RunFigures], path: Path) -> None:
 
 
 def write_curves(directories: Sequence[Path], png: Path) -> None:
-    """`report.py curves`: the picture into `png`; prints the table. Raises UserError as the functions above."""
-    runs = [read_run(directory) for directory in directories]
+    """`report.py curves`: the picture into `png`; prints the table. Raises UserError as `read_all`, `draw_curves`."""
+    runs = read_all(directories, read_run)
     draw_curves(runs, png)
     print(curves_table(runs))
     print(f"\ncurves: {png}")

@@ -7,7 +7,6 @@ in full precision, whose weights are not quantized, there are rates of change al
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from config import UserError, load_config
 from quantization.oscillation import OSCILLATING
 from record.recordings import PROBES, read_recording
 from record.runlog import CONFIG
-from results.style import COLOURS, DPI, STYLES, labels, line_styles, method_name, picture
+from results.style import COLOURS, DPI, STYLES, check_run, labels, line_styles, method_name, picture, read_all
 
 THRESHOLD = {"color": "#999999", "linestyle": ":", "linewidth": 0.8}
 FOLLOWED, JUMP = 3, 0.1  # of Figure 3: weights in a panel; a step of w / S that no optimizer makes
@@ -46,8 +45,7 @@ class ProbedRun:
 
 def read_recordings(directory: Path) -> ProbedRun:
     """Raises UserError for a folder that is not a run, has no recording or one that cannot be read."""
-    if not (directory / CONFIG).is_file():
-        raise UserError(f"{directory} is not a run: it holds no {CONFIG}; give the --output_dir of a run.")
+    check_run(directory)
     recordings = [read_recording(path) for path in sorted((directory / PROBES).glob("epoch_*.npz"))]
     if not recordings:
         raise UserError(f"The run in {directory} has no recordings of a probe; train it with --probes.")
@@ -344,21 +342,10 @@ PICTURES = {
 def write_figures(directories: Sequence[Path], out: Path) -> None:
     """`report.py figures`: PNG and CSV of every figure into the folder `out`; prints what was written.
 
-    A run without a probe is named and left out. Raises UserError where no run is left, one cannot be read, or a file
-    cannot be written.
+    A run without a probe, or one that cannot be read, is named and left out. Raises UserError for a folder that is no
+    run, where no run is left, or a file cannot be written.
     """
-    runs, missing = [], []
-    for directory in directories:
-        try:
-            runs.append(read_recordings(directory))
-        except UserError as error:
-            if not (directory / CONFIG).is_file() or (directory / PROBES).is_dir():
-                raise
-            missing.append(error)
-    if not runs:
-        raise missing[0]
-    for error in missing:
-        print(f"left out: {error}", file=sys.stderr)
+    runs = read_all(directories, read_recordings)
     for name, draw in PICTURES.items():
         with picture() as figure:
             rows = draw(figure, runs)

@@ -1,14 +1,16 @@
-"""How runs are named, told apart and drawn: the same in every table and picture."""
+"""How runs are read, named, told apart and drawn: the same in every table and picture."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from config import Config
+from config import Config, UserError
 from quantization import PRESETS, resolve
+from record.runlog import CONFIG
 
 # Okabe and Ito's palette, told apart by colour-blind readers, with line styles for print.
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
@@ -17,6 +19,35 @@ PRINT = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fonts
 NAMES = {"full_precision": "full precision", "tetrajet": "TetraJet", "microscaling": "Microscaling", "int4": "INT4"}
 NAMES |= {"mx": "MXFP4", "qema": "Q-EMA", "qramping": "Q-Ramping", "dampen": "Dampen", "freeze": "Freeze"}
 DPI = 150
+
+
+Read = TypeVar("Read")
+
+
+def check_run(directory: Path) -> None:
+    """Raises UserError for a folder that is not a run."""
+    if not (directory / CONFIG).is_file():
+        raise UserError(f"{directory} is not a run: it holds no {CONFIG}; give the --output_dir of a run.")
+
+
+def read_all(directories: Sequence[Path], read: Callable[[Path], Read]) -> list[Read]:
+    """What `read` gives of every run. A run that it cannot read is named on stderr and left out.
+
+    Raises UserError for a folder that is no run, and where no run is left.
+    """
+    for directory in directories:
+        check_run(directory)
+    found, broken = [], []
+    for directory in directories:
+        try:
+            found.append(read(directory))
+        except UserError as error:
+            broken.append(error)
+    if not found:
+        raise broken[0]
+    for error in broken:
+        print(f"left out: {error}", file=sys.stderr)
+    return found
 
 
 class NamedRun(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from helpers import exit_code, tiny
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torchvision.models import SwinTransformer, VisionTransformer
 
 import models  # noqa: F401  registers the mxfp4_ models
 from quantization import PRESETS, Int4Linear, Int4Recipe, LinearRecipe, QuantLinear, convert_linears
@@ -89,7 +91,85 @@ class Own(nn.Module):
 
 def test_a_model_of_one_s_own_is_asked_with_the_shape_of_its_input():
     assert never_called(Own(), ["used", "read"], (2, 8)) == ["read"]
-    assert never_called(Own(), ["used", "read"]) == []  # not known without a shape
+    assert never_called(Own(), ["used", "read"]) == ["read"]  # guessed
+    with pytest.raises(ValueError, match="Own never calls read"):
+        convert_linears(Own(), "tetrajet", ["used", "read"])
+
+
+class Attending(nn.Module):
+    """torch's own attention, which gives the weights of its output projection to a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.fc = nn.MultiheadAttention(32, 2, batch_first=True), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.attention(x, x, x)[0])
+
+
+ELSEWHERE = {  # models that timm has not made, and parts of models: what to convert, what is refused
+    "torch's attention": (Attending, ["attention.out_proj", "fc"], "attention.out_proj"),
+    "torchvision's DeiT": (
+        lambda: VisionTransformer(32, 16, 2, 2, 32, 64, num_classes=4),
+        ["encoder.layers.encoder_layer_1.self_attention.out_proj", "encoder.layers.encoder_layer_0.mlp.0"],
+        "encoder.layers.encoder_layer_1.self_attention.out_proj",
+    ),
+    "torchvision's Swin": (
+        lambda: SwinTransformer([2, 2], 16, [1, 1], [2, 2], [4, 4], num_classes=4),
+        ["features.1.0.attn.qkv", "features.1.0.mlp.0"],
+        "features.1.0.attn.qkv",
+    ),
+    "within another model": (
+        lambda: nn.Sequential(timm.create_model("beit_base_patch16_224", **VIT)),
+        None,
+        "0.blocks.0.attn.qkv, 0.blocks.1.attn.qkv",
+    ),
+    "a block alone": (
+        lambda: timm.create_model("beit_base_patch16_224", embed_dim=32, depth=1, num_heads=2).blocks[0],
+        ["attn.qkv", "attn.proj"],
+        "attn.qkv",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "names", "refused"), ELSEWHERE.values(), ids=ELSEWHERE.keys())
+def test_a_layer_whose_weights_are_read_is_found_in_other_models_and_parts(make, names, refused):
+    with pytest.raises(ValueError, match=f"never calls {re.escape(refused)}: it reads"):
+        convert_linears(make(), "tetrajet", names)
+    if names is not None:
+        others = [name for name in names if name != refused]
+        assert convert_linears(make(), "tetrajet", others) == others
+
+
+def test_a_layer_that_a_guessed_pass_leaves_out_is_not_refused():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor, which: str = "a") -> Tensor:
+            return getattr(self, which)(x)
+
+    assert convert_linears(Two(), "tetrajet", ["a", "b"]) == ["a", "b"]
+
+
+def test_a_model_is_as_it_was_after_the_pass():
+    """ConViT makes tables in its first pass, and keeps them; a user's hook has not seen anything."""
+    small = {"img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 4, "local_up_to_layer": 1}
+    model, seen = timm.create_model("convit_tiny", **small), []
+    model.blocks[0].register_forward_hook(lambda *_: seen.append(1))
+    assert convert_linears(model, "tetrajet", ["blocks.0.mlp.fc1"]) == ["blocks.0.mlp.fc1"] and seen == []
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert seen == [1] and model.blocks[0].mlp.fc1.weight.grad is not None
+
+
+def test_a_layer_without_a_shape_or_with_a_forward_pass_of_its_own_is_refused():
+    with pytest.raises(ValueError, match="0 has no shape yet; convert after a first pass"):
+        convert_linears(nn.Sequential(nn.LazyLinear(8)), "tetrajet", ["0"])
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].forward = lambda x: x
+    with pytest.raises(ValueError, match="0 is a Linear with a forward pass of its own"):
+        convert_linears(model, "tetrajet", ["0"])
 
 
 # Shared layers --------------------------------------------------------------------------------------------------------
@@ -211,11 +291,21 @@ def test_a_preset_s_name_is_a_recipe(name):
     assert made.blocks[0].attn.qkv.recipe == PRESETS[name]
 
 
+def test_the_preset_of_the_other_layer_has_a_name_too():
+    model = Own()
+    convert_linears(model, "int4", ["used"])
+    assert isinstance(model.used, Int4Linear) and model.used.recipe == Int4Recipe()
+    assert Int4Linear.from_linear(nn.Linear(8, 8), "int4").recipe == Int4Recipe()
+    made = timm.create_model("mxfp4_deit_tiny_patch16_224", recipe="int4", **VIT)
+    assert isinstance(made.blocks[0].attn.qkv, Int4Linear)
+
+
 @pytest.mark.parametrize("given", ["tetra_jet", None, 4, {"q1": None}], ids=str)
 def test_what_is_no_recipe_is_refused_with_what_was_expected(given):
     for call in (
         lambda: convert_linears(Own(), given, ["used"]),
         lambda: QuantLinear.from_linear(nn.Linear(8, 8), given),
+        lambda: Int4Linear.from_linear(nn.Linear(8, 8), given),
         lambda: timm.models.model_entrypoint("mxfp4_deit_tiny_patch16_224")(recipe=given, **VIT),
     ):
         with pytest.raises((TypeError, ValueError), match=r"recipe .*full_precision, tetrajet, microscaling"):
@@ -225,4 +315,6 @@ def test_what_is_no_recipe_is_refused_with_what_was_expected(given):
 def test_the_other_layer_s_recipe_is_refused():
     with pytest.raises(TypeError, match="use Int4Linear"):
         QuantLinear.from_linear(nn.Linear(8, 8), Int4Recipe())
+    with pytest.raises(TypeError, match="use QuantLinear"):
+        Int4Linear.from_linear(nn.Linear(8, 8), "tetrajet")
     assert LinearRecipe() == PRESETS["full_precision"]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
+import decimal
+import fractions
 import os
 import pathlib
+import uuid
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +139,16 @@ BESIDE = {
     "size": torch.Size([2, 3]),
     "set": {1, 2},
     "complex": 1 + 2j,
+    "frozen_set": frozenset({1, (2, "a")}),
+    "range": range(3),
+    "slice": slice(1, None),
+    "lists": collections.defaultdict(list, a=[np.float64(1)]),
+    "last_losses": collections.deque([0.5, np.float64(1)], maxlen=20),
+    "decimal": decimal.Decimal("71.2"),
+    "fraction": fractions.Fraction(1, 3),
+    "run_id": uuid.UUID(int=1),
+    "masked": np.ma.array([1, 2], mask=[True, False]),
+    "numpy_random_states": [np.random.get_state(), np.random.RandomState(0), np.random.default_rng(0)],
 }
 
 
@@ -148,7 +161,7 @@ def test_what_is_harmless_beside_the_weights_is_passed_over(tmp_path: Path, name
     assert same(load_weights(path), weights)
 
 
-@pytest.mark.parametrize("value", [Settings(a=1), collections.deque([1]), RuntimeError("x")], ids=repr)
+@pytest.mark.parametrize("value", [Settings(a=1), torch.nn.MSELoss(), RuntimeError("x")], ids=repr)
 def test_another_type_is_named_with_how_to_save_again(tmp_path: Path, value: Any) -> None:
     torch.save({"model": small_vit().state_dict(), "config": value}, tmp_path / "file.pth")
     message = refused(lambda: load_weights(tmp_path / "file.pth"))

@@ -7,6 +7,8 @@ Runs are those of main.py on a tiny model (tests/helpers.py).
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import signal
 import subprocess
@@ -39,7 +41,7 @@ from config import UserError
 from engine import Run, TrainingError
 from record.checkpoint import load_checkpoint, save_checkpoint
 from record.runlog import RunLog
-from training import ends
+from training import ends, processes
 from training.ends import StopSignal
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -321,6 +323,21 @@ ENVIRONMENTS = {
         {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"},
         "2 processes of WORLD_SIZE cannot meet at localhost:x",
     ),
+    "a machine nobody knows": (
+        {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "node.invalid", "MASTER_PORT": "29500"},
+        "2 processes of WORLD_SIZE cannot meet at node.invalid:29500",
+    ),
+    "a machine torchrun does not know": (
+        {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "node.invalid", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+        "2 processes of WORLD_SIZE cannot meet at node.invalid:None",
+    ),
+    "torchrun's store nowhere": (
+        {"WORLD_SIZE": "2", "RANK": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+        "2 processes of WORLD_SIZE cannot meet at None:None",
+    ),
+    "local rank that is no number": ({"LOCAL_RANK": "first"}, "LOCAL_RANK is 'first' in the environment"),
+    "local size that is no number": ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE is 'x' in the environment"),
+    "local size of none": ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is 0 in the environment"),
 }
 
 
@@ -328,8 +345,30 @@ ENVIRONMENTS = {
 def test_a_mistake_in_the_environment_is_one_sentence(
     variables: dict[str, str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
+    monkeypatch.setattr(processes, "_KNOWN_WITHIN", 0.0)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert exit_code(tiny(tmp_path / "run")) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and sentence in err
+
+
+class Full(io.StringIO):
+    """As a file on a full disk, or a pipe that nobody reads."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("flags", [["--print-config"], ["--epochs", "1"]], ids=" ".join)
+def test_output_that_nobody_takes_is_one_sentence(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Full())
+        assert exit_code(tiny(tmp_path / "run", *flags)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: What this program prints cannot be written (No space left") and err.count("\n") == 1
+    if "--epochs" in flags:  # the epoch is saved
+        assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
+        assert exit_code(tiny(tmp_path / "run", *flags, "--resume", "auto")) == 0

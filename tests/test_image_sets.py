@@ -6,7 +6,10 @@ import io
 import itertools
 import pickle
 import random
+import re
+import shutil
 import sys
+import tarfile
 import types
 from pathlib import Path
 
@@ -276,6 +279,22 @@ def test_missing_split_says_what_is_there_instead(tmp_path):
         (tmp_path / "train" / f"n{i}").mkdir()
     with pytest.raises(UserError, match="but it holds ant, bee, n0, n1, n2 and 4 more"):
         make_data(base=folder_config(tmp_path / "train"))
+
+
+@pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
+def test_compressed_tar_files_are_to_be_decompressed(tmp_path, mode):
+    root = make_folder(tmp_path / "images")
+    for split in ("train", "val"):
+        with tarfile.open(root / f"{split}.tar.{mode}", f"w:{mode}") as tar:
+            tar.add(root / split, ".")
+        shutil.rmtree(root / split)
+    said = f"train.tar.{mode} is compressed, and images are read in place: decompress it to train.tar."
+    with pytest.raises(UserError, match=re.escape(said)):
+        make_data(base=folder_config(root))
+    for split in ("train", "val"):
+        (root / f"{split}.tar.{mode}").rename(root / f"{split}.tar")
+    with pytest.raises(UserError, match=r"train\.tar is compressed, and images are read in place: decompress it"):
+        make_data(base=folder_config(root))
 
 
 def test_class_folders(tmp_path):

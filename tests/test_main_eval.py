@@ -147,6 +147,29 @@ def test_resampling_does_not_make_another_model_fit(
         assert "is the checkpoint of another model" in capsys.readouterr().err
 
 
+HELD_OUT = {  # by the share held out in training: flags of --eval, and what is said of the difference
+    "the same": (0.25, ["--val-split", "0.25"], ""),
+    "none asked": (0.25, [], "held out by --val-split 0.25, and is scored here on those of val/; add --val-split 0.25"),
+    "more": (0.25, ["--val-split", "0.5"], "was trained with --val-split 0.25, so it has seen images that --val-split"),
+    "fewer": (0.5, ["--val-split", "0.25"], "was trained with --val-split 0.5, of whose images --val-split 0.25 takes"),
+    "none held out": (None, ["--val-split", "0.5"], "was trained without --val-split, so it has seen images that"),
+    "neither": (None, [], ""),
+}
+
+
+@pytest.mark.parametrize(("share", "flags", "said"), HELD_OUT.values(), ids=HELD_OUT.keys())
+def test_other_images_than_the_run_has_held_out_are_said(
+    share: float | None, flags: list[str], said: str, tmp_path: Path, score: Score
+) -> None:
+    images = make_folder(tmp_path / "images", train=20)
+    data = ["--data-set", "imagenet", "--data-path", str(images), "--nb-classes", "2", "--no-repeated-aug"]
+    held_out = [] if share is None else ["--val-split", str(share)]
+    run = train(tmp_path / "run", *data, *held_out, "--epochs", "1")
+    out, err = score(*data, *flags, weights=run / "last.pt")
+    assert (said in err and err.count("\n") == 1) if said else err == ""
+    assert (figures_of(run) in out) == (flags == held_out)
+
+
 @pytest.mark.parametrize("batch", ["1", "7", "4096"])
 def test_it_needs_the_evaluation_set_alone_and_any_batch_will_do(
     batch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -282,6 +282,10 @@ MISTAKES = {
         ["model.img_size=8"],
         "model.img_size of 8 is smaller than one patch of deit_tiny_patch16_224; see model.patch_size.",
     ),
+    "channels that images have not": (
+        ["model.kwargs={in_chans: 1}"],
+        "model.kwargs.in_chans is 1, and images come with 3 channels, grey ones too; leave it out.",
+    ),
     **{
         f"{argument} twice": (
             [f"model.kwargs={{{argument}: 8}}"],

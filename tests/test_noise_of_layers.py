@@ -93,9 +93,30 @@ def by_one_call() -> list[nn.Linear]:
     return list(model)
 
 
+def by_copies_of_a_layer() -> list[nn.Linear]:
+    one = QuantLinear.from_linear(linear(), PRESETS["tetrajet"])
+    return [one, *(copy.deepcopy(one) for _ in range(2)), copy.deepcopy(copy.deepcopy(one))]
+
+
+def by_copies_within_a_model() -> list[nn.Linear]:
+    model = nn.Sequential(nn.Sequential(linear()))
+    convert_linears(model, PRESETS["tetrajet"], ["0.0"])
+    for _ in range(2):
+        model.append(copy.deepcopy(model[0]))
+    return [part[0] for part in model] + [part[0] for part in copy.deepcopy(list(model)[:1])]
+
+
 @pytest.mark.parametrize(
     "made",
-    [by_from_linear, by_from_linear_in_one_model, by_submodules, by_two_calls_for_one_model, by_one_call],
+    [
+        by_from_linear,
+        by_from_linear_in_one_model,
+        by_submodules,
+        by_two_calls_for_one_model,
+        by_one_call,
+        by_copies_of_a_layer,
+        by_copies_within_a_model,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_layers_of_equal_weights_and_inputs_have_noise_of_their_own_however_they_are_made(made):

@@ -262,6 +262,25 @@ def test_the_picture_goes_to_the_current_folder_unless_told(
     assert (tmp_path / "curves.png").is_file()
 
 
+def test_a_broken_run_is_named_and_the_others_are_shown(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "begun", epochs=[])
+    for name, file, text in [
+        ("config", "resolved.yaml", "optim: {lrr: 1}\n"),
+        ("metrics", "metrics.log", 'DLLL {"step": [0]}\n'),
+    ]:
+        make_run(tmp_path / name)
+        (tmp_path / name / file).write_text(text)
+    main(["curves", "begun", "fp", "config", "metrics", "tj"])
+    out, err = capsys.readouterr()
+    assert out == f"{curves_table([read_run(run) for run in runs])}\n\ncurves: curves.png\n"
+    said = err.splitlines()
+    assert len(said) == 3 and all(line.startswith("left out: ") for line in said)
+    assert [name in line for name, line in zip(("begun", "config", "metrics"), said, strict=True)] == [True] * 3
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
@@ -269,6 +288,7 @@ def test_the_picture_goes_to_the_current_folder_unless_told(
             ["curves", "fp", "nowhere"],
             "error: nowhere is not a run: it holds no resolved.yaml; give the --output_dir of",
         ),
+        (["curves", "nowhere", "begun"], "error: nowhere is not a run: it holds no resolved.yaml"),
         (["curves", "begun"], "error: The run in begun has not finished an epoch yet."),
         (
             ["curves", "fp", "--png", "a.xyz"],

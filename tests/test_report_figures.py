@@ -191,9 +191,11 @@ def test_a_run_without_a_probe_is_left_out_and_named(
     assert not (tmp_path / "none").exists()
 
 
-def test_what_cannot_be_read_or_written_is_named(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_what_cannot_be_read_or_written_is_named(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError, match=r"is not a run: it holds no resolved\.yaml"):
-        read_recordings(tmp_path)
+        report_figures.write_figures([runs["fp"], tmp_path], tmp_path / "none")
     broken = tmp_path / "broken"
     (broken / "probes").mkdir(parents=True)
     (broken / "resolved.yaml").write_bytes((runs["fp"] / "resolved.yaml").read_bytes())
@@ -203,6 +205,10 @@ def test_what_cannot_be_read_or_written_is_named(runs: dict[str, Path], tmp_path
     np.savez(broken / "probes" / "epoch_0001.npz", layers=np.array([{"code": 1}], dtype=object))  # needs pickle
     with pytest.raises(UserError, match=r"cannot be read \(Object arrays cannot be loaded"):
         read_recordings(broken)
+    draw(tmp_path / "drawn", runs["fp"], broken)
+    said = capsys.readouterr().err
+    assert said.startswith(f"left out: The recording {broken}") and len(said.splitlines()) == 1
+    assert {p.stem for p in (tmp_path / "drawn").iterdir()} == {"figure2", "table3"}
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written .*; choose another --out\."):
         report_figures.write_figures([runs["fp"]], tmp_path / "file")

@@ -34,7 +34,7 @@ from config import dump_config, load_config
 from engine import Run
 from record import files
 from record.checkpoint import load_checkpoint, save_checkpoint
-from record.files import FolderLock, atomic_write
+from record.files import LOCK, FolderLock, atomic_write
 from record.metrics import finished_epochs, read_metrics
 from record.runlog import RunLog, check_new, mend_best
 from training.ends import TrainingError
@@ -203,6 +203,21 @@ def test_metrics_that_are_another_file_too_are_refused(half: Path, tmp_path: Pat
     shutil.copytree(half, tmp_path / "run")
     os.link(tmp_path / "run/metrics.log", tmp_path / "other.log")
     assert "metrics.log is a hard link" in refused(lambda: RunLog(tmp_path / "run", resume=True))
+
+
+def test_a_lock_that_is_another_file_too_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    os.link(tmp_path / "mine", tmp_path / "run" / LOCK)
+    assert f"{LOCK} is a hard link" in refused(lambda: FolderLock(tmp_path / "run"))
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_folder_in_the_place_of_the_configuration_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run" / "resolved.yaml").mkdir(parents=True)
+    with RunLog(tmp_path / "run", resume=True) as log:
+        said = refused(lambda: log.write_config("run: {}\n"))
+    assert "resolved.yaml cannot be read (Is a directory); move it away" in said
 
 
 def test_a_folder_that_is_a_link_is_the_users_own(half: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from quantization.stabilizers import Plan, Stabilizer, build_stabilizer
 from quantization.watch.probe import OscillationProbe, Probe
 from record.runlog import RunLog
 from record.weights import finetune_from, load_weights, saved_classes
+from training.compilers import check_compilers
 from training.given import load_rest
 from training.graphs import GraphedPasses, leave_default_stream
 from training.losses import build_loss
@@ -205,6 +206,7 @@ def autocast_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
 def build_evaluation(cfg: Config, *, rank: int, world_size: int, device: torch.device) -> EvaluationState:
     """The evaluation set and the model, with random weights: what --eval needs, and no more of the recipe."""
     check_carrier(cfg, device)
+    check_compilers(cfg, device)
     batch_size = cfg.data.batch_size or max(1, min(MAX_BATCH, cfg.optim.global_batch // world_size))
     data = build_data(cfg, rank=rank, world_size=world_size, batch_size=batch_size, device=device)
     model = build_model(cfg, data.num_classes, rank=rank, device=device)
@@ -222,6 +224,7 @@ def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, devi
     """
     # 1. The device's stream, on which all that follows is made: what another one has made cannot be recorded.
     check_carrier(cfg, device)
+    check_compilers(cfg, device)
     check_layer_decay(cfg)
     graphed = cfg.run.cuda_graphs and device.type == "cuda"
     if graphed:

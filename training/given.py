@@ -40,7 +40,27 @@ def as_trained(
         said.append(f"{path} is evaluated by its own configuration, {_some(differences)}.")
     if differences := recipe_differences(_scored_by(trained), _scored_by(used)):
         said.append(f"{path} was trained with {_some(differences)}; it is evaluated as the command says.")
+    said += _other_images(path, own, used)
     return used, own, said
+
+
+def _other_images(path: Path, own: Mapping[str, Any], used: Config) -> list[str]:
+    """What to say where a run held out another share of its training images than the evaluation does."""
+    data = own.get("data")
+    if not isinstance(data, Mapping) or data.get("set", used.data.set) != used.data.set:
+        return []
+    theirs, ours = data.get("val_split"), used.data.val_split
+    if theirs == ours or not isinstance(theirs, int | float | None):
+        return []
+    if ours is None:
+        return [
+            f"{path} was scored in training on the images of train/ held out by --val-split {theirs}, and is scored "
+            f"here on those of val/; add --val-split {theirs} for the former."
+        ]
+    if theirs is None or theirs < ours:
+        held_out = "without --val-split" if theirs is None else f"with --val-split {theirs}"
+        return [f"{path} was trained {held_out}, so it has seen images that --val-split {ours} holds out."]
+    return [f"{path} was trained with --val-split {theirs}, of whose images --val-split {ours} takes a part."]
 
 
 def _overrides_of(own: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,9 @@ import datetime
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from typing import NoReturn
@@ -22,9 +24,11 @@ import torch.distributed as dist
 
 from config import UserError
 from datasets import failure_of_workers
+from training.compilers import failure_of_compilers
 from training.ends import TrainingError
 
 _FIRST_SPEAKS_WITHIN = datetime.timedelta(seconds=5)
+_KNOWN_WITHIN = 30.0  # seconds
 
 
 def environment_number(name: str, default: int) -> int:
@@ -33,6 +37,17 @@ def environment_number(name: str, default: int) -> int:
     if text.strip() and not text.strip().isdecimal():
         raise UserError(f"{name} is {text!r} in the environment; a launcher sets it to a number, or unset it.")
     return int(text) if text.strip() else default
+
+
+def say(text: str) -> None:
+    """Print to stdout, at once. Raises UserError where nobody takes it: a pipe that was closed, a full disk."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        raise UserError(
+            f"What this program prints cannot be written ({error.strerror}); a run's checkpoints are in its folder: go "
+            "on with --resume auto."
+        ) from None
 
 
 class Processes:
@@ -45,14 +60,21 @@ class Processes:
     def look_around(self) -> None:
         """Take over what the launcher's environment says. Raises UserError."""
         self.rank, self.world_size = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
+        environment_number("LOCAL_RANK", 0)
+        if not environment_number("LOCAL_WORLD_SIZE", 1):
+            raise UserError("LOCAL_WORLD_SIZE is 0 in the environment; it counts the processes of a node, or unset it.")
         if not self.rank < self.world_size:
             raise UserError(
                 f"RANK is {self.rank} and WORLD_SIZE {self.world_size} in the environment; ranks count from 0 and are "
                 "smaller than the size."
             )
-        if self.world_size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            address, port = os.environ["MASTER_ADDR"], environment_number("MASTER_PORT", 0)
-            store = dist.PrefixStore("main.py", dist.TCPStore(address, port, is_master=False))
+        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+        if self.world_size > 1 and address and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            try:
+                _wait_for_name(address)
+                store = dist.PrefixStore("main.py", dist.TCPStore(address, int(port), is_master=False))
+            except (dist.DistError, OSError, ValueError) as error:
+                raise self._cannot_meet(error) from None
             number = store.add(f"runs of process {self.rank}", 1)  # a process may have several, one after the other
             self._store = dist.PrefixStore(f"run {number}", store)
 
@@ -63,13 +85,10 @@ class Processes:
             yield
             return
         try:
+            _wait_for_name(os.environ.get("MASTER_ADDR"))
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        except (ValueError, RuntimeError) as error:
-            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise UserError(
-                f"The {self.world_size} processes of WORLD_SIZE cannot meet at {place} ({str(error).splitlines()[0]}); "
-                "start them with torchrun."
-            ) from None
+        except (ValueError, RuntimeError, socket.gaierror) as error:
+            raise self._cannot_meet(error) from None
         try:
             yield
         except SystemExit:  # all of them end so; torchrun ends the others when the first has ended
@@ -78,13 +97,21 @@ class Processes:
             raise
         dist.destroy_process_group()
 
+    def _cannot_meet(self, error: Exception) -> UserError:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        return UserError(
+            f"The {self.world_size} processes of WORLD_SIZE cannot meet at {place} ({str(error).splitlines()[0]}); "
+            "start them with torchrun."
+        )
+
     def end_failed(self, error: Exception) -> NoReturn:
         """End with the exit code of a failure, said once and by one process. Raises SystemExit."""
         code, said = _sentence(error)
         with contextlib.suppress(dist.DistError):  # without the store each speaks for itself
             if self._store is not None and (first := self._first_code(self._store, code)) is not None:
                 code, said = first, ""
-        print(said, end="", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+            print(said, end="", file=sys.stderr)
         raise SystemExit(code) from None
 
     def _first_code(self, store: dist.Store, code: int) -> int | None:
@@ -97,6 +124,20 @@ class Processes:
             return int(store.get("exit code"))
         store.set("exit code", str(code))
         return None
+
+
+def _wait_for_name(address: str | None) -> None:
+    """Wait for the name of a machine to be known, which in a cluster takes a while. Raises socket.gaierror if it is not
+    in _KNOWN_WITHIN seconds, where torch would ask for half an hour."""
+    until = time.monotonic() + _KNOWN_WITHIN
+    while address:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except socket.gaierror:
+            if time.monotonic() > until:
+                raise
+        time.sleep(1)
 
 
 def _sentence(error: Exception) -> tuple[int, str]:
@@ -112,6 +153,8 @@ def _sentence(error: Exception) -> tuple[int, str]:
             "which leaves evaluation the memory of training.\n"
         )
     if isinstance(error, RuntimeError) and (said := failure_of_workers(error)) is not None:
+        return 2, f"error: {said}\n"
+    if (said := failure_of_compilers(error)) is not None:
         return 2, f"error: {said}\n"
     return 1, "".join(traceback.format_exception(error))
 

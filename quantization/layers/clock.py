@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +28,11 @@ class NoiseClock(nn.Module):
 
     The clock is no child of the model: it takes no part in state dicts, nor in the copies of rank 0's buffers that
     DistributedDataParallel makes (noise must differ by rank). Its layers take it along to another device. A deep copy
-    of a model has a clock of its own that goes on as the original's would.
+    of a model has a clock of its own that goes on as the original's would; a deep copy of a part of a model or of
+    a layer made alone, which may come to stand beside the original, has a clock with noise of its own.
     """
+
+    _model: weakref.ref[nn.Module] | None = None  # that it is attached to; not known of a pickled one
 
     def __init__(self, seed: int | None = None, rank: int | None = None) -> None:
         super().__init__()
@@ -120,10 +126,27 @@ class NoiseClock(nn.Module):
     def attach(self, model: nn.Module) -> None:
         """Advance before every forward pass of `model`, which refers to the clock as `model.noise`, unless it has an
         attribute of that name itself; `clock_of` finds it either way."""
+        self._model = weakref.ref(model)
         model.__dict__[_CLOCK] = self  # not add_module: that would make it a child
         if not hasattr(model, "noise"):
             model.__dict__["noise"] = self
         model.register_forward_pre_hook(_advance)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoiseClock:
+        model = self._model and self._model()
+        # A module is noted in `memo` before what it holds is copied.
+        if isinstance(model, NoisyLinear) or (model is not None and id(model) not in memo):
+            twin = memo[id(self)] = NoiseClock.unlike_others().to(self.state.device)
+            twin.given_rank = self.given_rank
+            return twin
+        twin = memo[id(self)] = NoiseClock.__new__(NoiseClock)
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        if model is not None:
+            twin._model = weakref.ref(memo[id(model)])
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_model"}  # it cannot be pickled
 
     def extra_repr(self) -> str:
         return f"seed={self.seed}, rank={self.rank}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
-from torch.func import functional_call
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from quantization.layers.clock import NoiseClock, clock_of
 from quantization.layers.int4 import Int4Linear
@@ -102,7 +104,9 @@ def _refuse_own_class(name: str, linear: nn.Linear) -> None:
         n for n, _ in linear.named_buffers()
     ]
     own += [n for n, _ in linear.named_children()]
-    if own or type(linear).forward is not nn.Linear.forward:
+    if isinstance(linear.weight, nn.UninitializedParameter):
+        raise ValueError(f"{name} has no shape yet; convert after a first pass of the model, which gives it one")
+    if own or type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
         what = f"{', '.join(own)} of its own" if own else "a forward pass of its own"
         raise ValueError(
             f"{name} is a {type(linear).__name__} with {what}, which a quantized layer would not have; convert before "
@@ -115,35 +119,76 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def never_called(model: nn.Module, names: Sequence[str], shape: tuple[int, ...] | None = None) -> list[str]:
-    """Those of the layers `names` that a forward pass of an image model does not call.
+    """Those of the layers `names` whose weights the model reads itself, so that they are not called.
 
-    The pass is of shapes alone, without memory or arithmetic. shape: of the images; None asks the model's patch
-    embedding. Empty also where the model cannot be run in this way.
+    A forward pass of shapes alone, without memory or arithmetic, finds them. shape: of its input; None asks the model's
+    patch embedding, and then a layer that the pass leaves out altogether is found too. Without one shapes are guessed.
+    Empty where the model cannot be run in this way.
     """
-    if shape is None:
-        embed = getattr(model, "patch_embed", None)
-        size, channels = getattr(embed, "img_size", None), getattr(getattr(embed, "proj", None), "in_channels", 3)
-        if not isinstance(size, tuple | list):
-            return []
-        shape = (2, channels, *size)
-    called: set[int] = set()
-    layers = {name: model.get_submodule(name) for name in names}
-    handles = [m.register_forward_pre_hook(lambda m, _: called.add(id(m))) for m in set(layers.values())]
-    modes = {module: module.training for module in model.modules()}
+    known = [shape] if shape is not None else _shape_of_images(model)
+    for given in known or _guessed_shapes(model):
+        if (passed := _pass_of_shapes(model, names, given)) is not None:
+            called, read = passed
+            return [name for name in names if name not in called and (known or name in read)]
+    return []
+
+
+def _shape_of_images(model: nn.Module) -> list[tuple[int, ...]]:
+    """[(images, channels, height, width)] by the model's patch embedding; empty where it has none."""
+    embed = getattr(model, "patch_embed", None)
+    size, channels = getattr(embed, "img_size", None), getattr(getattr(embed, "proj", None), "in_channels", 3)
+    return [(2, channels, *size)] if isinstance(size, tuple | list) else []
+
+
+def _guessed_shapes(model: nn.Module) -> list[tuple[int, ...]]:
+    """Shapes that a model or a part of one may take: images, then tokens of 7 x 7 places, of 14 x 14 and a class."""
+    sizes = [getattr(module, name, None) for module in model.modules() for name in ("img_size", "image_size")]
+    sides = [size[0] if isinstance(size, tuple | list) and size else size for size in sizes]
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    images = [] if channels is None else [(2, channels, side, side) for side in (*sides, 224) if isinstance(side, int)]
+    width = next((m.in_features for m in model.modules() if isinstance(m, nn.Linear)), 1)
+    return [*dict.fromkeys(images), (2, 49, width), (2, 197, width), (2, 7, 7, width), (2, width)]
+
+
+def _pass_of_shapes(model: nn.Module, names: Sequence[str], shape: tuple[int, ...]) -> tuple[set[str], set[str]] | None:
+    """(layers called, layers whose weights other functions than the layers' own were given); None if it fails.
+
+    The pass is that of a copy on the device of shapes: models keep tables for later that they make in a pass.
+    """
     try:
-        model.eval()
-        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        on_meta = {name: tensor.detach().to("meta") for name, tensor in state.items()}
-        with torch.no_grad():
-            functional_call(model, on_meta, (torch.empty(shape, device="meta"),))
+        held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+        tensors = {id(t): t.detach().to("meta") for t in (*model.parameters(), *model.buffers(), *held)}
+        for p in model.parameters():
+            tensors[id(p)] = nn.Parameter(tensors[id(p)], requires_grad=p.requires_grad)
+        twin = copy.deepcopy(model, dict(tensors)).eval()
+        dtype = next(p.dtype for p in twin.parameters() if p.is_floating_point())
+        for module in twin.modules():
+            for hooks in _HOOKS:
+                if isinstance(kept := getattr(module, hooks, None), dict):
+                    kept.clear()
+        called: set[str] = set()
+        for name in names:
+            twin.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        reads = _Reads({id(twin.get_submodule(name).weight): name for name in names})
+        with torch.no_grad(), reads:
+            twin(torch.empty(shape, device="meta", dtype=dtype))
     except Exception:  # whatever such a model raises, nothing is known of it then
-        return []
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
-    return [name for name, layer in layers.items() if id(layer) not in called]
+        return None
+    return called, reads.names
+
+
+class _Reads(TorchFunctionMode):
+    """Notes which of some tensors, given by id with a name, torch's functions are called with."""
+
+    def __init__(self, watched: dict[int, str]) -> None:
+        super().__init__()
+        self.watched = watched
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        given = (*args, *(kwargs or {}).values())
+        self.names |= {self.watched[id(value)] for value in given if id(value) in self.watched}
+        return func(*args, **(kwargs or {}))
 
 
 def unquantized_in_blocks(model: nn.Module) -> list[str]:

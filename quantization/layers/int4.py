@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from quantization.layers.clock import NoiseClock, NoisyLinear
 from quantization.noise import STREAMS_PER_LAYER, Noise, uniform
+from quantization.recipes import as_recipe
 from quantization.rotation import hadamard
 from quantization.spec import Int4Recipe
 
@@ -187,8 +188,14 @@ class Int4Linear(NoisyLinear):
     recipe: Int4Recipe
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, recipe: Int4Recipe) -> Int4Linear:
-        """A quantized layer that takes over the parameters of `linear`. Raises TypeError for another module."""
+    def from_linear(cls, linear: nn.Linear, recipe: Int4Recipe | str) -> Int4Linear:
+        """A quantized layer that takes over the parameters of `linear`.
+
+        recipe: or the name of the preset, int4. Raises TypeError for another module, and for a LinearRecipe.
+        """
+        recipe = as_recipe(recipe)
+        if not isinstance(recipe, Int4Recipe):
+            raise TypeError(f"Int4Linear takes an Int4Recipe; for {recipe} use QuantLinear.from_linear")
         quant = cls._take_over(linear, recipe)
         quant.join(NoiseClock.unlike_others().to(linear.weight.device), 0)
         quant.noise.attach(quant)
