@@ -74,6 +74,10 @@ def of_table(options: argparse.Namespace, flags: Sequence[str]) -> None:
 
 def of_study(options: argparse.Namespace, flags: Sequence[str]) -> int:
     """list, plan, run and collect of a study; returns the exit code."""
+    if not Path(options.what).exists() and Path(options.what).suffix not in (".yaml", ".yml"):
+        raise UserError(
+            f"{options.what} is neither the number of a table nor a study's file, such as configs/studies/digits.yaml."
+        )
     study = read_study(Path(options.what))
     runs = study.runs(options.filter, options.seeds)
     if options.command == "list":

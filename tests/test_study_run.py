@@ -279,7 +279,7 @@ def test_a_study_is_listed() -> None:
         (["run", "none.yaml"], "There is no configuration file none.yaml"),
         (["run", "FILE", "--job", "2"], "There is no flag --job; did you mean --jobs?"),
         (["run", "FILE", "--", "--lr", "1"], "optim.lr 1.0 (here 0.004) would change what small trains"),
-        (["run", "3"], "There is no configuration file 3."),
+        (["run", "3"], "3 is neither the number of a table nor a study's file"),
         (["list", "77"], "There is no table 77; there are 1, 2"),
         (["plan", "1"], "table1.sh takes ROW [MODEL], or all [MODEL]"),
     ],
