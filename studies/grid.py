@@ -1,7 +1,7 @@
 """A study: rows x values x seeds over any configuration, read from configs/studies/NAME.yaml.
 
     study = read_study(Path("configs/studies/digits.yaml"))
-    study.runs()[0].name        # "fp-seed0"; all rows with the first seed, then all with the second, ...
+    study.runs()[0].name        # "tetrajet-seed0"; all rows with the first seed, then all with the second, ...
 
 How such a file is written:
   title      one line
@@ -132,7 +132,7 @@ class Study:
         return self.file.stem
 
     def runs(self, patterns: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[StudyRun]:
-        """Seed by seed, so that a study which is cut off has its rows in pairs; the row that stands first comes first.
+        """Seed by seed, so that a study which is cut off has its rows in pairs; then value by value, then row by row.
 
         patterns: names of rows, values, cells or runs, * and ? in them as in names of files; empty: all.
         seeds: in place of the study's. Raises UserError for a pattern that matches nothing.
@@ -229,13 +229,17 @@ def read_study(file: Path) -> Study:
         raise UserError(
             f"{file}: a study's file is named by letters, digits and _ alone; its results are named after it."
         )
-    cells: list[Cell] = []
     for row, part in given.rows.items():
         for value in part.values or []:
             if value not in (given.values or {}):
                 known = did_you_mean(value, given.values) if given.values else "the study has no values."
                 raise UserError(f"{file}: rows.{row}.values: there is no value {value}; {known}")
-        cells += [_cell(file, given, row, value) for value in part.values or given.values or [""]]
+    cells = [
+        _cell(file, given, row, value)
+        for value in given.values or [""]
+        for row, part in given.rows.items()
+        if part.values is None or value in part.values
+    ]
     seen: dict[str, Cell] = {}
     for cell in cells:
         if (twin := seen.setdefault(cell.recipe, cell)) is not cell:

@@ -22,7 +22,7 @@ ALLOWED = {
     "record": ("config", "quantization.watch.recording"),
     "timm_patches": ("quantization",),
     "models": ("config", "quantization", "timm_patches"),
-    "results": ("config", "record", "quantization"),
+    "results": ("config", "record", "quantization", "studies.grid", "studies.questions"),
     "studies": ("config", "record"),
     "training": ("config", "datasets", "images", "models", "quantization", "record"),
     "datasets": ("config", "images"),

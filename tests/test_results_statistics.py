@@ -35,7 +35,9 @@ def test_a_paired_comparison_is_scipys(n: int) -> None:
     flipped = stats.permutation_test(
         (one - other,), np.mean, permutation_type="samples", n_resamples=np.inf, alternative="two-sided"
     )
-    by_hand = [sum(s * d for s, d in zip(signs, one - other, strict=True)) for signs in itertools.product((1, -1), repeat=n)]
+    by_hand = [
+        sum(s * d for s, d in zip(signs, one - other, strict=True)) for signs in itertools.product((1, -1), repeat=n)
+    ]
     share = np.mean([abs(total) >= abs(sum(one - other)) - 1e-9 for total in by_hand])
     assert ours.p_flip == share
     assert flipped.pvalue == pytest.approx(share, abs=1e-12)

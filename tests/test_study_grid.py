@@ -50,10 +50,10 @@ def test_every_row_is_run_with_every_value(tmp_path: Path) -> None:
     study = read_study(write_study(tmp_path, values=values, rows=rows, seeds=[0]))
     assert [run.name for run in study.runs()] == [
         "tetrajet-deit_tiny-seed0",
-        "tetrajet-swin_tiny-seed0",
         "q1-deit_tiny-seed0",
+        "tetrajet-swin_tiny-seed0",
     ]
-    deit, swin, q1 = (cell.config for cell in study.cells)
+    deit, q1, swin = (cell.config for cell in study.cells)
     assert (deit.model.name[:4], swin.model.name[:4]) == ("deit", "swin")
     assert (deit.optim.lr, swin.optim.lr, q1.optim.lr) == (0.5, 5e-4, 0.5)
     assert q1.quant.active == ("q1",)
