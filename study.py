@@ -79,6 +79,8 @@ def of_study(options: argparse.Namespace, flags: Sequence[str]) -> int:
             f"{options.what} is neither the number of a table nor a study's file, such as configs/studies/digits.yaml."
         )
     study = read_study(Path(options.what))
+    if (seed := next((seed for seed in options.seeds if not 0 <= seed < 2**32), None)) is not None:
+        raise UserError(f"--seeds has {seed}; numbers from 0 to {2**32 - 1} were expected.")
     runs = study.runs(options.filter, options.seeds)
     if options.command == "list":
         print(study_listing(study, runs))
@@ -98,6 +100,8 @@ def of_study(options: argparse.Namespace, flags: Sequence[str]) -> int:
         if jobs < 1:
             raise UserError(f"--jobs is {jobs}; at least one run at a time was expected.")
         limit = None if options.limit_minutes is None else 60 * options.limit_minutes
+        if limit is not None and not 0 < limit < float("inf"):
+            raise UserError(f"--limit-minutes is {options.limit_minutes:g}; a time above 0 was expected.")
         return run_study(places, runs, Pool(jobs, gpus), flags, limit)
     for line in collect(places, runs, options.places) if options.command == "collect" else states(places, runs):
         print(line)

@@ -49,7 +49,7 @@ class Line:
     confidence: float | None  # quantization confidence, mean
     classes: int
     autocast: str
-    device: str
+    device: str  # this, torch and commit: of each start of the run, one after the other where they differ
     torch: str
     commit: str  # with a + where tracked files differed from it
     started: str
@@ -103,7 +103,7 @@ def read_finished(folder: Path) -> Finished | None:
         raise UserError(f"The manifest in {folder} cannot be read ({error.strerror or error}).") from None
     last = metrics.get((epochs - 1,), {})
     summaries = [data for step, data in metrics.items() if len(step) == 1]
-    git = manifest.get("git") or {}
+    starts = manifest.get("sessions") or [manifest]  # a run that went on may have done so with other code or elsewhere
     figures = {
         **{name: final[f"final.{name}"] for name in ("top1", "top5", "loss", "best_top1")},
         "epochs": epochs,
@@ -112,12 +112,21 @@ def read_finished(folder: Path) -> Finished | None:
         **{name: _finite(last.get(f"eval.{name}")) for name in OSCILLATION},
         "classes": manifest.get("classes", 0),
         "autocast": manifest.get("autocast", "").lower(),
-        "device": (manifest.get("device") or {}).get("name", ""),
-        "torch": manifest.get("versions", {}).get("torch") or "",
-        "commit": f"{(git.get('commit') or 'unknown')[:12]}{'+' if git.get('dirty') else ''}",
+        "device": _each((start.get("device") or {}).get("name") for start in starts),
+        "torch": _each((start.get("versions") or {}).get("torch") for start in starts),
+        "commit": _each(map(_commit, starts)),
         "started": manifest.get("start_time", ""),
     }
     return Finished(folder, recipes.pop(), configs[-1].run.seed, figures)
+
+
+def _each(texts: Iterable[str | None]) -> str:
+    return " ".join(dict.fromkeys(text or "unknown" for text in texts))
+
+
+def _commit(start: dict[str, Any]) -> str | None:
+    git = start.get("git") or {}
+    return git.get("commit") and f"{git['commit'][:12]}{'+' if git.get('dirty') else ''}"
 
 
 def _finite(value: Any) -> float | None:

@@ -51,12 +51,12 @@ class Candidate:
 def candidates(study: Study, lines: Sequence[Line]) -> tuple[list[Candidate], list[str]]:
     """(values that have runs of both rows, the best first; names of those that have none).
 
-    Raises UserError for a study without values or without two rows.
+    Raises UserError for a study that is not there to choose.
     """
+    if not study.choice:
+        raise UserError(f"{study.file} is not there to choose one of its values; such a study says choice: true.")
     rows = [*dict.fromkeys(cell.row for cell in study.cells)]
     values = [*dict.fromkeys(cell.value for cell in study.cells)]
-    if len(rows) < 2 or values == [""]:
-        raise UserError(f"{study.file}: a choice is one of several values by two rows, and it has not both.")
     cells = {(cell.row, cell.value): cell for cell in study.cells}
     found, without = [], []
     for value in values:

@@ -11,6 +11,8 @@ How such a file is written:
   seeds      of every row: a row has the weights, the order of images and the augmentation of a seed in common with
              all others, so that rows are compared seed by seed
   rows       name: {base, set, values (names of those that it is run with), seeds}, all of them optional
+  choice     whether it is there to choose one of its values (results/choice.py)
+  tables, findings   what it asks (studies/questions.py)
 A cell, a row with one of its values, is the base with the changes of the study, of its value and of its own, in this
 order. Two cells may not be the same recipe.
 """
@@ -27,12 +29,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 
 from config import Config, UserError, iter_keys, load_config, read_yaml, recipe_differences, recipe_identity
 from config.explain import did_you_mean
 from config.flags import parse_flags
 from config.rows import ROOT
+from studies.questions import Finding, Part, Table, check_questions
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.+=]+$")]  # a part of a folder's name
 Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)]
@@ -40,28 +43,27 @@ Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=
 OWN = {"run.seed", "run.output_dir", "run.resume", "run.eval", "run.finetune", "run.use_ema"}
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+class _Value(Part):
+    set: dict[str, Any] = Field(default={})
 
 
-class _Value(_Part):
-    set: dict[str, Any] = {}
-
-
-class _Row(_Part):
+class _Row(Part):
     base: str | None = None
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default={})
     values: list[str] | None = None
     seeds: Seeds | None = None
 
 
-class _File(_Part):
+class _File(Part):
     title: str
     base: str | None = None
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default={})
     values: Annotated[dict[Name, _Value], Field(min_length=1)] | None = None
     seeds: Seeds
     rows: Annotated[dict[Name, _Row], Field(min_length=1)]
+    choice: bool = False
+    tables: list[Table] = Field(default=[])
+    findings: list[Finding] = Field(default=[])
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,9 @@ class Study:
     file: Path
     title: str
     cells: tuple[Cell, ...]
+    choice: bool
+    tables: tuple[Table, ...]
+    findings: tuple[Finding, ...]
 
     @property
     def name(self) -> str:
@@ -182,7 +187,8 @@ def _explain(error: Any) -> str:
     loc = [str(part) for part in error["loc"] if part != "[key]"]
     where = ".".join(loc)
     if error["type"] == "extra_forbidden":
-        part = _Row if loc[0] == "rows" and len(loc) > 2 else _Value if loc[0] == "values" and len(loc) > 2 else _File
+        kinds = {"rows": _Row, "values": _Value, "tables": Table, "findings": Finding}
+        part = kinds.get(loc[0], _File) if len(loc) > 2 else _File
         return f"there is no key {where}; {did_you_mean(loc[-1], part.model_fields)}"
     if error["type"] == "missing":
         return f"{where} is missing."
@@ -244,7 +250,12 @@ def read_study(file: Path) -> Study:
     for cell in cells:
         if (twin := seen.setdefault(cell.recipe, cell)) is not cell:
             raise UserError(f"{file}: {cell.name} is the same recipe as {twin.name}; one of them is enough.")
-    return Study(file, given.title, tuple(cells))
+    values = [*given.values] if given.values else []
+    if given.choice and not (values and len(given.rows) > 1):
+        raise UserError(f"{file}: choice is one of several values by two rows, and the study has not both.")
+    if said := check_questions(given.tables, given.findings, [(cell.row, cell.value) for cell in cells]):
+        raise UserError(f"{file}: {said}")
+    return Study(file, given.title, tuple(cells), given.choice, tuple(given.tables), tuple(given.findings))
 
 
 def execution_flags(study: Study, flags: Sequence[str]) -> list[str]:

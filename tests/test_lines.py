@@ -61,6 +61,18 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert (figures["epochs"], figures["steps"], figures["seconds"]) == (5, 110, 12.5)
     assert (figures["r_w"], figures["r_Y"], figures["confidence"]) == (0.5, None, None)
     assert (figures["device"], figures["autocast"], figures["commit"]) == ("a chip", "none", "abcdef012345+")
+    assert figures["torch"] == "unknown"
+
+
+def test_a_run_that_went_on_elsewhere_says_so(tmp_path: Path) -> None:
+    versions, dirty = {"torch": "2.11.0"}, {"commit": "1" * 40, "dirty": True}
+    folder = tmp_path / "run"
+    leave(folder, final=False, git={"commit": "0" * 40, "dirty": False}, device={"type": "cpu", "name": "a"})
+    leave(folder, final=False, git=dirty, device={"type": "cpu", "name": "b"}, versions=versions)
+    leave(folder, git=dirty, device={"type": "cpu", "name": "b"}, versions=versions)
+    figures = read_finished(folder).figures
+    assert (figures["device"], figures["torch"]) == ("a b", "unknown 2.11.0")
+    assert figures["commit"] == f"{'0' * 12} {'1' * 12}+"
 
 
 def test_what_is_not_finished(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def lines_of(study: Study, tops: dict = TOPS, seconds: float = 50.0) -> list[Lin
 
 @pytest.fixture
 def regimes(tmp_path: Path) -> Study:
-    return read_study(write_study(tmp_path, values=VALUES))
+    return read_study(write_study(tmp_path, values=VALUES, choice=True))
 
 
 def test_the_largest_ratio_of_gap_to_spread_is_chosen(regimes: Study) -> None:
@@ -78,7 +78,7 @@ def test_values_without_runs_and_of_other_times_are_named(regimes: Study) -> Non
 def test_what_cannot_be_chosen(regimes: Study, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No value of small has runs of both rows yet"):
         choice(regimes, [])
-    with pytest.raises(UserError, match="a choice is one of several values by two rows"):
+    with pytest.raises(UserError, match="is not there to choose one of its values"):
         choice(read_study(write_study(tmp_path)), [])
 
 

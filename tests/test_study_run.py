@@ -276,6 +276,9 @@ def test_a_study_is_listed() -> None:
     [
         (["run", "FILE", "--jobs", "0"], "--jobs is 0; at least one run at a time was expected."),
         (["run", "FILE", "--filter", "q1"], "has no run q1; "),
+        (["run", "FILE", "--limit-minutes", "nan"], "--limit-minutes is nan; a time above 0 was expected."),
+        (["run", "FILE", "--limit-minutes", "0"], "--limit-minutes is 0; a time above 0 was expected."),
+        (["list", "FILE", "--seeds", "4294967296"], "--seeds has 4294967296; numbers from 0 to 4294967295"),
         (["run", "none.yaml"], "There is no configuration file none.yaml"),
         (["run", "FILE", "--job", "2"], "There is no flag --job; did you mean --jobs?"),
         (["run", "FILE", "--", "--lr", "1"], "optim.lr 1.0 (here 0.004) would change what small trains"),
@@ -339,9 +342,9 @@ def test_a_study_of_digits_killed_and_started_again_loses_and_doubles_no_run(tmp
     assert len((tmp_path / "digits.csv").read_text().splitlines()) == 7
     assert lines[: len(killed)] == killed
     assert time.monotonic() - began - spent < 240
-    # A run that was killed and went on has the figures of one that was not.
+    # A run that was killed and went on has the figures of one that was not, of as many threads.
     alone = tmp_path / "alone"
-    subprocess.run(real(alone, "--filter", "*-seed0"), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(real(alone, "--filter", "*-seed0", "--jobs", "2"), check=True, stdout=subprocess.DEVNULL)
     for line in read_lines(alone / "digits.csv"):
         twin = next(one for one in lines if one.key == line.key)
         assert (twin.top1, twin.loss, twin.best_top1, twin.r_w) == (line.top1, line.loss, line.best_top1, line.r_w)
