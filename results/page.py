@@ -220,7 +220,7 @@ def draw(evidence: Evidence, path: Path) -> None:
         for one, value in zip(axes, values, strict=True):
             _draw_value(one, evidence, table, value)
         axes[0].set_yticks(range(len(rows)), map(_row, rows))
-        axes[0].invert_yaxis()
+        axes[0].set_ylim(len(rows) - 0.5, -0.5)  # the first row at the top, for all
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
         figure.supxlabel(f"{worded(table.figures[0])} less that of {_row(table.against)}", fontsize=9)
         try:

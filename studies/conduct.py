@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from signal import Signals as Signal
 
-from config import UserError
+from config import UserError, load_config, recipe_identity
 from config.rows import ROOT
 from record.files import LOCK, FolderLock
 from record.lines import CONFIGS, Finished, Line, add_lines, read_finished, read_lines
@@ -50,13 +50,14 @@ class Places:
 
     def finished(self, run: StudyRun) -> Finished | None:
         """What a run has left at its end; None before it. Raises UserError where its folder holds another run."""
-        found = read_finished(self.folder(run))
-        if found is not None and (found.recipe, found.seed) != (run.cell.recipe, run.seed):
-            raise UserError(
-                f"{self.folder(run)} holds a finished run of another recipe or seed; move it away, or choose another "
-                "--output."
-            )
-        return found
+        for path in sorted(self.folder(run).glob(CONFIGS)):
+            config = load_config(path)
+            if (recipe_identity(config.model_dump(mode="json")), config.run.seed) != (run.cell.recipe, run.seed):
+                raise UserError(
+                    f"{self.folder(run)} holds a run of another recipe or seed, says {path.name}; move it away, or "
+                    "choose another --output."
+                )
+        return read_finished(self.folder(run))
 
     def epochs_done(self, run: StudyRun) -> int:
         try:

@@ -110,7 +110,7 @@ def test_a_folder_with_another_recipe_is_left_alone(studies: Studies) -> None:
     changed = write_study(studies.folder, set={"schedule": {"epochs": 2}, "run": {"device": "cpu"}})
     result = studies("run", changed)
     assert result.returncode == 1
-    assert "tetrajet-seed0: " in result.stderr and "holds a finished run of another recipe or seed" in result.stderr
+    assert "tetrajet-seed0: " in result.stderr and "holds a run of another recipe or seed, says re" in result.stderr
     assert len(done(studies)) == 4 and len({line.recipe for line in lines_of(studies)}) == 3
     assert studies.trained("tetrajet-seed0") == [0, 1, 2]
 
