@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from config import UserError
 from record.lines import Line
-from results.statistics import Paired, holm, paired, t_cdf
+from results.statistics import UNEVEN, Compared, Error, additive_error, compared, holm, judged, paired_error
 from studies.grid import Cell, Study
 from studies.questions import Finding, Table, published_figures
 
 ALPHA = 0.05  # of a verdict, all findings of a study together
 FEWEST = 3  # pairs that a verdict is given on
 SHOWS, NOT, NOISE, FEW = "shows", "does not", "within noise", "too few runs"
+MODEL = f"""\
+Differences are taken between runs of one seed, which have initial weights, order of images and augmentation in common.
+Their standard error comes from all rows of a model together: the figure of a run is taken for the sum of what its row,
+its seed and chance add to it, with chance of one variance for all rows; interval (95 %) and p are Student's t on the
+degrees of freedom that are left. Rows whose differences have more than {UNEVEN:g} times the variance of the others' are
+judged by those differences alone, and a * says so. The p of the paired t test, which always does that, stands beside,
+as does that of all sign flips, which takes nothing for granted but symmetry: with n pairs it is 2 / 2^n at least."""
 RULE = f"""\
-A finding is tested on the differences of its two sides in runs of one seed: the mean of the rows that the paper has
-higher less that of those it has lower. It **shows** at this scale where the mean difference has the paper's sign and p
-of the two-sided paired t test, adjusted for the number of findings (Holm), is below {ALPHA:g}; it **does not** where
-that holds with the other sign; else it is **within noise**, and the interval says which differences the runs do not
-rule out. A finding of equality is tested against its margin: it shows where the difference lies within by two
-one-sided t tests, and does not where it lies beyond, p adjusted alike. Fewer than {FEWEST} pairs are too few; "so far"
-stands where there are fewer than the study is to have. The p of all sign flips, which takes nothing for granted but
-symmetry, stands beside: with n pairs it is 2 / 2^n at least."""
+A finding is the mean of the rows that the paper has higher less that of those it has lower. It **shows** at this scale
+where the difference has the paper's sign and its p, adjusted for the number of findings (Holm), is below {ALPHA:g}; it
+**does not** where that holds with the other sign; else it is **within noise**, and the interval says which differences
+the runs do not rule out. A finding of equality is tested against its margin: it shows where the difference lies within
+by two one-sided t tests, and does not where it lies beyond, p adjusted alike. Fewer than {FEWEST} pairs are too few;
+"so far" stands where there are fewer than the study is to have."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Verdict:
 
     finding: Finding
     value: str
-    difference: Paired | None
+    difference: Compared | None
+    paired: Compared | None  # by the differences of the two sides alone
     published: float | None
     p: float | None = None  # of the test that the verdict is by
     adjusted: float | None = None
@@ -64,6 +69,7 @@ class Evidence:
             else:
                 self.lines[line.row, line.value][line.seed] = line
         self.lines = {key: dict(sorted(by_seed.items())) for key, by_seed in self.lines.items()}
+        self._errors: dict[tuple[str, str, tuple[str, ...]], Error | None] = {}
         self._check()
 
     def _check(self) -> None:
@@ -95,6 +101,20 @@ class Evidence:
         means = [[statistics.fmean(by_seed[seed] for by_seed in side) for seed in sorted(seeds)] for side in sides]
         return [high - low for high, low in zip(*means, strict=True)]
 
+    def error(self, value: str, figure: str, without: Sequence[str] = ()) -> Error | None:
+        """What chance adds to a run of a value, by all of its rows but some."""
+        key = value, figure, tuple(without)
+        if key not in self._errors:
+            rows = [self.figures(row, of, figure) for row, of in self.lines if of == value and row not in without]
+            self._errors[key] = additive_error([row for row in rows if row])
+        return self._errors[key]
+
+    def compare(self, higher: Sequence[str], lower: Sequence[str], value: str, figure: str = "top1") -> Compared | None:
+        """The difference of two sides; None where fewer than two seeds have all of their rows."""
+        differences = self.differences(higher, lower, value, figure)
+        of_others = self.error(value, figure, without=(*higher, *lower))
+        return judged(differences, self.error(value, figure), of_others, 1 / len(higher) + 1 / len(lower))
+
     def of_table(self, table: Table) -> list[str]:
         """Its values, those that the study has."""
         return [value for value in table.values or self.values if value in self.values]
@@ -102,7 +122,7 @@ class Evidence:
     def comparisons(self) -> int:
         """Paired comparisons in the tables, of which intervals are shown."""
         return sum(
-            paired(self.differences([row], [table.against], value, figure)) is not None
+            self.compare([row], [table.against], value, figure) is not None
             for table in self.study.tables
             for value in self.of_table(table)
             for figure in table.figures
@@ -126,12 +146,19 @@ class Evidence:
         found = []
         for finding in self.study.findings:
             for value in finding.values or self.values:
-                difference = paired(self.differences(finding.higher, finding.lower, value, finding.figure))
-                enough = difference is not None and difference.n >= FEWEST
-                p = None if not enough else difference.p if finding.within is None else _equality(difference, finding)
+                sides = finding.higher, finding.lower, value, finding.figure
+                difference, alone = self.compare(*sides), self.differences(*sides)
                 seeds = [{*self.cells[row, value].seeds} for row in (*finding.higher, *finding.lower)]
-                planned = len(set.intersection(*seeds))
-                found.append(Verdict(finding, value, difference, self._published(finding, value), p, planned=planned))
+                one = Verdict(
+                    finding,
+                    value,
+                    difference,
+                    compared(alone, paired_error(alone)),
+                    self._published(finding, value),
+                    planned=len(set.intersection(*seeds)),
+                )
+                enough = difference is not None and difference.n >= FEWEST
+                found.append(replace(one, p=_p(finding, difference)) if enough else one)
         tested = [place for place, one in enumerate(found) if one.p is not None]
         for place, adjusted in zip(tested, holm([found[place].p for place in tested]), strict=True):
             one = found[place]
@@ -139,16 +166,15 @@ class Evidence:
         return found
 
 
-def _equality(difference: Paired, finding: Finding) -> float:
-    """p of |difference| < within by two one-sided t tests, where the mean is so; else of the opposite, two-sided."""
-    error = difference.spread / math.sqrt(difference.n)
-    outside = abs(difference.mean) - finding.within
-    if not error:
-        return 0.0
-    return t_cdf(outside / error, difference.n - 1) if outside < 0 else 2 * t_cdf(-outside / error, difference.n - 1)
+def _p(finding: Finding, difference: Compared) -> float:
+    """p of what the verdict is on: that the difference is none or, against a margin, that it is on its other side."""
+    if finding.within is None:
+        return difference.p
+    inside = abs(difference.mean) < finding.within
+    return difference.p_within(finding.within) if inside else difference.p_beyond(finding.within)
 
 
-def _word(finding: Finding, difference: Paired, adjusted: float) -> str:
+def _word(finding: Finding, difference: Compared, adjusted: float) -> str:
     if adjusted >= ALPHA:
         return NOISE
     holds = difference.mean > 0 if finding.within is None else abs(difference.mean) < finding.within

@@ -11,8 +11,8 @@ from config import UserError
 from config.rows import ROOT, table_cells
 from record.lines import read_lines
 from results.choice import choice
-from results.evidence import RULE, Evidence, Verdict, total
-from results.statistics import Paired, paired
+from results.evidence import MODEL, RULE, Evidence, Verdict, total
+from results.statistics import Compared
 from results.style import COLOURS, DPI, picture, spoken
 from results.tables import GAP, markdown_table, signed
 from studies.grid import Study, read_study
@@ -32,12 +32,12 @@ def number(figure: str, value: float) -> str:
     return f"{value:.2f}" if figure in ("top1", "top5", "best_top1") else f"{value:.4f}"
 
 
-def interval(figure: str, difference: Paired | None) -> str:
+def interval(figure: str, difference: Compared | None) -> str:
     """The mean with its interval: +1.05 [0.60, 1.50]."""
     if difference is None:
         return GAP
-    low, high = (number(figure, end) for end in (difference.low, difference.high))
-    return f"{signed(number(figure, difference.mean))} [{low}, {high}]"
+    low, high = (number(figure, end) for end in difference.interval)
+    return f"{signed(number(figure, difference.mean))} [{low}, {high}]{' *' if difference.alone else ''}"
 
 
 def probability(p: float | None) -> str:
@@ -78,11 +78,14 @@ def head(evidence: Evidence) -> str:
                 f"{f' ({model})' if model else ''}, {own[0].epochs} epochs, {own[0].steps} steps of "
                 f"{config.optim.global_batch} images."
             )
+            if (error := evidence.error(value, "top1")) is not None:
+                facts[-1] += f" Chance: {error.spread:.2f} points of top-1, on {error.dof} degrees of freedom."
     return "\n".join(f"- {fact}" for fact in facts)
 
 
 def findings_table(verdicts: Sequence[Verdict]) -> str:
-    header = ["finding", "model", "at this scale", "difference, 95 %", "pairs", "p", "Holm", "sign flips", "published"]
+    header = ["finding", "model", "at this scale", "difference, 95 %", "pairs", "p", "Holm"]
+    header += ["paired t", "sign flips", "published"]
     lines = []
     for one in verdicts:
         figure, difference = one.finding.figure, one.difference
@@ -95,6 +98,7 @@ def findings_table(verdicts: Sequence[Verdict]) -> str:
                 str(difference.n if difference else 0),
                 probability(one.p),
                 probability(one.adjusted),
+                probability(one.paired.p if one.paired else None),
                 probability(difference.p_flip if difference else None),
                 GAP if one.published is None else signed(number(figure, one.published)),
             ]
@@ -114,7 +118,7 @@ def results_table(evidence: Evidence, table: Table, value: str, figure: str) -> 
         of_row = evidence.lines.get((row, value), {})
         difference = None
         if row != table.against:
-            difference = paired(evidence.differences([row], [table.against], value, figure))
+            difference = evidence.compare([row], [table.against], value, figure)
         line = [
             theirs,
             str(len(values)),
@@ -174,8 +178,8 @@ def page(evidences: Sequence[Evidence], choices: Sequence[tuple[Study, str]]) ->
         "`configs/studies/`; every change by hand is lost.",
         "No figure of ours is one of ImageNet. Published figures (arXiv 2502.20853) are of ImageNet-1K and 90 epochs: "
         "they stand beside ours for the sign of a difference and not for its size. Spread: sample standard deviation "
-        "over seeds. Differences are taken between runs of one seed, which have initial weights, order of images and "
-        f"augmentation in common; their interval is Student's t, 95 %. {GAP} is a gap.",
+        f"over the seeds that a row has, as mean. {GAP} is a gap.",
+        MODEL,
     ]
     if not evidences and not choices:
         text.append("There are no runs yet.")
@@ -245,8 +249,8 @@ def _draw_value(axes: Any, evidence: Evidence, table: Table, value: str) -> None
     base = published.get(table.against, {}).get(name)
     rows = [row for row in table.names.values() if row != table.against]
     ours = {row: evidence.differences([row], [table.against], value, name) for row in rows}
-    means = {row: mean for row in rows if (mean := paired(ours[row])) is not None}
-    ends = [0.0, *(x for found in ours.values() for x in found), *(x for m in means.values() for x in (m.low, m.high))]
+    means = {row: mean for row in rows if (mean := evidence.compare([row], [table.against], value, name)) is not None}
+    ends = [0.0, *(x for found in ours.values() for x in found), *(x for m in means.values() for x in m.interval)]
     low, high = min(ends), max(ends)
     margin = 0.15 * (high - low) or 1.0
     low, high = low - margin, high + margin
@@ -257,9 +261,9 @@ def _draw_value(axes: Any, evidence: Evidence, table: Table, value: str) -> None
     for place, row in enumerate(rows):
         axes.plot(ours[row], [place] * len(ours[row]), ".", color=COLOURS[2], alpha=0.4)
         if row in means:
-            mean = means[row]
-            error = [[mean.mean - mean.low], [mean.high - mean.mean]]
-            axes.errorbar(mean.mean, place, xerr=error, fmt="o", color=COLOURS[2], capsize=3, markersize=4)
+            mean = means[row].mean
+            half = means[row].interval[1] - mean
+            axes.errorbar(mean, place, xerr=half, fmt="o", color=COLOURS[2], capsize=3, markersize=4)
         if base is not None and name in published.get(row, {}):
             theirs = published[row][name] - base
             if low <= theirs <= high:

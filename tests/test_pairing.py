@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from pathlib import Path
 
@@ -53,8 +54,9 @@ def weights(run: Run) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in run.model.named_parameters()}
 
 
-def batches(run: Run, epoch: int) -> list[Tensor]:
-    return [images for images, _ in run.data.train_batches(epoch)]
+def batches(run: Run, epoch: int, start: int = 0) -> list[Tensor]:
+    """Three micro-batches of an epoch."""
+    return [images for images, _ in itertools.islice(run.data.train_batches(epoch, start), 3)]
 
 
 def draws(run: Run, position: int) -> tuple[float, float, float]:
@@ -73,9 +75,9 @@ def test_a_method_starts_from_the_weights_of_full_precision(method: str) -> None
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_sees_the_images_of_full_precision(method: str) -> None:
     ours, plain = built(method, 1), built("fp", 1)
-    for epoch in (0, 2):
-        first, second = batches(ours, epoch), batches(plain, epoch)
-        assert len(first) == len(second) == 22
+    for epoch, start in ((0, 0), (2, 19)):
+        first, second = batches(ours, epoch, start), batches(plain, epoch, start)
+        assert len(first) == len(second) == 3
         assert all(map(torch.equal, first, second))
     assert [draws(ours, p) for p in (0, 7)] == [draws(plain, p) for p in (0, 7)]
     images = next(iter(ours.data.train_batches(1)))

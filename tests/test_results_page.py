@@ -92,7 +92,8 @@ def test_differences_are_taken_seed_by_seed(study: Study) -> None:
     lines = lines_of(study)
     difference = Evidence(study, lines).verdicts()[0].difference
     assert (difference.n, difference.mean) == (5, pytest.approx(2.0))
-    assert difference.spread < 0.1 < 1.0 < np.std([one.top1 for one in lines if one.row == "tetrajet"])
+    assert difference.dof == 3 * 4  # of four rows and five seeds
+    assert difference.error < 0.1 < 1.0 < np.std([one.top1 for one in lines if one.row == "tetrajet"])
     # The control: the same figures, of other seeds than their own, are no pairs and show nothing.
     shuffled = [
         dataclasses.replace(one, seed=(2 * one.seed + 1) % 5) if one.row == "tetrajet" else one for one in lines
@@ -215,10 +216,12 @@ def test_what_the_page_says(place: Place) -> None:
     assert "### Products in FP8" in text
     finding = cells_of(text, "full precision is better")
     assert finding[:3] == ["full precision is better", "DeiT", "**shows**"]
-    assert finding[3].startswith("+2.00 [1.9") and finding[4] == "5" and finding[7:] == ["0.0625", "+3.98"]
+    assert finding[3] == "+2.00 [1.86, 2.14]" and finding[4] == "5" and finding[8:] == ["0.0625", "+3.98"]
     row = cells_of(text, "full_precision")
-    assert row[:3] == ["full_precision", "5", "5"] and row[5].startswith("+2.00 [") and row[7:] == ["63.73", "+3.98"]
+    assert row[:3] == ["full_precision", "5", "5"] and row[5] == finding[3] and row[7:] == ["63.73", "+3.98"]
     assert cells_of(text, "tetrajet")[5:] == ["-", "-", "59.75", "-"]
+    assert cells_of(text, "microscaling")[5].endswith("] *")  # it varies more than the others do
+    assert "28" not in finding[5] and "Chance: 0.10 points of top-1, on 12 degrees of freedom." in text
 
 
 def test_gaps_are_shown_as_gaps(place: Place) -> None:

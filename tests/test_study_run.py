@@ -20,9 +20,12 @@ from study_helpers import ROOT, TWO, Studies, write_study
 from test_study_pool import alive, until
 
 import study
+from config import load_config, recipe_identity
+from config.flags import parse_flags
 from record.lines import Line, read_lines
-from studies.conduct import Durations, spoken
+from studies.conduct import Conduct, Durations, Places, spoken
 from studies.grid import read_study
+from studies.pool import Pool, threads
 
 NAMES = ["full_precision-seed0", "tetrajet-seed0", "full_precision-seed1", "tetrajet-seed1"]
 
@@ -122,6 +125,21 @@ def test_each_run_has_its_share_of_the_machine(studies: Studies) -> None:
     assert {environment["CUDA_VISIBLE_DEVICES"] for environment in seen} == {"4", "5"}
 
 
+def test_what_is_started_is_the_run(tmp_path: Path) -> None:
+    run = read_study(write_study(tmp_path, set={"data": {"num_workers": None}})).runs()[1]
+    places = Places.of(read_study(write_study(tmp_path)), tmp_path / "my runs", tmp_path)
+    words = Conduct(places, [run], Pool(2), ["--data-path", "/my data"], None).command(run)
+    assert words[:2] == [sys.executable, str(ROOT / "main.py")]
+    options, overrides = parse_flags(words[2:])
+    cfg = load_config(options.config, overrides)
+    assert recipe_identity(cfg.model_dump(mode="json")) == run.cell.recipe
+    assert (cfg.run.seed, cfg.run.resume, cfg.data.path) == (run.seed, "auto", "/my data")
+    assert cfg.run.output_dir == str(tmp_path / "my runs/tetrajet-seed0")
+    assert cfg.data.num_workers == max(1, min(10, threads(2)))  # its share of the cores
+    alone = Conduct(places, [run], Pool(1), [], None).command(run)
+    assert not any("num_workers" in word for word in [*alone[:4], *alone[-4:]])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Stopped
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,7 +192,7 @@ def test_one_study_at_a_time_in_a_folder(studies: Studies) -> None:
 def test_time_that_is_up(studies: Studies) -> None:
     file = write_study(studies.folder, set={"schedule": {"epochs": 30}, "run": {"device": "cpu"}})
     began = time.monotonic()
-    result = studies("run", file, "--jobs", "2", "--limit-minutes", "0.08", EPOCH_S="0.5")
+    result = studies("run", file, "--jobs", "2", "--limit-minutes", "0.05", EPOCH_S="0.5")
     assert result.returncode == 0 and time.monotonic() - began < 20
     assert "the time is up: 2 saved where they were, 2 not begun; the same command goes on." in result.stdout
     assert done(studies) == []
