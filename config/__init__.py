@@ -2,7 +2,7 @@
 
 from config.explain import UserError
 from config.files import read_yaml
-from config.fold import dump_config, load_config, recipe_differences
+from config.fold import dump_config, load_config, recipe_differences, recipe_identity
 from config.schema import Config, iter_keys, sections_in
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "load_config",
     "read_yaml",
     "recipe_differences",
+    "recipe_identity",
     "sections_in",
 ]

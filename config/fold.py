@@ -10,6 +10,8 @@ the nearest valid key.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -71,27 +73,42 @@ def mixes(dumped: dict[str, Any]) -> bool:
     return bool(aug.get("mixup") or aug.get("cutmix") or aug.get("cutmix_minmax"))
 
 
+def _recipe(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaf keys of a dumped configuration that change what is computed, by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in mapping.items():
+        dotted = f"{prefix}{key}"
+        if dotted not in _EXECUTION:
+            found |= _recipe(value, f"{dotted}.") if isinstance(value, dict) else {dotted: value}
+    return found
+
+
 def recipe_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Keys in which two dumped configurations differ that change what is computed: "optim.lr 0.001 (here 0.0005)".
 
     data.batch_size counts where mixup draws over it, and null, which follows from the processes, equals any size.
     """
-
-    def leaves(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in mapping.items():
-            dotted = f"{prefix}{key}"
-            if dotted not in _EXECUTION:
-                found |= leaves(value, f"{dotted}.") if isinstance(value, dict) else {dotted: value}
-        return found
-
-    a, b = leaves(one), leaves(other)
+    a, b = _recipe(one), _recipe(other)
     different = [key for key in {**a, **b} if a.get(key) != b.get(key)]
     alike = {"run.amp"} if precision(one) == precision(other) else set()
     sizes = a.get("data.batch_size"), b.get("data.batch_size")
     if None in sizes or not (mixes(one) or mixes(other)):
         alike.add("data.batch_size")
     return [f"{key} {a.get(key)} (here {b.get(key)})" for key in different if key not in alike]
+
+
+def recipe_identity(dumped: dict[str, Any]) -> str:
+    """Twelve hexadecimal digits, the same for two dumped configurations that differ in nothing but seed and execution.
+
+    Only keys that are not at their defaults count, so that a new key leaves the identity of older recipes as it is.
+    """
+    tags = {section: {tag: dumped[section][tag]} for section, tag in TAGS.items()}
+    defaults = _recipe(Config.model_validate(tags).model_dump(mode="json"))
+    recipe = {key: value for key, value in _recipe(dumped).items() if key not in defaults or value != defaults[key]}
+    recipe |= {f"{section}.{tag}": dumped[section][tag] for section, tag in TAGS.items()}
+    for key in ("run.seed", *([] if mixes(dumped) else ["data.batch_size"])):
+        recipe.pop(key, None)
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

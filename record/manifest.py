@@ -22,19 +22,25 @@ from record.schema import Manifest, check
 
 MANIFEST = "manifest.json"
 LARGEST = 2**26  # bytes
+LINES = "results/*.csv"
 _PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "tensorboardX")
 # What the manifest keeps of every start of a run that was stopped and continued.
 _OF_A_START = ("start_time", "command_line", "git", "versions", "device", "world_size")
 
 
 def git_state() -> dict[str, Any]:
-    """{"commit": hash, "dirty": whether tracked files differ from it}; both None without git or outside a checkout."""
+    """{"commit": hash, "dirty": whether tracked files differ from it}; both None without git or outside a checkout.
+
+    The lines of finished runs that studies add to results/ change nothing that a run is made with.
+    """
     root = Path(__file__).resolve().parents[1]
     command = ["git", "--no-optional-locks", "-C", str(root)]
     ask = functools.partial(subprocess.run, capture_output=True, text=True, check=True, timeout=30)
     try:
         top, commit = ask([*command, "rev-parse", "--show-toplevel", "HEAD"]).stdout.splitlines()
-        changes = ask([*command, "status", "--porcelain", "--untracked-files=no"]).stdout
+        changes = ask(
+            [*command, "status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude,top){LINES}"]
+        ).stdout
     except (OSError, ValueError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}
     if Path(top).resolve() != root:  # unpacked inside another repository, whose commit says nothing about this one

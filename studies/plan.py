@@ -1,4 +1,5 @@
-"""The tables of the paper as runs: listed with their published figures, and those of them that are still to be run."""
+"""What runs there are: those of the paper's tables, with their published figures and which are still to be run, and
+those of a study."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from config.batches import plan_batches
 from config.explain import did_you_mean
 from config.flags import parse_flags
 from config.rows import QUANTITIES, shown, table_cells
+from studies.grid import Study, StudyRun
 
 
 def listing(number: int) -> str:
@@ -23,13 +25,29 @@ def listing(number: int) -> str:
         command = f"bash scripts/table{number}.sh {cell.row} {cell.column}"
         same = f"   # the same run as {cell.run}" if cell.same else ""
         lines.append([cell.row, cell.column, *(shown(f, cell.published[f]) for f in figures), command + same])
-    widths = [max(map(len, words)) for words in zip(*lines, strict=True)]
-    text = [f"Table {number}: {cells[0].title}, as published.", ""]
-    text += ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    text = [f"Table {number}: {cells[0].title}, as published.", "", *_columns(lines)]
     text += ["", "DATA_PATH=/path/to/imagenet goes before a command; flags of main.py, such as --smoke, go after it."]
     if len({cell.column for cell in cells}) > 1:
         text += [f"All models of a row: bash scripts/table{number}.sh ROW"]
     return "\n".join([*text, f"Every run that is not complete yet: bash scripts/table{number}.sh all"])
+
+
+def _columns(lines: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, words)) for words in zip(*lines, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+
+
+def study_listing(study: Study, runs: Sequence[StudyRun]) -> str:
+    """The cells of a study with their seeds, recipes and the command of the first seed."""
+    seeds: dict[str, list[str]] = {}
+    first: dict[str, StudyRun] = {}
+    for run in runs:
+        seeds.setdefault(run.cell.name, []).append(str(run.seed))
+        first.setdefault(run.cell.name, run)
+    lines = [["row", "value", "seeds", "recipe", "command"]]
+    for name, run in first.items():
+        lines.append([run.cell.row, run.cell.value or "-", " ".join(seeds[name]), run.cell.recipe, run.command])
+    return "\n".join([f"{study.name}: {study.title}; {len(runs)} runs.", "", *_columns(lines)])
 
 
 def _complete(directory: Path, reference: str, overrides: Sequence[str]) -> bool:

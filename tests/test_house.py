@@ -22,7 +22,7 @@ ALLOWED = {
     "record": ("config", "quantization.watch.recording"),
     "timm_patches": ("quantization",),
     "models": ("config", "quantization", "timm_patches"),
-    "results": ("config", "record", "quantization"),
+    "results": ("config", "record", "quantization", "studies.grid", "studies.questions"),
     "studies": ("config", "record"),
     "training": ("config", "datasets", "images", "models", "quantization", "record"),
     "datasets": ("config", "images"),
@@ -44,6 +44,7 @@ LATE = {
     ("quantization.backends.choose", "quantization.backends.gpu"): "Triton is optional",
     ("quantization.stabilizers.qramping", "quantization.backends.gpu"): "Triton is optional",
     ("studies.plan", "record.metrics"): "imports torch, and most of what scripts ask needs none",
+    ("study", "studies.conduct"): "the same",
 }
 PARAMETERS = 8
 

@@ -16,7 +16,7 @@ from script_helpers import ROOT, SCRIPTS, STUB, TORCHRUN, bash, clean_env, execu
 from config import load_config
 from config.rows import Cell, all_cells
 
-GENERAL = {"run.sh", "setup.sh", "test.sh", "quickstart.sh"}
+GENERAL = {"run.sh", "setup.sh", "test.sh", "quickstart.sh", "prepare_tiny_imagenet.sh"}
 ROWS = sorted(p for p in SCRIPTS.glob("*.sh") if p.name not in GENERAL and not p.name.startswith("table"))
 TABLE_2 = [
     f"{model}_{method}"

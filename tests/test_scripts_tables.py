@@ -144,7 +144,7 @@ def test_a_mistake_at_a_table_script(tables: Tables, words: list[str], message: 
         ([], "table.sh needs the number of a table, as in: bash scripts/table.sh 1 ROW [MODEL] [flags of main.py]"),
         (["11"], "There is no table 11; there are 1, 2, 3, 4, 5, 6, 7, 8, 9, 10."),
         (["11", "q1"], "There is no table 11; there are 1, 2, 3, 4, 5, 6, 7, 8, 9, 10."),
-        (["one"], "Command line: argument table: invalid int value: 'one'; see --help."),
+        (["one"], "one is neither the number of a table nor a study's file, such as configs/studies/digits.yaml."),
     ],
 )
 def test_a_table_that_is_none(tables: Tables, words: list[str], sentence: str) -> None:

@@ -1,0 +1,188 @@
+"""What the lines of a study say to the questions it asks: rows in pairs, findings with a verdict by a stated rule."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from config import UserError
+from record.lines import Line
+from results.statistics import UNEVEN, Compared, Error, additive_error, compared, holm, judged, paired_error
+from studies.grid import Cell, Study
+from studies.questions import Finding, Table, published_figures
+
+ALPHA = 0.05  # of a verdict, all findings of a study together
+FEWEST = 3  # pairs that a verdict is given on
+SHOWS, NOT, NOISE, FEW = "shows", "does not", "within noise", "too few runs"
+MODEL = f"""\
+Differences are taken between runs of one seed, which have initial weights, order of images and augmentation in common.
+Their standard error comes from all rows of a model together: the figure of a run is taken for the sum of what its row,
+its seed and chance add to it, with chance of one variance for all rows; interval (95 %) and p are Student's t on the
+degrees of freedom that are left. Rows whose differences have more than {UNEVEN:g} times the variance of the others' are
+judged by those differences alone, and a * says so. The p of the paired t test, which always does that, stands beside,
+as does that of all sign flips, which takes nothing for granted but symmetry: with n pairs it is 2 / 2^n at least."""
+RULE = f"""\
+A finding is the mean of the rows that the paper has higher less that of those it has lower. It **shows** at this scale
+where the difference has the paper's sign and its p, adjusted for the number of findings (Holm), is below {ALPHA:g}; it
+**does not** where that holds with the other sign; else it is **within noise**, and the interval says which differences
+the runs do not rule out. A finding of equality is tested against its margin: it shows where the difference lies within
+by two one-sided t tests, and does not where it lies beyond, p adjusted alike. Fewer than {FEWEST} pairs are too few;
+"so far" stands where there are fewer than the study is to have."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A finding for one value of its study. difference: None where fewer than two seeds have all of its rows."""
+
+    finding: Finding
+    value: str
+    difference: Compared | None
+    paired: Compared | None  # by the differences of the two sides alone
+    published: float | None
+    p: float | None = None  # of the test that the verdict is by
+    adjusted: float | None = None
+    word: str = FEW
+    planned: int = 0  # pairs that there are to be
+
+    @property
+    def preliminary(self) -> bool:
+        return (self.difference.n if self.difference else 0) < self.planned
+
+
+class Evidence:
+    """The lines of a study that are of its recipes and seeds as its file has them, by row, value and seed.
+
+    Raises UserError for lines of one cell, or of one study, that are of different data or precision.
+    """
+
+    def __init__(self, study: Study, lines: Sequence[Line]) -> None:
+        self.study = study
+        self.cells: dict[tuple[str, str], Cell] = {(cell.row, cell.value): cell for cell in study.cells}
+        self.values = [*dict.fromkeys(cell.value for cell in study.cells)]
+        self.lines: dict[tuple[str, str], dict[int, Line]] = {key: {} for key in self.cells}
+        self.others = 0  # lines of recipes and seeds that are not the study's
+        for line in lines:
+            cell = self.cells.get((line.row, line.value))
+            if cell is None or cell.recipe != line.recipe or line.seed not in cell.seeds:
+                self.others += 1
+            else:
+                self.lines[line.row, line.value][line.seed] = line
+        self.lines = {key: dict(sorted(by_seed.items())) for key, by_seed in self.lines.items()}
+        self._errors: dict[tuple[str, str, tuple[str, ...]], Error | None] = {}
+        self._check()
+
+    def _check(self) -> None:
+        def same(among: Sequence[Line], name: str, where: str) -> None:
+            found = sorted({getattr(line, name) for line in among})
+            if len(found) > 1:
+                text = " and ".join(map(str, found))
+                raise UserError(f"results/{self.study.name}.csv: {where} has runs of {name} {text}; they are no pairs.")
+
+        for (row, value), by_seed in self.lines.items():
+            for name in ("epochs", "steps"):
+                same([*by_seed.values()], name, f"{row} {value}".strip())
+        for name in ("classes", "autocast"):
+            same(self.all, name, self.study.name)
+
+    @property
+    def all(self) -> list[Line]:
+        return [line for by_seed in self.lines.values() for line in by_seed.values()]
+
+    def figures(self, row: str, value: str, figure: str) -> dict[int, float]:
+        """By seed; {} of a row that the study does not have with this value."""
+        found = {seed: getattr(line, figure) for seed, line in self.lines.get((row, value), {}).items()}
+        return {seed: number for seed, number in found.items() if number is not None}
+
+    def differences(self, higher: Sequence[str], lower: Sequence[str], value: str, figure: str = "top1") -> list[float]:
+        """Mean of the rows `higher` less mean of the rows `lower`, for each seed that all of them have."""
+        sides = [[self.figures(row, value, figure) for row in rows] for rows in (higher, lower)]
+        seeds = set.intersection(*({*by_seed} for side in sides for by_seed in side))
+        means = [[statistics.fmean(by_seed[seed] for by_seed in side) for seed in sorted(seeds)] for side in sides]
+        return [high - low for high, low in zip(*means, strict=True)]
+
+    def error(self, value: str, figure: str, without: Sequence[str] = ()) -> Error | None:
+        """What chance adds to a run of a value, by all of its rows but some."""
+        key = value, figure, tuple(without)
+        if key not in self._errors:
+            rows = [self.figures(row, of, figure) for row, of in self.lines if of == value and row not in without]
+            self._errors[key] = additive_error([row for row in rows if row])
+        return self._errors[key]
+
+    def compare(self, higher: Sequence[str], lower: Sequence[str], value: str, figure: str = "top1") -> Compared | None:
+        """The difference of two sides; None where fewer than two seeds have all of their rows."""
+        differences = self.differences(higher, lower, value, figure)
+        of_others = self.error(value, figure, without=(*higher, *lower))
+        return judged(differences, self.error(value, figure), of_others, 1 / len(higher) + 1 / len(lower))
+
+    def of_table(self, table: Table) -> list[str]:
+        """Its values, those that the study has."""
+        return [value for value in table.values or self.values if value in self.values]
+
+    def comparisons(self) -> int:
+        """Paired comparisons in the tables, of which intervals are shown."""
+        return sum(
+            self.compare([row], [table.against], value, figure) is not None
+            for table in self.study.tables
+            for value in self.of_table(table)
+            for figure in table.figures
+            for row in table.names.values()
+            if row != table.against
+        )
+
+    def _published(self, finding: Finding, value: str) -> float | None:
+        """The difference that the paper has, where it has all of the rows."""
+        if finding.table is None:
+            return None
+        table = next(table for table in self.study.tables if table.table == finding.table)
+        figures = published_figures(table, value)
+        sides = [[figures.get(row, {}).get(finding.figure) for row in rows] for rows in (finding.higher, finding.lower)]
+        if None in sides[0] + sides[1]:
+            return None
+        return statistics.fmean(sides[0]) - statistics.fmean(sides[1])
+
+    def verdicts(self) -> list[Verdict]:
+        """All findings of the study, adjusted for their number; see RULE."""
+        found = []
+        for finding in self.study.findings:
+            for value in finding.values or self.values:
+                sides = finding.higher, finding.lower, value, finding.figure
+                difference, alone = self.compare(*sides), self.differences(*sides)
+                seeds = [{*self.cells[row, value].seeds} for row in (*finding.higher, *finding.lower)]
+                one = Verdict(
+                    finding,
+                    value,
+                    difference,
+                    compared(alone, paired_error(alone)),
+                    self._published(finding, value),
+                    planned=len(set.intersection(*seeds)),
+                )
+                enough = difference is not None and difference.n >= FEWEST
+                found.append(replace(one, p=_p(finding, difference)) if enough else one)
+        tested = [place for place, one in enumerate(found) if one.p is not None]
+        for place, adjusted in zip(tested, holm([found[place].p for place in tested]), strict=True):
+            one = found[place]
+            found[place] = replace(one, adjusted=adjusted, word=_word(one.finding, one.difference, adjusted))
+        return found
+
+
+def _p(finding: Finding, difference: Compared) -> float:
+    """p of what the verdict is on: that the difference is none or, against a margin, that it is on its other side."""
+    if finding.within is None:
+        return difference.p
+    inside = abs(difference.mean) < finding.within
+    return difference.p_within(finding.within) if inside else difference.p_beyond(finding.within)
+
+
+def _word(finding: Finding, difference: Compared, adjusted: float) -> str:
+    if adjusted >= ALPHA:
+        return NOISE
+    holds = difference.mean > 0 if finding.within is None else abs(difference.mean) < finding.within
+    return SHOWS if holds else NOT
+
+
+def total(lines: Sequence[Line], what: Callable[[Line], str]) -> list[str]:
+    """What lines say of something, each once, with the number of lines where there is more than one kind."""
+    said = [what(line) for line in lines]
+    kinds = sorted({*said})
+    return kinds if len(kinds) < 2 else [f"{kind} ({said.count(kind)})" for kind in kinds]

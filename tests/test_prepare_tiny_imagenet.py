@@ -1,0 +1,162 @@
+"""prepare_tiny_imagenet.sh: from a download, made up here, to train/ and val/; what is incomplete is refused."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from script_helpers import SCRIPTS, bash, clean_env
+from torchvision.datasets import ImageFolder
+
+CLASSES = ["n00000001", "n00000002", "n00000010"]
+COUNTS = ["--train-images", "2", "--val-images", "2"]
+
+
+def jpeg(shade: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (shade, shade, shade)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def contents() -> dict[str, bytes]:
+    """The files of a download of three classes, two images of each in either split."""
+    files = {"wnids.txt": "\n".join(CLASSES).encode()}
+    lines = []
+    for c, name in enumerate(CLASSES):
+        files[f"train/{name}/{name}_boxes.txt"] = b"0 0 1 1"
+        for n in range(2):
+            files[f"train/{name}/images/{name}_{n}.JPEG"] = jpeg(40 * c + n)
+            files[f"val/images/val_{2 * c + n}.JPEG"] = jpeg(150 + 10 * c + n)
+            lines.append(f"val_{2 * c + n}.JPEG\t{name}\t0\t0\t63\t63")
+    files["val/val_annotations.txt"] = "\n".join(reversed(lines)).encode()
+    files["test/images/test_0.JPEG"] = jpeg(0)
+    return {f"tiny-imagenet-200/{name}": data for name, data in files.items()}
+
+
+def zipped(folder: Path, files: dict[str, bytes]) -> Path:
+    path = folder / "download.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def unpacked(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder / "tiny-imagenet-200"
+
+
+def prepare(source: Path, target: Path, *words: str) -> tuple[int, str]:
+    result = bash(SCRIPTS / "prepare_tiny_imagenet.sh", source, target, *(words or COUNTS), env=clean_env())
+    return result.returncode, (result.stdout + result.stderr).strip()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def expected(*classes: str) -> dict[str, bytes]:
+    files, found = contents(), {}
+    for name in classes:
+        c = CLASSES.index(name)
+        for n in range(2):
+            train, val = f"{name}_{n}.JPEG", f"val_{2 * c + n}.JPEG"
+            found[f"train/{name}/{train}"] = files[f"tiny-imagenet-200/train/{name}/images/{train}"]
+            found[f"val/{name}/{val}"] = files[f"tiny-imagenet-200/val/images/{val}"]
+    return found
+
+
+@pytest.mark.parametrize("form", [zipped, unpacked])
+def test_all_classes(tmp_path: Path, form) -> None:
+    source = form(tmp_path, contents())
+    assert prepare(source, tmp_path / "out") == (0, f"{tmp_path}/out: 12 images written; give it as --data-path.")
+    assert tree(tmp_path / "out") == expected(*CLASSES)
+    train, val = (ImageFolder(tmp_path / "out" / split) for split in ("train", "val"))
+    assert train.classes == val.classes == CLASSES and len(train) == len(val) == 6
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["n00000010\nn00000001\n", "0\tn00000010\tgoldfish, gold\n1\tn00000001\tbird\n\n", "n00000001\ta\nn00000010\tb"],
+)
+def test_chosen_classes(tmp_path: Path, text: str) -> None:
+    (tmp_path / "classes.tsv").write_text(text)
+    source = zipped(tmp_path, contents())
+    assert prepare(source, tmp_path / "out", *COUNTS, "--classes", str(tmp_path / "classes.tsv"))[0] == 0
+    assert tree(tmp_path / "out") == expected("n00000001", "n00000010")
+
+
+def test_started_again_it_writes_what_is_missing(tmp_path: Path) -> None:
+    source, out = zipped(tmp_path, contents()), tmp_path / "out"
+    prepare(source, out)
+    assert prepare(source, out) == (0, f"{out}: complete; give it as --data-path.")
+    (out / "train/n00000001/n00000001_1.JPEG").rename(out / "train/n00000001/n00000001_1.JPEG.part")
+    assert prepare(source, out) == (0, f"{out}: 1 images written; give it as --data-path.")
+    assert tree(out) == expected(*CLASSES)
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    source, out = zipped(tmp_path, contents()), tmp_path / "out"
+    prepare(source, out)
+    (tmp_path / "classes").write_text("n00000001")
+    code, said = prepare(source, out, *COUNTS, "--classes", str(tmp_path / "classes"))
+    assert code == 2
+    assert (
+        said
+        == f"error: {out} holds 8 files that do not belong there, train/n00000002/n00000002_0.JPEG first; name another."
+    )
+    assert tree(out) == expected(*CLASSES)
+
+
+def without(*endings: str) -> dict[str, bytes]:
+    return {name: data for name, data in contents().items() if not name.endswith(endings)}
+
+
+INCOMPLETE = {
+    "an image for training": (
+        without("train/n00000002/images/n00000002_1.JPEG"),
+        "has 1 train images of class n00000002 and 2 were expected: it is incomplete.",
+    ),
+    "a class for training": (
+        without("n00000002_0.JPEG", "n00000002_1.JPEG"),
+        "has 0 train images of class n00000002 and 2 were expected: it is incomplete.",
+    ),
+    "an image for evaluation": (without("val_3.JPEG"), "lacks 1 of 6 evaluation images, val/images/val_3.JPEG first."),
+    "the labels": (without("val_annotations.txt"), "has no val/val_annotations.txt, so it is not, or not all of,"),
+    "an image that is none": (
+        {**contents(), "tiny-imagenet-200/train/n00000001/images/n00000001_0.JPEG": b"<html>"},
+        "n00000001_0.JPEG in",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", INCOMPLETE)
+def test_what_is_incomplete_is_refused(tmp_path: Path, what: str) -> None:
+    files, sentence = INCOMPLETE[what]
+    code, said = prepare(zipped(tmp_path, files), tmp_path / "out")
+    assert code == 2 and said.startswith("error: ") and sentence in said and "\n" not in said
+
+
+def test_half_a_download_is_refused(tmp_path: Path) -> None:
+    source = zipped(tmp_path, contents())
+    source.write_bytes(source.read_bytes()[:-3000])
+    code, said = prepare(source, tmp_path / "out")
+    assert code == 2 and "is no whole zip file" in said and "\n" not in said
+    code, said = prepare(tmp_path / "none.zip", tmp_path / "out")
+    assert code == 2 and said.startswith(f"error: There is no {tmp_path}/none.zip")
+
+
+def test_the_real_one_has_500_and_50_images_of_a_class(tmp_path: Path) -> None:
+    code, said = prepare(zipped(tmp_path, contents()), tmp_path / "out", "--classes", "/dev/null")
+    assert code == 2 and said == "error: /dev/null names no class."
+    (tmp_path / "classes").write_text("n00000001\ngoldfish\n")
+    code, said = prepare(zipped(tmp_path, contents()), tmp_path / "out", "--classes", str(tmp_path / "classes"))
+    assert code == 2 and said.endswith("line 2, names no class such as n01443537: 'goldfish'.")
+    (tmp_path / "classes").write_text("n00000001\n")
+    code, said = prepare(zipped(tmp_path, contents()), tmp_path / "out", "--classes", str(tmp_path / "classes"))
+    assert code == 2 and "has 2 train images of class n00000001 and 500 were expected" in said
