@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from images.gpu import Decoded, Finisher
 from images.parcel import Parcel
-from images.slots import Slot
+from images.slots import Slot, Slots
 from images.workers import Leash
 
 AHEAD = 2  # finished batches that wait for the model
@@ -36,7 +36,7 @@ class Loaded(NamedTuple):
 class Feed:
     """The batches of a loader on a device; without a finisher they are what the loader's processes have made.
 
-    together: batches whose files the GPU decodes at a time.
+    together: batches whose files the GPU decodes at a time. slots: memory to give back after a whole pass.
     """
 
     def __init__(
@@ -46,9 +46,10 @@ class Feed:
         finisher: Finisher | None,
         leash: Leash | None,
         together: int = 1,
+        slots: Slots | None = None,
     ) -> None:
         self.loader, self._device, self._finisher, self._leash = loader, device, finisher, leash
-        self._together = together
+        self._together, self._slots = together, slots
         self._streams: list[torch.cuda.Stream] = []
         self._thread: _Ahead | None = None
         self._copied: deque[tuple[torch.cuda.Event | None, Slot]] = deque()
@@ -79,6 +80,10 @@ class Feed:
                 yield self._mend(finished, batch)
         finally:
             finishing.stop()
+        if self._slots is not None:
+            torch.cuda.synchronize(self._device)
+            self._copied.clear()
+            self._slots.rest()
 
     def stop(self) -> None:
         """End the thread of an earlier pass, if there is one."""

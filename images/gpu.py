@@ -70,7 +70,7 @@ class Finisher:
             drawn = drawn_of(parcel, row)
             try:
                 image = self._opened(parcel, row)
-            except Exception:
+            except Exception:  # as for all images
                 failed.append(row)
                 continue
             pixels = torch.from_numpy(np.array(replay(image, drawn, self._size)))
@@ -94,9 +94,8 @@ class Finisher:
         files = [list(_files(parcel, of_parcel)) for parcel, of_parcel in zip(parcels, rows, strict=True)]
         if any(files) and self._device.type == "cuda":
             try:
-                images = iter(
-                    decode_jpeg(list(itertools.chain.from_iterable(files)), mode=ImageReadMode.RGB, device=self._device)
-                )
+                everything = list(itertools.chain.from_iterable(files))
+                images = iter(decode_jpeg(everything, mode=ImageReadMode.RGB, device=self._device))
                 return [Decoded({row: next(images) for row in of_parcel}, []) for of_parcel in rows]
             except (RuntimeError, torch.OutOfMemoryError) as error:  # of one file, whichever, or of the decoder
                 self._say_once(error)
@@ -134,7 +133,6 @@ class Finisher:
             strides = image.stride()
             images[row, : columns.CHANNEL + 1] = torch.tensor([image.data_ptr(), strides[1], strides[2], strides[0]])
         here.images.copy_(images)
-        self._alive = decoded  # until the next batch: by then this one's kernels are in the stream
 
 
 def _files(parcel: Parcel, rows: list[int]) -> Iterator[Tensor]:

@@ -24,9 +24,8 @@ from images.workers import Leash
 
 # Images a second that a loader process and a GPU that trains decode beside each other (an H100 with 16 cores); by them
 # the files are shared out where data.gpu_decode is null.
-CORE_DECODES, GPU_DECODES = 270, 5000
-TOGETHER = 3  # batches whose files a GPU decodes at a time: each time takes some 30 ms beside a training step
-PREFETCH = 2  # batches that a loader process has in hand
+CORE_DECODES, GPU_DECODES = 220, 1500
+TOGETHER = 3  # batches whose files a GPU decodes at a time, since each time has to wait for the model's kernels
 IMAGE_BYTES = 2**20  # of an image in a slot, on average and at most; an image of 500x375 has 560 kB
 DECODING_BATCH = 256  # images that a loader process decodes at a time for a set that is kept
 
@@ -47,9 +46,11 @@ class FeedMaker:
         cfg = self._cfg
         finisher = Finisher(cfg.model.img_size, cfg.data.mean, cfg.data.std, self._device, resident)
         packed = images.packed(PackedStream if isinstance(images, Stream) else PackedImages, maker)
-        loader = self._loader(packed, size, order, Collate(self._slots(size)), drop=training)
         together = TOGETHER if isinstance(maker, Draws) and maker.share else 1
-        return Feed(loader, self._device, finisher, self._leash, together)
+        slots = self._slots(size, together * (AHEAD + 1) + AHEAD + 4, training)
+        loader = self._loader(packed, size, order, Collate(slots), drop=training)
+        # Whole images are what evaluation is made of: it needs the more memory, for the shorter time.
+        return Feed(loader, self._device, finisher, self._leash, together, None if training else slots)
 
     def _maker(self, images: Images | Stream, training: bool) -> tuple[Pixels | Draws | None, Resident | None]:
         cfg, size = self._cfg, self._cfg.model.img_size
@@ -82,12 +83,12 @@ class FeedMaker:
 
         return keep(images, limit, self._device, loader)
 
-    def _slots(self, size: int) -> Slots | None:
-        """Memory for the parcels of batches of `size` images that loader processes have in hand."""
+    def _slots(self, size: int, ahead: int, training: bool) -> Slots | None:
+        """Memory for the parcels of batches of `size` images: those loader processes have in hand, and `ahead` more."""
         if not self._workers or not can_share():
             return None
         try:
-            count = PREFETCH * self._workers + TOGETHER * (AHEAD + 1) + AHEAD + 4
+            count = _prefetch(training) * self._workers + ahead
             return Slots(count, size * IMAGE_BYTES, pinned=self._cfg.data.pin_mem)
         except OSError:  # they go one by one then
             return None
@@ -105,10 +106,15 @@ class FeedMaker:
             persistent_workers=workers > 0 and not once,
             collate_fn=collate,
             worker_init_fn=self._leash and self._leash.hold,
-            prefetch_factor=PREFETCH if workers else None,
+            prefetch_factor=_prefetch(drop) if workers else None,
             # The seeds of its workers would come from the process's own generator.
             generator=torch.Generator().manual_seed(cfg.run.seed),
         )
+
+
+def _prefetch(training: bool) -> int:
+    """Batches that a loader process has in hand."""
+    return 2 if training else 1
 
 
 def choose_pipeline(cfg: Config, device: torch.device) -> str:

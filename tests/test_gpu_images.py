@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import itertools
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
-from data_helpers import assert_same, folder_config, make_data, stack
+from data_helpers import assert_same, folder_config, make_data, stack, user_error_of
 from image_cases import CASES, drawn_batch, every_operation, extreme_batch, finished, unequal
 from PIL import Image
 from test_draws import photograph
@@ -91,6 +94,29 @@ def test_a_file_that_the_gpu_cannot_decode_is_pillows(folder, monkeypatch, capsy
     monkeypatch.setattr("images.gpu.decode_jpeg", fail)
     images, targets = stack(make_data(**options, device="cuda").train_batches(0))
     assert_same(expected.train_batches(0), [(images.cpu(), targets.cpu())])
+
+
+def test_a_killed_loader_process_ends_the_epoch_with_a_sentence(folder):  # noqa: F811
+    data = make_data("data.num_workers=2", base=folder_config(folder), batch_size=4, device="cuda")
+    batches = data.train_batches(0)
+    next(batches)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    message = user_error_of(itertools.chain.from_iterable(data.train_batches(epoch) for epoch in range(1, 9)))
+    assert "ended by the system (Killed)" in message
+
+
+def test_an_error_in_a_loader_process_reaches_the_program(folder):  # noqa: F811
+    root = {"base": folder_config(folder), "batch_size": 4, "device": "cuda"}
+    data = make_data("data.num_workers=1", FILES, **root)
+    data.train.loader.dataset._maker.open = None
+    with pytest.raises(Exception, match=r"cannot be read|NoneType"):
+        list(data.train_batches(0))
+
+
+def test_memory_of_evaluation_is_given_back(folder):  # noqa: F811
+    data = make_data("data.num_workers=2", FILES, base=folder_config(folder), batch_size=4, device="cuda")
+    one, other = (stack(data.eval_batches())[0].clone() for _ in range(2))
+    assert torch.equal(one, other) and not data.eval._slots._registered
 
 
 def test_the_gpu_decoder_and_pillow_agree_on_a_grey_image():

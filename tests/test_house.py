@@ -43,6 +43,7 @@ FLOORS = (
 LATE = {
     ("quantization.backends.choose", "quantization.backends.gpu"): "Triton is optional",
     ("quantization.stabilizers.qramping", "quantization.backends.gpu"): "Triton is optional",
+    ("images.gpu", "images.kernels"): "Triton is optional",
     ("studies.plan", "record.metrics"): "imports torch, and most of what scripts ask needs none",
     ("study", "studies.conduct"): "the same",
 }
