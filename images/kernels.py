@@ -122,8 +122,9 @@ def lines_kernel(images, weights, bounds, between, total, S: tl.constexpr, TAPS,
             k += 1
         out = between + (tl.load(image + _BETWEEN) + y)[:, None] * S + x[None, :]
         tl.store(out, _clip8(red >> _BITS).to(tl.uint8), mask=mask)
-        tl.store(out + total * S, _clip8(green >> _BITS).to(tl.uint8), mask=mask)
-        tl.store(out + 2 * total * S, _clip8(blue >> _BITS).to(tl.uint8), mask=mask)
+        plane = tl.cast(total, tl.int64) * S  # batches with large images have more than 2**31 bytes
+        tl.store(out + plane, _clip8(green >> _BITS).to(tl.uint8), mask=mask)
+        tl.store(out + 2 * plane, _clip8(blue >> _BITS).to(tl.uint8), mask=mask)
 
 
 @triton.jit
@@ -139,7 +140,7 @@ def across_kernel(
     x = tl.program_id(2) // 3 * B + tl.arange(0, B)
     last = tl.load(image + _HEIGHT + along).to(tl.int32) - 1
     first = tl.load(bounds + (n * 2 + along) * S + y, mask=y < S, other=0)
-    start = between + (c * total + tl.load(image + _BETWEEN)) * S
+    start = between + (tl.cast(total, tl.int64) * c + tl.load(image + _BETWEEN)) * S
     mask = (y < S)[:, None] & (x < S)[None, :]
     sums = tl.full([LINES, B], _HALF, tl.int32)
     taps = _taps(image, along, TAPS)
