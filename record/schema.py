@@ -291,6 +291,7 @@ class Manifest(Form):
     unquantized_block_linears: list[str] = []
     batch: _Batch | None = None
     steps_per_epoch: Many = 1
+    images: dict[str, Any] = {}
     autocast: str = ""
     resumed_from: str | None = None
     finetuned_from: str | None = None

@@ -285,7 +285,7 @@ def test_differences_of_what_is_no_configuration() -> None:
 def test_a_run_goes_on_with_another_batch_size_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], in_this_process: None
 ) -> None:
-    assert set(CONTINUABLE) == {"schedule.epochs", "data.batch_size"}
+    assert set(CONTINUABLE) == {"schedule.epochs", "data.batch_size", "data.gpu_decode"}
     flags = ["--mixup", "0.8", "--epochs", "1"]
     assert exit_code(tiny(tmp_path / "run", *flags, "--batch-size", "8")) == 0
     capsys.readouterr()

@@ -238,7 +238,7 @@ def test_evaluation_batches_are_larger():
 def test_workers_are_this_process_share_of_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(32)), raising=False)
     unset = make_config("data.num_workers=null")
-    assert datasets._num_workers(unset) == 10
+    assert datasets._num_workers(unset) == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert datasets._num_workers(unset) == 4
     assert datasets._num_workers(make_config("data.num_workers=3")) == 3

@@ -36,7 +36,7 @@ def words(flags: dict[str, str]) -> list[str]:
 
 MANIFEST = """start_time command_line git versions device world_size seed model paper timm_patches quantizers parameters
 classes class_names unquantized_block_linears
-batch steps_per_epoch autocast resumed_from finetuned_from not_loaded_in_finetuning sessions"""
+batch steps_per_epoch images autocast resumed_from finetuned_from not_loaded_in_finetuning sessions"""
 
 
 def test_what_a_run_leaves(finished: Path) -> None:
@@ -244,7 +244,8 @@ KEY_FLAGS = """
 --aug.cutmix_minmax --aug.mixup_prob --aug.mixup_switch_prob --aug.mixup_mode --loss.smoothing --loss.bce
 --model_ema.enabled --model_ema.decay --distillation.type --distillation.teacher_model --distillation.teacher_path
 --distillation.alpha --distillation.tau --data.set --data.path --data.val_split --data.class_map
---data.batch_size --data.num_workers --data.pin_mem
+--data.batch_size --data.num_workers --data.pin_mem --pipeline --data.pipeline --gpu-decode --data.gpu_decode
+--resident --data.resident
 --data.eval_crop_ratio --data.mean --data.std --data.on_corrupt --data.num_images --run.output_dir --run.seed
 --run.device --run.amp --run.compile --run.grad_checkpointing --run.cuda_graphs --run.eval --run.resume
 --run.finetune --run.use_ema --run.save_every
