@@ -125,7 +125,7 @@ def loader_alone(results: Results, model: str, root: Path, options: Any, device:
         place = "cpu" if name == "float" else device
         data = build_data(cfg, rank=0, world_size=1, batch_size=size, device=place)
         batches = endless(data)
-        for _ in range(options.warmup + 2):
+        for _ in range(2 if options.quick else 48):  # until those are gone that were made while nobody waited
             next(batches)
         samples[name], used = [], cpu_seconds()
         for _ in range(options.rounds):
