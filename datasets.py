@@ -80,8 +80,7 @@ class Data:
         """
         assert 0 <= start <= self.batches_per_epoch, f"micro-batch {start} of {self.batches_per_epoch}"
         self.train.stop()
-        loader = self.train_loader
-        (loader.dataset if isinstance(loader.dataset, Stream) else loader.sampler).begin(epoch, start)
+        self.train.order.begin(epoch, start)
         self._passes = this = self._passes + 1
         self._tell_skipped()
         batches = self._batches(self.train, f"the training images of epoch {epoch + 1}")

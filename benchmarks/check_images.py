@@ -69,7 +69,7 @@ def pixels_of(images: Sequence[Image.Image], drawn: Sequence[Drawn], size: int) 
 
 
 def on_device(samples: list[Sample], size: int, device: torch.device) -> Tensor:
-    images, _, failed = Finisher(size, *LEVELS, device)(pack(samples))
+    images, _, failed = Finisher(size, *LEVELS, device)([pack(samples)])
     assert not failed, f"{len(failed)} files could not be decoded"
     return images.cpu().round()
 

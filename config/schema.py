@@ -295,10 +295,8 @@ class DataConfig(Section):
         "who augments images: loader processes (cpu) or the device (gpu), by the same draws; auto: gpu on a GPU",
         "--pipeline",
     )
-    gpu_decode: Share | None = key(
-        None,
-        "share of the JPEG files that the GPU decodes, unlike libjpeg to the bit; null: by the loader processes",
-        "--gpu-decode",
+    gpu_decode: Share = key(
+        0.0, "share of the JPEG files that the GPU decodes, which rounds otherwise than libjpeg", "--gpu-decode"
     )
     resident: Share = key(
         0.25,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import queue
 import threading
 from collections import deque
@@ -15,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from images.gpu import Decoded, Finisher
+from images.order import Pieces
 from images.parcel import Parcel
-from images.slots import Slot, Slots
+from images.slots import Slot
 from images.workers import Leash
 
 AHEAD = 2  # finished batches that wait for the model
@@ -36,7 +36,7 @@ class Loaded(NamedTuple):
 class Feed:
     """The batches of a loader on a device; without a finisher they are what the loader's processes have made.
 
-    together: batches whose files the GPU decodes at a time. slots: memory to give back after a whole pass.
+    order: of the samples, which `begin` sets to an epoch.
     """
 
     def __init__(
@@ -45,32 +45,31 @@ class Feed:
         device: torch.device,
         finisher: Finisher | None,
         leash: Leash | None,
-        together: int = 1,
-        slots: Slots | None = None,
+        order: Any,
     ) -> None:
-        self.loader, self._device, self._finisher, self._leash = loader, device, finisher, leash
-        self._together, self._slots = together, slots
+        self.loader, self._device, self._finisher, self._leash, self.order = loader, device, finisher, leash, order
         self._streams: list[torch.cuda.Stream] = []
         self._thread: _Ahead | None = None
         self._copied: deque[tuple[torch.cuda.Event | None, Slot]] = deque()
 
     def __iter__(self) -> Iterator[Loaded]:
         self.stop()
-        batches = iter(self.loader)  # by the main thread, which torch tells of its processes' ends
+        loaded = iter(self.loader)  # by the main thread, which torch tells of its processes' ends
         if self._leash is not None:
             self._leash.started()
         if self._finisher is None:
-            for images, targets, unreadable, missing in batches:
+            for images, targets, unreadable, missing in loaded:
                 yield Loaded(images, targets, unreadable, missing, targets)
             return
+        batches = _whole(loaded, self.loader.batch_sampler)
         if self._device.type == "cpu" or not self.loader.num_workers:
             # A loader without processes draws from the generators of this one, which a thread would disturb.
             yield from (self._mend(self._finish(batch, None), batch) for batch in batches)
             return
         self._streams = self._streams or [torch.cuda.Stream(self._device, priority=PRIORITY) for _ in range(2)]
         # The GPU's decoder is waited for, by a thread that does nothing else.
-        decoding = _Ahead(_groups(batches, self._together), self._decode, self._streams[0])
-        self._thread = finishing = _Ahead(_parts(decoding), self._finish_decoded, self._streams[1], before=decoding)
+        decoding = _Ahead(batches, self._decode, self._streams[0])
+        self._thread = finishing = _Ahead(decoding, self._finish_decoded, self._streams[1], before=decoding)
         try:
             for (finished, batch), done in finishing:
                 current = torch.cuda.current_stream(self._device)
@@ -80,10 +79,6 @@ class Feed:
                 yield self._mend(finished, batch)
         finally:
             finishing.stop()
-        if self._slots is not None:
-            torch.cuda.synchronize(self._device)
-            self._copied.clear()
-            self._slots.rest()
 
     def stop(self) -> None:
         """End the thread of an earlier pass, if there is one."""
@@ -91,42 +86,41 @@ class Feed:
             self._thread.stop()
             self._thread = None
 
-    def _decode(self, batches: list[Any]) -> list[tuple[Any, Decoded | None]]:
-        decoded = iter(self._finisher.decode([parcel for parcel, *_ in batches if parcel is not None]))
-        return [(batch, None if batch[0] is None else next(decoded)) for batch in batches]
+    def _decode(self, batch: _Batch) -> tuple[_Batch, Decoded]:
+        return batch, self._finisher.decode(batch.parcels)
 
-    def _finish_decoded(self, item: tuple[Any, Decoded | None, torch.cuda.Event]) -> tuple[_Finished, Any]:
-        batch, decoded, done = item
+    def _finish_decoded(self, item: tuple[tuple[_Batch, Decoded], torch.cuda.Event]) -> tuple[_Finished, _Batch]:
+        (batch, decoded), done = item
         self._streams[1].wait_event(done)
-        for image in decoded.images.values() if decoded else ():
+        for image in decoded.images.values():
             image.record_stream(self._streams[1])
         return self._finish(batch, decoded), batch
 
-    def _finish(self, batch: Any, decoded: Decoded | None) -> _Finished:
-        parcel, unreadable, missing, _ = batch
-        if parcel is None:
+    def _finish(self, batch: _Batch, decoded: Decoded | None) -> _Finished:
+        if not batch.parcels:
             nothing = torch.empty(0, dtype=torch.int64)
-            return _Finished(Loaded(torch.empty(0), nothing, unreadable, missing, nothing), [])
-        images, targets, failed = self._finisher(parcel, decoded)
-        labels = parcel.targets.clone()
-        self._free(parcel)
-        return _Finished(Loaded(images, targets, unreadable, missing, labels), failed)
+            return _Finished(Loaded(torch.empty(0), nothing, batch.unreadable, batch.missing, nothing), [])
+        for parcel in batch.parcels:
+            if parcel.slot is not None and self._device.type == "cuda":
+                parcel.slot.pin(parcel.memory.numel())
+        images, targets, failed = self._finisher(batch.parcels, decoded)
+        labels = torch.cat([parcel.targets for parcel in batch.parcels])
+        self._free(batch.parcels)
+        return _Finished(Loaded(images, targets, batch.unreadable, batch.missing, labels), failed)
 
-    def _free(self, parcel: Parcel) -> None:
-        """Let loader processes have the slots of parcels that have been copied, this one's as soon as it has been."""
-        if parcel.slot is None:
-            return
+    def _free(self, parcels: list[Parcel]) -> None:
+        """Let loader processes have the slots of parcels that have been copied, these as soon as they have been."""
         copied = None if self._device.type == "cpu" else torch.cuda.current_stream(self._device).record_event()
-        self._copied.append((copied, parcel.slot))
+        self._copied += [(copied, parcel.slot) for parcel in parcels if parcel.slot is not None]
         while self._copied and (self._copied[0][0] is None or self._copied[0][0].query()):
             self._copied.popleft()[1].free()
 
-    def _mend(self, finished: _Finished, batch: Any) -> Loaded:
+    def _mend(self, finished: _Finished, batch: _Batch) -> Loaded:
         """Images that neither the device nor Pillow could decode, replaced as any unreadable image is."""
         loaded = finished.loaded
         if not finished.failed:
             return loaded
-        keys, lost, unreadable = batch[3], [], list(loaded.unreadable)
+        keys, lost, unreadable = batch.keys, [], list(loaded.unreadable)
         labels = loaded.labels.clone()
         for row in finished.failed:
             image, label, problem = self.loader.dataset.whole(keys[row])
@@ -142,15 +136,24 @@ class Feed:
         return Loaded(images, labels.to(self._device), unreadable, loaded.missing + len(lost), labels)
 
 
-def _groups(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while group := list(itertools.islice(batches, size)):
-        yield group
+class _Batch(NamedTuple):
+    """The pieces of a batch, as loader processes have made them."""
+
+    parcels: list[Parcel]
+    unreadable: list[str]
+    missing: int
+    keys: list[Any]
 
 
-def _parts(decoding: _Ahead) -> Iterator[tuple[Any, Decoded | None, torch.cuda.Event]]:
-    for group, done in decoding:
-        for batch, decoded in group:
-            yield batch, decoded, done
+def _whole(pieces: Iterator[Any], sampler: Any) -> Iterator[_Batch]:
+    """Batches from their pieces, where a sampler has cut them up."""
+    batch = _Batch([], [], 0, [])
+    for parcel, unreadable, missing, keys in pieces:
+        found = batch.parcels if parcel is None else [*batch.parcels, parcel]
+        batch = _Batch(found, batch.unreadable + unreadable, batch.missing + missing, batch.keys + keys)
+        if not isinstance(sampler, Pieces) or sampler.ends.popleft():
+            yield batch
+            batch = _Batch([], [], 0, [])
 
 
 class _Finished(NamedTuple):

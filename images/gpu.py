@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import functools
 import io
-import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from images import parcel as columns
 from images.decode import open_image
-from images.parcel import JPEG, PIXELS, RESIDENT, Parcel, drawn_of
+from images.parcel import JPEG, PIXELS, RESIDENT, Parcel, drawn_of, merge, on_device
 from images.replay import erase, normalise, replay
 from images.resident import Resident
 
@@ -53,30 +52,31 @@ class Finisher:
         self._said = False
         self._levels = normalise(every_level, mean, std).reshape(3, 256).to(device)
 
-    def __call__(self, parcel: Parcel, decoded: Decoded | None = None) -> tuple[Tensor, Tensor, list[int]]:
+    def __call__(self, parcels: Sequence[Parcel], decoded: Decoded | None = None) -> tuple[Tensor, Tensor, list[int]]:
         """(images (B, 3, size, size) float32, labels (B,) int64, both on the device, rows that could not be decoded and
-        hold anything). decoded: what `decode` has made of the parcel, if it was asked before."""
+        hold anything) of a batch. decoded: what `decode` has made of it, if it was asked before."""
         if self._device.type == "cpu" and not _interpreted():
-            images, failed = self._by_pillow(parcel)
-            return images, parcel.targets.clone(), failed
-        decoded = self.decode([parcel])[0] if decoded is None else decoded
-        here = parcel.to(self._device)
-        self._place(here, parcel, decoded.images)
+            return self._by_pillow(parcels)
+        decoded = self.decode(parcels) if decoded is None else decoded
+        merged, sources = merge(parcels)
+        here = on_device(_pinned(merged) if self._device.type == "cuda" else merged, sources, self._device)
+        self._place(here, merged, decoded.images)
         return augment(here, self._levels, self._size), here.targets.clone(), decoded.failed
 
-    def _by_pillow(self, parcel: Parcel) -> tuple[Tensor, list[int]]:
-        out, failed = torch.zeros(len(parcel), 3, self._size, self._size), []
-        for row in range(len(parcel)):
+    def _by_pillow(self, parcels: Sequence[Parcel]) -> tuple[Tensor, Tensor, list[int]]:
+        places = _places(parcels)
+        out, failed = torch.zeros(len(places), 3, self._size, self._size), []
+        for number, (parcel, row) in enumerate(places):
             drawn = drawn_of(parcel, row)
             try:
                 image = self._opened(parcel, row)
             except Exception:  # as for all images
-                failed.append(row)
+                failed.append(number)
                 continue
             pixels = torch.from_numpy(np.array(replay(image, drawn, self._size)))
-            out[row] = normalise(pixels.permute(2, 0, 1), self._mean, self._std)
-            erase(out[row], drawn.boxes)
-        return out, failed
+            out[number] = normalise(pixels.permute(2, 0, 1), self._mean, self._std)
+            erase(out[number], drawn.boxes)
+        return out, torch.cat([parcel.targets for parcel in parcels]), failed
 
     def _opened(self, parcel: Parcel, row: int) -> Image.Image:
         image = parcel.images[row].tolist()
@@ -88,27 +88,24 @@ class Finisher:
             return open_image(io.BytesIO(content.tobytes()))
         return Image.fromarray(content.reshape(-1, image[columns.ROW] // 3, 3))
 
-    def decode(self, parcels: list[Parcel]) -> list[Decoded]:
-        """The JPEG files of parcels, decoded on the device; this waits for it."""
-        rows = [(parcel.images[:, columns.KIND] == JPEG).nonzero().flatten().tolist() for parcel in parcels]
-        files = [list(_files(parcel, of_parcel)) for parcel, of_parcel in zip(parcels, rows, strict=True)]
-        if any(files) and self._device.type == "cuda":
+    def decode(self, parcels: Sequence[Parcel]) -> Decoded:
+        """The JPEG files of a batch, decoded on the device; this waits for it."""
+        found = ((number, *place) for number, place in enumerate(_places(parcels)))
+        places = [(number, parcel, row) for number, parcel, row in found if parcel.images[row, columns.KIND] == JPEG]
+        files = [_file(parcel, row) for _, parcel, row in places]
+        if files and self._device.type == "cuda":
             try:
-                everything = list(itertools.chain.from_iterable(files))
-                images = iter(decode_jpeg(everything, mode=ImageReadMode.RGB, device=self._device))
-                return [Decoded({row: next(images) for row in of_parcel}, []) for of_parcel in rows]
+                images = decode_jpeg(files, mode=ImageReadMode.RGB, device=self._device)
+                return Decoded({number: image for (number, *_), image in zip(places, images, strict=True)}, [])
             except (RuntimeError, torch.OutOfMemoryError) as error:  # of one file, whichever, or of the decoder
                 self._say_once(error)
-        return [self._by_pillow_alone(*of_parcel) for of_parcel in zip(parcels, rows, files, strict=True)]
-
-    def _by_pillow_alone(self, parcel: Parcel, rows: list[int], files: list[Tensor]) -> Decoded:
         decoded, failed = {}, []
-        for row, file in zip(rows, files, strict=True):
+        for (number, parcel, row), file in zip(places, files, strict=True):
             try:
                 image = np.array(open_image(io.BytesIO(file.numpy().tobytes())))
             except Exception:  # as for all images
-                image, failed = np.zeros((*_box_end(parcel, row), 3), np.uint8), [*failed, row]
-            decoded[row] = torch.from_numpy(image).to(self._device).permute(2, 0, 1)
+                image, failed = np.zeros((*_box_end(parcel, row), 3), np.uint8), [*failed, number]
+            decoded[number] = torch.from_numpy(image).to(self._device).permute(2, 0, 1)
         return Decoded(decoded, failed)
 
     def _say_once(self, error: Exception) -> None:
@@ -119,9 +116,9 @@ class Finisher:
                 f"note: a batch that the GPU cannot decode ({said}) is decoded by Pillow.", file=sys.stderr, flush=True
             )
 
-    def _place(self, here: Parcel, parcel: Parcel, decoded: dict[int, Tensor]) -> None:
+    def _place(self, here: Parcel, merged: Parcel, decoded: dict[int, Tensor]) -> None:
         """Addresses into the table of a parcel on the device: where there each image is."""
-        images = parcel.images.clone()
+        images = merged.images.clone()
         kinds = images[:, columns.KIND]
         images[:, columns.START] += torch.where(kinds == PIXELS, here.memory.data_ptr() + here.layout["source"][0], 0)
         if self._resident is not None:
@@ -135,10 +132,19 @@ class Finisher:
         here.images.copy_(images)
 
 
-def _files(parcel: Parcel, rows: list[int]) -> Iterator[Tensor]:
-    """The files of these rows, (bytes,) uint8 each."""
-    for start, length in parcel.images[rows][:, [columns.START, columns.LENGTH]].tolist():
-        yield parcel.source[start : start + length]
+def _places(parcels: Sequence[Parcel]) -> list[tuple[Parcel, int]]:
+    """(parcel, row in it) of each image of a batch."""
+    return [(parcel, row) for parcel in parcels for row in range(len(parcel))]
+
+
+def _file(parcel: Parcel, row: int) -> Tensor:
+    """A file of a parcel, (bytes,) uint8."""
+    start, length = parcel.images[row, [columns.START, columns.LENGTH]].tolist()
+    return parcel.source[start : start + length]
+
+
+def _pinned(parcel: Parcel) -> Parcel:
+    return Parcel(parcel.memory.pin_memory(), parcel.layout, parcel.extent)
 
 
 def _box_end(parcel: Parcel, row: int) -> tuple[int, int]:

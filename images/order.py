@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
-from collections.abc import Iterator, Sized
+from collections import deque
+from collections.abc import Iterable, Iterator, Sized
 
 import numpy as np
 import torch
@@ -74,3 +75,26 @@ class Order(Sampler[Key]):
     def __iter__(self) -> Iterator[Key]:
         places = itertools.count(self._rank, self._world_size)
         return itertools.islice(zip(self._indices, places, itertools.repeat(self._epoch)), self._first, None)
+
+
+class Pieces(Sampler[list[Key]]):
+    """Batches cut into pieces of about `size` samples, for loader processes to make a batch together.
+
+    So that a batch takes them little longer than a piece, and they need the memory of few batches. ends: for each piece
+    that was drawn, whether it is the last of its batch; who receives them takes them out.
+    """
+
+    def __init__(self, order: Iterable[Key], batch_size: int, *, drop_last: bool, size: int) -> None:
+        self._order, self._batch_size, self._drop_last, self._size = order, batch_size, drop_last, size
+        self.ends: deque[bool] = deque()
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        self.ends.clear()
+        keys = iter(self._order)
+        while batch := list(itertools.islice(keys, self._batch_size)):
+            if len(batch) < self._batch_size and self._drop_last:
+                return
+            count = -(-len(batch) // self._size)
+            for number in range(count):
+                self.ends.append(number == count - 1)
+                yield batch[number * len(batch) // count : (number + 1) * len(batch) // count]

@@ -6,6 +6,7 @@ A loader process packs it, so that the main process has one thing to receive, to
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ COLUMNS = 21
 OF_OPERATION = 4
 # Columns of `boxes`, int64: top, left, height, width, first number of `noise`, whether there is one for each pixel.
 OF_BOX = 6
+_SMALL = ("images", "operations", "values", "boxes", "noise", "tables", "targets")
 
 
 class Sample(NamedTuple):
@@ -77,14 +79,6 @@ class Parcel:
 
     def __len__(self) -> int:
         return self.layout["images"][1][0]
-
-    def to(self, device: torch.device) -> Parcel:
-        """A copy on a GPU, on its way while the program goes on; the slot may be freed when it is there."""
-        memory = torch.empty_like(self.memory, device=device)
-        if self.slot is not None:
-            self.slot.pin(self.memory.numel())
-        memory.copy_(self.memory, non_blocking=True)
-        return Parcel(memory, self.layout, self.extent)
 
 
 def _unpacked(slot: Slot, size: int, layout: dict, extent: Extent) -> Parcel:
@@ -186,7 +180,7 @@ def _write(sections: dict[str, np.ndarray], pieces: list[np.ndarray], extent: Ex
     layout, filled = {}, 0
     for name, array in sections.items():
         layout[name] = filled, array.shape, getattr(torch, array.dtype.name)
-        filled += -(-array.nbytes // 16) * 16
+        filled += _aligned(array.nbytes)
     size = sum(piece.size for piece in pieces)
     layout["source"] = filled, (size,), torch.uint8
     slot = slots and slots.take(filled + size)
@@ -199,6 +193,59 @@ def _write(sections: dict[str, np.ndarray], pieces: list[np.ndarray], extent: Ex
         written[filled : filled + piece.size] = piece
         filled += piece.size
     return Parcel(memory, layout, extent, slot or None)
+
+
+def merge(parcels: Sequence[Parcel]) -> tuple[Parcel, list[Tensor]]:
+    """(one parcel of several on the CPU, but for its source; the sources, which are to lie in a row behind it).
+
+    A batch is packed by several loader processes. Places in the sources, boxes, noise and tables are counted on.
+    """
+    arrays = {name: [getattr(one, name).numpy() for one in parcels] for name in _SMALL}
+    images = np.concatenate(arrays["images"])
+    rounds = max(len(turns) for turns in arrays["operations"])
+    operations = np.zeros((rounds, len(images), OF_OPERATION), np.int32)
+    values = np.zeros((rounds, len(images), VALUES), np.float64)
+    boxes = np.concatenate(arrays["boxes"])
+    row = box = lines = source = noise = table = 0
+    for number, one in enumerate(parcels):
+        rows, turns = slice(row, row + len(one)), len(arrays["operations"][number])
+        images[rows, START] += np.where(images[rows, KIND] == RESIDENT, 0, source)
+        images[rows, FIRST_BOX] += box
+        images[rows, BETWEEN] += lines
+        operations[:turns, rows] = arrays["operations"][number]
+        operations[:turns, rows, 1] += table
+        values[:turns, rows] = arrays["values"][number]
+        boxes[box : box + len(arrays["boxes"][number]), 4] += noise
+        row, box, lines = rows.stop, box + len(arrays["boxes"][number]), lines + one.extent.lines
+        source += _aligned(one.source.numel())
+        noise, table = noise + len(arrays["noise"][number]), table + len(arrays["tables"][number])
+    sections = {"images": images, "operations": operations, "values": values, "boxes": boxes}
+    sections |= {name: np.concatenate(arrays[name]) for name in ("noise", "tables", "targets")}
+    extents = [one.extent for one in parcels]
+    extent = Extent(
+        lines=lines,
+        most=max(extent.most for extent in extents),
+        taps=max(extent.taps for extent in extents),
+        looking=tuple(sorted({turn for extent in extents for turn in extent.looking})),
+        blurring=tuple(sorted({turn for extent in extents for turn in extent.blurring})),
+    )
+    return _write(sections, [], extent, None), [one.source for one in parcels]
+
+
+def on_device(merged: Parcel, sources: Sequence[Tensor], device: torch.device) -> Parcel:
+    """What `merge` has made, on a GPU: on its way there while the program goes on, from pinned memory."""
+    start = merged.layout["source"][0]
+    sizes = [_aligned(source.numel()) for source in sources]
+    memory = torch.empty(start + sum(sizes), dtype=torch.uint8, device=device)
+    memory[:start].copy_(merged.memory[:start], non_blocking=True)
+    for source, end in zip(sources, itertools.accumulate(sizes), strict=True):
+        begin = start + end - _aligned(source.numel())
+        memory[begin : begin + source.numel()].copy_(source, non_blocking=True)
+    return Parcel(memory, {**merged.layout, "source": (start, (sum(sizes),), torch.uint8)}, merged.extent)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 16) * 16
 
 
 def drawn_of(parcel: Parcel, row: int) -> Drawn:

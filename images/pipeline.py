@@ -9,25 +9,23 @@ import sys
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from config import Config, UserError
 from images.draws import CannotDraw
 from images.feed import AHEAD, Feed
 from images.gpu import Finisher
-from images.order import Key
+from images.order import Pieces
 from images.packed import Collate, Draws, PackedImages, PackedStream, Pixels
 from images.resident import Resident, keep
 from images.samples import Images, Stream, collate
 from images.slots import Slots, can_share
 from images.workers import Leash
 
-# Images a second that a loader process and a GPU that trains decode beside each other (an H100 with 16 cores); by them
-# the files are shared out where data.gpu_decode is null.
-CORE_DECODES, GPU_DECODES = 220, 1500
-TOGETHER = 3  # batches whose files a GPU decodes at a time, since each time has to wait for the model's kernels
-IMAGE_BYTES = 2**20  # of an image in a slot, on average and at most; an image of 500x375 has 560 kB
-DECODING_BATCH = 256  # images that a loader process decodes at a time for a set that is kept
+PIECE = 32  # samples that a loader process makes at a time: a batch is made by several
+IN_HAND = 4  # pieces that each has in hand
+PIECE_BYTES = 2**20 * PIECE  # of a slot, which takes memory as it is filled; 32 images of 500x375 have 18 MB
+KEPT_BATCH = 256  # images that a loader process decodes at a time for a set that is kept
 
 
 class FeedMaker:
@@ -40,17 +38,20 @@ class FeedMaker:
 
     def feed(self, images: Images | Stream, size: int, order: Any, *, training: bool) -> Feed:
         """The batches of `size` images, in that order."""
+        cfg, whole = self._cfg, order if order is not None else images
         maker, resident = self._maker(images, training)
         if maker is None:
-            return Feed(self._loader(images, size, order, collate, drop=training), self._device, None, self._leash)
-        cfg = self._cfg
+            loader = self._loader(images, collate, batch_size=size, sampler=order, drop_last=training)
+            return Feed(loader, self._device, None, self._leash, whole)
         finisher = Finisher(cfg.model.img_size, cfg.data.mean, cfg.data.std, self._device, resident)
-        packed = images.packed(PackedStream if isinstance(images, Stream) else PackedImages, maker)
-        together = TOGETHER if isinstance(maker, Draws) and maker.share else 1
-        slots = self._slots(size, together * (AHEAD + 1) + AHEAD + 4, training)
-        loader = self._loader(packed, size, order, Collate(slots), drop=training)
-        # Whole images are what evaluation is made of: it needs the more memory, for the shorter time.
-        return Feed(loader, self._device, finisher, self._leash, together, None if training else slots)
+        if isinstance(images, Stream):
+            packed = images.packed(PackedStream, maker)
+            loader = self._loader(packed, Collate(), batch_size=size, drop_last=training)
+            return Feed(loader, self._device, finisher, self._leash, packed)
+        pieces = Pieces(order, size, drop_last=training, size=PIECE if resident is None else size)
+        collate_pieces = Collate(None if resident is not None else self._slots(size))
+        loader = self._loader(images.packed(PackedImages, maker), collate_pieces, batch_sampler=pieces)
+        return Feed(loader, self._device, finisher, self._leash, order)
 
     def _maker(self, images: Images | Stream, training: bool) -> tuple[Pixels | Draws | None, Resident | None]:
         cfg, size = self._cfg, self._cfg.model.img_size
@@ -70,7 +71,7 @@ class FeedMaker:
         if draws.resident is not None:
             self.described[f"{part}_set_kept"] = {"images": len(draws.resident), "bytes": draws.resident.nbytes}
         elif training and self._device.type == "cuda":
-            draws.share = self.described["decoded_by_gpu"] = gpu_share(cfg, self._workers)
+            draws.share = self.described["decoded_by_gpu"] = cfg.data.gpu_decode
         return draws, draws.resident
 
     def _kept(self, images: Images) -> Resident | None:
@@ -79,42 +80,33 @@ class FeedMaker:
         limit = self._cfg.data.resident * _free_bytes(self._device)
 
         def loader(decoding: Dataset, collate: Any) -> DataLoader:
-            return self._loader(decoding, DECODING_BATCH, None, collate, drop=False)
+            return self._loader(decoding, collate, batch_size=KEPT_BATCH, once=True)
 
         return keep(images, limit, self._device, loader)
 
-    def _slots(self, size: int, ahead: int, training: bool) -> Slots | None:
-        """Memory for the parcels of batches of `size` images: those loader processes have in hand, and `ahead` more."""
+    def _slots(self, size: int) -> Slots | None:
+        """Memory for the pieces that loader processes have in hand, and for those of the batches that are ahead."""
         if not self._workers or not can_share():
             return None
         try:
-            count = _prefetch(training) * self._workers + ahead
-            return Slots(count, size * IMAGE_BYTES, pinned=self._cfg.data.pin_mem)
+            count = IN_HAND * self._workers + (2 * AHEAD + 4) * -(-size // PIECE)
+            return Slots(count, PIECE_BYTES, pinned=self._cfg.data.pin_mem)
         except OSError:  # they go one by one then
             return None
 
-    def _loader(
-        self, images: Dataset, size: int, order: Sampler | list[Key] | None, collate: Any, *, drop: bool
-    ) -> DataLoader:
-        cfg, workers, once = self._cfg, self._workers, order is None and not isinstance(images, Stream)
+    def _loader(self, images: Dataset, collate: Any, *, once: bool = False, **batches: Any) -> DataLoader:
+        workers = self._workers
         return DataLoader(
             images,
-            size,
-            sampler=order,
-            drop_last=drop,
             num_workers=workers,
             persistent_workers=workers > 0 and not once,
+            prefetch_factor=IN_HAND if workers and "batch_sampler" in batches else None,
             collate_fn=collate,
             worker_init_fn=self._leash and self._leash.hold,
-            prefetch_factor=_prefetch(drop) if workers else None,
             # The seeds of its workers would come from the process's own generator.
-            generator=torch.Generator().manual_seed(cfg.run.seed),
+            generator=torch.Generator().manual_seed(self._cfg.run.seed),
+            **batches,
         )
-
-
-def _prefetch(training: bool) -> int:
-    """Batches that a loader process has in hand."""
-    return 2 if training else 1
 
 
 def choose_pipeline(cfg: Config, device: torch.device) -> str:
@@ -129,17 +121,6 @@ def choose_pipeline(cfg: Config, device: torch.device) -> str:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def gpu_share(cfg: Config, workers: int) -> float:
-    """Of the JPEG files that a GPU can decode, the share that it is given.
-
-    It follows from the configuration and the loader processes, never from how fast they turn out to be: which images
-    the GPU decodes decides bits.
-    """
-    if cfg.data.gpu_decode is not None:
-        return cfg.data.gpu_decode
-    return round(GPU_DECODES / (GPU_DECODES + CORE_DECODES * max(workers, 1)), 2)
 
 
 def _free_bytes(device: torch.device) -> int:

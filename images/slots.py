@@ -32,8 +32,7 @@ class Slots:
 
     def __init__(self, count: int, size: int, *, pinned: bool) -> None:
         flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        self._mapped = [mmap.mmap(-1, size, flags=flags) for _ in range(count)]
-        self._maps = [np.frombuffer(mapped, np.uint8) for mapped in self._mapped]
+        self._maps = [np.frombuffer(mmap.mmap(-1, size, flags=flags), np.uint8) for _ in range(count)]
         self._pinned = pinned
         self._registered: dict[int, int] = {}  # bytes of a slot that a GPU knows
         self._read, self._write = os.pipe()  # of the numbers of free slots: a killed reader can leave no lock behind
@@ -71,14 +70,6 @@ class Slots:
         size = min(size + size // 4, self._maps[number].size)
         if int(runtime.cudaHostRegister(pointer, size, 0)) == 0:
             self._registered[number] = size
-
-    def rest(self) -> None:
-        """Give the memory back until slots are written again. None is in use, nor being copied from."""
-        for number in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self._maps[number].ctypes.data)
-        self._registered.clear()
-        for mapped in self._mapped:
-            mapped.madvise(mmap.MADV_REMOVE)
 
 
 class Slot:

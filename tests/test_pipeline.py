@@ -23,7 +23,7 @@ from PIL import Image
 from test_draws import photograph
 
 from images.gpu import Finisher
-from images.pipeline import choose_pipeline, gpu_share
+from images.pipeline import choose_pipeline
 
 GPU, FILES = "data.pipeline=gpu", "data.resident=0"
 
@@ -243,10 +243,16 @@ def user_error_of_building(*overrides: str) -> str:
     return str(raised.value)
 
 
-def test_shares_of_the_gpu_follow_from_the_configuration():
-    shares = [gpu_share(make_config(), workers) for workers in (0, 1, 4, 16, 64)]
-    assert shares == sorted(shares, reverse=True) and 0 < shares[-1] < 0.3 < shares[0] < 1
-    assert gpu_share(make_config("data.gpu_decode=0.4"), 3) == 0.4
+def test_a_batch_is_made_in_pieces(folder, monkeypatch):
+    expected = make_data(base=folder_config(folder), batch_size=8)
+    for size in (1, 3, 8, 50):
+        monkeypatch.setattr("images.pipeline.PIECE", size)
+        for workers in (0, 2):
+            options = [GPU, FILES, f"data.num_workers={workers}"]
+            data = make_data(*options, base=folder_config(folder), batch_size=8)
+            assert [len(images) for images, _ in data.eval_batches()] == [12, 6]
+            assert_same(expected.train_batches(1), data.train_batches(1))
+            assert_same(expected.eval_batches(), data.eval_batches())
 
 
 def test_a_set_that_is_too_large_is_not_kept(folder):

@@ -299,7 +299,9 @@ def test_row_script_states_the_published_top1(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted({*ROOT.glob("configs/**/*.yaml")} - {*ROOT.glob("configs/ablations/*"), *ROOT.glob("configs/studies/*")}), ids=lambda p: p.stem
+    "path",
+    sorted({*ROOT.glob("configs/**/*.yaml")} - {*ROOT.glob("configs/ablations/*"), *ROOT.glob("configs/studies/*")}),
+    ids=lambda p: p.stem,
 )
 def test_configuration_loads(path: Path) -> None:
     load_config(path)
