@@ -90,8 +90,11 @@ class Finisher:
 
     def decode(self, parcels: Sequence[Parcel]) -> Decoded:
         """The JPEG files of a batch, decoded on the device; this waits for it."""
-        found = ((number, *place) for number, place in enumerate(_places(parcels)))
-        places = [(number, parcel, row) for number, parcel, row in found if parcel.images[row, columns.KIND] == JPEG]
+        places, before = [], 0
+        for parcel in parcels:
+            rows = (parcel.images[:, columns.KIND] == JPEG).nonzero().flatten().tolist()
+            places += [(before + row, parcel, row) for row in rows]
+            before += len(parcel)
         files = [_file(parcel, row) for _, parcel, row in places]
         if files and self._device.type == "cuda":
             try:
