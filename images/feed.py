@@ -74,8 +74,9 @@ class Feed:
             for (finished, batch), done in finishing:
                 current = torch.cuda.current_stream(self._device)
                 current.wait_event(done)
-                for tensor in (finished.loaded.images, finished.loaded.targets):
-                    tensor.record_stream(current)
+                if finished.loaded.images.is_cuda:  # else it is a batch of nothing
+                    finished.loaded.images.record_stream(current)
+                    finished.loaded.targets.record_stream(current)
                 yield self._mend(finished, batch)
         finally:
             finishing.stop()

@@ -26,7 +26,8 @@ from images.parcel import JPEG, PIXELS, RESIDENT, Parcel, drawn_of, merge, on_de
 from images.replay import erase, normalise, replay
 from images.resident import Resident
 
-PIXELS_OF_A_PROGRAM = 1024
+# Pixels of a program: the more, the fewer programs; of an operation fewer, since bicubic transforms take many registers.
+PIXELS_AT_A_TIME, PIXELS_OF_AN_OPERATION = 1024, 256
 
 
 class Decoded(NamedTuple):
@@ -168,7 +169,7 @@ def augment(parcel: Parcel, levels: Tensor, size: int) -> Tensor:
     taps = extent.taps
     weights, bounds = empty(count, 2, taps, size, dtype=torch.int32), empty(count, 2, size, dtype=torch.int32)
     between, planes = empty(3, extent.lines, size), empty(2, count, 3, size, size)
-    wide, high = min(64, _power_of_two(size)), 16
+    wide, high = min(64, _power_of_two(size)), 8
     across = -(-size // wide)
     _launch(k.weights_kernel, (count, 2, across), images, weights, bounds, size, taps, wide)
     resizing = images, weights, bounds, between, extent.lines
@@ -176,14 +177,16 @@ def augment(parcel: Parcel, levels: Tensor, size: int) -> Tensor:
     _launch(k.across_kernel, (count, -(-size // high), 3 * across), *resizing, planes, size, taps, high, wide)
 
     # Operations, turn by turn, from one half of the planes to the other.
-    block = min(PIXELS_OF_A_PROGRAM, _power_of_two(size * size))
+    block, few = (min(most, _power_of_two(size * size)) for most in (PIXELS_AT_A_TIME, PIXELS_OF_AN_OPERATION))
     blocks = -(-size * size // block)
     tables = empty(count, 3, 256)
     for turn in range(len(parcel.operations)):
         told, source, target = (parcel.operations[turn], parcel.values[turn]), planes[turn % 2], planes[1 - turn % 2]
         if turn in extent.looking:
             _launch(k.statistics_kernel, (count, 3), *told, source, tables, size, block)
-        _launch(k.operate_kernel, (count, blocks), *told, parcel.tables, tables, source, target, size, block)
+        _launch(
+            k.operate_kernel, (count, -(-size * size // few)), *told, parcel.tables, tables, source, target, size, few
+        )
         if turn in extent.blurring:
             other = torch.empty_like(target)
             passes = [(source, other), *[(other, target), (target, other)] * 2, (other, target)]
