@@ -26,7 +26,7 @@ from images.parcel import JPEG, PIXELS, RESIDENT, Parcel, drawn_of, merge, on_de
 from images.replay import erase, normalise, replay
 from images.resident import Resident
 
-# Pixels of a program: the more, the fewer programs; of an operation fewer, since bicubic transforms take many registers.
+# Pixels of a program; fewer of an operation, since bicubic transforms take many registers.
 PIXELS_AT_A_TIME, PIXELS_OF_AN_OPERATION = 1024, 256
 
 
