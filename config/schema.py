@@ -12,40 +12,14 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticKnownError
 
-Element = Literal["e2m1", "e3m0"]
-Rounding = Literal["nearest_even", "nearest_away", "nearest_up", "stochastic"]
-Quantizer = Literal["q1", "q2", "q3", "q4", "q5", "q6"]
+from config.keys import Float, Int, Positive, Section, Share, key
+from config.quant import Int4Quant, MXQuant, NoQuant
 
 # DeiT's spellings of data sets, kept working.
 _DATA_SET_ALIASES = {"IMNET": "imagenet", "CIFAR": "cifar100", "CIFAR10": "cifar10"}
-
-
-def _number(error_type: Literal["int_type", "float_type"]) -> BeforeValidator:
-    """Refuses true and false, which pydantic takes for 1 and 0; its strict mode would refuse 3e-4, to YAML a text."""
-
-    def refuse_switches(value: Any) -> Any:
-        if isinstance(value, bool):
-            raise PydanticKnownError(error_type)
-        return value
-
-    return BeforeValidator(refuse_switches)
-
-
-Int = Annotated[int, _number("int_type")]
-Float = Annotated[float, _number("float_type")]
-Positive = Annotated[Float, Field(gt=0)]
-Share = Annotated[Float, Field(ge=0, le=1)]
-
-
-def _key(default: Any, help: str, *flags: str, consts: dict[str, Any] | None = None, **constraints: Any) -> Any:
-    """A key: default, help text, DeiT's name(s) of its flag, flags that set it to a constant, pydantic's ranges."""
-    return Field(
-        default, description=help, json_schema_extra={"flags": list(flags), "consts": consts or {}}, **constraints
-    )
 
 
 def _path(value: str | None, info: ValidationInfo) -> str | None:
@@ -69,22 +43,16 @@ def _range(value: tuple[float, float] | None) -> tuple[float, float] | None:
     return value
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Model: one of the five models of the paper, or any timm model with transformer blocks."""
 
-    name: str = _key("deit_tiny_patch16_224", "timm model name", "--model")
-    img_size: Int = _key(224, "input resolution in pixels", "--input-size", ge=1, le=16384)
-    patch_size: Int | None = _key(None, "patch size in pixels; null keeps the model's own", ge=1, le=16384)
-    num_classes: Int | None = _key(None, "number of classes; null takes the data set's", "--nb-classes", ge=1, le=10**6)
-    drop: Float = _key(0.0, "dropout rate before the head", "--drop", ge=0, lt=1)
-    drop_path: Float = _key(0.1, "stochastic depth rate of the last block", "--drop-path", ge=0, lt=1)
-    kwargs: dict[str, bool | int | float | str | list[Int]] = _key(
+    name: str = key("deit_tiny_patch16_224", "timm model name", "--model")
+    img_size: Int = key(224, "input resolution in pixels", "--input-size", ge=1, le=16384)
+    patch_size: Int | None = key(None, "patch size in pixels; null keeps the model's own", ge=1, le=16384)
+    num_classes: Int | None = key(None, "number of classes; null takes the data set's", "--nb-classes", ge=1, le=10**6)
+    drop: Float = key(0.0, "dropout rate before the head", "--drop", ge=0, lt=1)
+    drop_path: Float = key(0.1, "stochastic depth rate of the last block", "--drop-path", ge=0, lt=1)
+    kwargs: dict[str, bool | int | float | str | list[Int]] = key(
         {}, "further arguments of the timm model, such as {embed_dim: 96, depth: 4}"
     )
 
@@ -100,176 +68,125 @@ class ModelConfig(_Section):
         return kwargs
 
 
-class NoQuant(_Section):
-    """Every product in full precision."""
-
-    scheme: Literal["none"] = _key("none", "none (full precision), mx (microscaling) or int4")
-
-
-class ElementConfig(_Section):
-    activation_weight: Element = _key("e2m1", "element format of q1 q2 q4 q6 (activations and weights)")
-    gradient: Element = _key("e2m1", "element format of q3 q5 (output gradients)")
-
-
-class RoundingConfig(_Section):
-    forward: Rounding = _key("nearest_even", "rounding of q1 q2")
-    backward: Rounding = _key("stochastic", "rounding of q3 q4 q5 q6")
-
-
-class MXQuant(_Section):
-    """Quantization of the block linears: microscaling formats, blocks of 32 along the contracted dimension."""
-
-    scheme: Literal["mx"] = _key("mx", "none (full precision), mx (microscaling) or int4")
-    active: tuple[Quantizer, ...] = _key(
-        ("q1", "q2", "q3", "q4", "q5", "q6"), "which quantizers are on; the others are the identity"
-    )
-    scale_rule: Literal["truncation_free", "floor"] = _key(
-        "truncation_free", "shared scale: truncation_free (TetraJet) or floor (Microscaling)"
-    )
-    backward_operands: Literal["requantized", "original"] = _key(
-        "requantized", "q4 and q6 read the outputs of q2 and q1 (requantized) or W and X (original)"
-    )
-    element: ElementConfig = ElementConfig()
-    rounding: RoundingConfig = RoundingConfig()
-    carrier: Literal["bf16", "fp8"] = _key(
-        "bf16", "operands inside the products: bf16 (the dtype of autocast) or fp8 (faster on Hopper, the same values)"
-    )
-
-    @model_validator(mode="after")
-    def _no_repeats(self) -> MXQuant:
-        if len(set(self.active)) != len(self.active):
-            raise ValueError(f"active names a quantizer twice: {', '.join(self.active)}")
-        return self
-
-
-class Int4Quant(_Section):
-    """INT4 per-tensor quantization of the block linears (Xi et al. 2023)."""
-
-    scheme: Literal["int4"]
-    hadamard: bool = _key(True, "rotate activations and weights by a block Hadamard matrix")
-    sampling: bool = _key(True, "leverage-score sampling of gradient rows")
-    learned_step: bool = _key(True, "learned step sizes (LSQ) in the forward pass")
-
-
-class NoStabilizer(_Section):
+class NoStabilizer(Section):
     """Weight oscillation is left alone."""
 
-    kind: Literal["none"] = _key("none", "method against weight oscillation")
+    kind: Literal["none"] = key("none", "method against weight oscillation")
 
 
-class QEma(_Section):
+class QEma(Section):
     """Q-EMA: the moving average of a weight decides its rounding (section 5 of the paper)."""
 
     kind: Literal["qema"]
-    decay: Float = _key(0.998, "qema: decay of the shadow weights", ge=0, lt=1)
+    decay: Float = key(0.998, "qema: decay of the shadow weights", ge=0, lt=1)
 
 
-class QRamping(_Section):
+class QRamping(Section):
     """Q-Ramping: oscillating weights are updated less often, with more gradient (section 6)."""
 
     kind: Literal["qramping"]
-    k1: Float = _key(16.0, "qramping: oscillation ratio of one ramp", gt=0)
-    k2: Int = _key(5, "qramping: steps added for each ramp", ge=0, le=2**30)
-    detect_steps: Int = _key(30, "qramping: training steps of a detection, undone afterwards", ge=1, le=10**5)
-    update_period: Int | None = _key(None, "qramping: steps between detections; null: one epoch", ge=1, le=2**30)
-    n_max: Int | None = _key(
+    k1: Float = key(16.0, "qramping: oscillation ratio of one ramp", gt=0)
+    k2: Int = key(5, "qramping: steps added for each ramp", ge=0, le=2**30)
+    detect_steps: Int = key(30, "qramping: training steps of a detection, undone afterwards", ge=1, le=10**5)
+    update_period: Int | None = key(None, "qramping: steps between detections; null: one epoch", ge=1, le=2**30)
+    n_max: Int | None = key(
         None, "qramping: longest period of an element; null: the steps of one epoch", ge=1, le=2**30
     )
 
 
-class Dampen(_Section):
+class Dampen(Section):
     """Dampen: a loss that pulls weights to their quantized values (Nagel et al. 2022)."""
 
     kind: Literal["dampen"]
-    weight: Float = _key(5e-3, "dampen: weight of the loss at the end of training", ge=0)
-    start: Float = _key(0.25, "dampen, freeze: share of training before which it is off", ge=0, lt=1)
+    weight: Float = key(5e-3, "dampen: weight of the loss at the end of training", ge=0)
+    start: Float = key(0.25, "dampen, freeze: share of training before which it is off", ge=0, lt=1)
 
 
-class Freeze(_Section):
+class Freeze(Section):
     """Freeze: weights that flip too often are fixed for good (Nagel et al. 2022)."""
 
     kind: Literal["freeze"]
-    momentum: Float = _key(0.001, "freeze: momentum of the moving averages", gt=0, le=1)
-    threshold_start: Float = _key(0.1, "freeze: flipping frequency that freezes, when it starts", gt=0)
-    threshold_end: Float = _key(0.01, "freeze: the same at the end of training", gt=0)
-    start: Float = _key(0.25, "dampen, freeze: share of training before which it is off", ge=0, lt=1)
+    momentum: Float = key(0.001, "freeze: momentum of the moving averages", gt=0, le=1)
+    threshold_start: Float = key(0.1, "freeze: flipping frequency that freezes, when it starts", gt=0)
+    threshold_end: Float = key(0.01, "freeze: the same at the end of training", gt=0)
+    start: Float = key(0.25, "dampen, freeze: share of training before which it is off", ge=0, lt=1)
 
 
-class OptimConfig(_Section):
+class OptimConfig(Section):
     """Optimizer. The global batch is part of the recipe; gradient accumulation follows from it."""
 
-    opt: str = _key("adamw", "optimizer, by timm's name", "--opt")
-    lr: Float = _key(5e-4, "learning rate for a global batch of 512", "--lr", gt=0)
-    unscale_lr: bool = _key(False, "use lr as it is instead of lr * global_batch / 512", "--unscale-lr")
-    global_batch: Int = _key(1024, "samples of one optimizer step over all processes", "--global-batch", ge=1, le=2**20)
-    betas: tuple[Float, Float] | None = _key(
+    opt: str = key("adamw", "optimizer, by timm's name", "--opt")
+    lr: Float = key(5e-4, "learning rate for a global batch of 512", "--lr", gt=0)
+    unscale_lr: bool = key(False, "use lr as it is instead of lr * global_batch / 512", "--unscale-lr")
+    global_batch: Int = key(1024, "samples of one optimizer step over all processes", "--global-batch", ge=1, le=2**20)
+    betas: tuple[Float, Float] | None = key(
         (0.9, 0.999), "optimizer betas; null for the optimizer's own", "--opt-betas"
     )
-    eps: Float | None = _key(1e-8, "optimizer epsilon; null for the optimizer's own", "--opt-eps", gt=0)
-    momentum: Float = _key(0.9, "momentum, where the optimizer has one", "--momentum", ge=0, lt=1)
-    weight_decay: Float = _key(
+    eps: Float | None = key(1e-8, "optimizer epsilon; null for the optimizer's own", "--opt-eps", gt=0)
+    momentum: Float = key(0.9, "momentum, where the optimizer has one", "--momentum", ge=0, lt=1)
+    weight_decay: Float = key(
         0.05, "decoupled weight decay; not on biases, norms and embeddings", "--weight-decay", ge=0
     )
-    layer_decay: Float | None = _key(
+    layer_decay: Float | None = key(
         None,
         "the rate of each block is that of the next one times this; null for one rate",
         "--layer-decay",
         gt=0,
         le=1,
     )
-    clip_grad: Float | None = _key(
+    clip_grad: Float | None = key(
         None, "clip the gradient's global norm to this; null for no clipping", "--clip-grad", gt=0
     )
 
 
-class ScheduleConfig(_Section):
+class ScheduleConfig(Section):
     """Learning-rate schedule."""
 
-    epochs: Int = _key(90, "epochs to train", "--epochs", ge=1, le=10**5)
-    sched: Literal["cosine", "step"] = _key("cosine", "shape of the schedule, from timm", "--sched")
-    step_on: Literal["epoch", "iteration"] = _key(
+    epochs: Int = key(90, "epochs to train", "--epochs", ge=1, le=10**5)
+    sched: Literal["cosine", "step"] = key("cosine", "shape of the schedule, from timm", "--sched")
+    step_on: Literal["epoch", "iteration"] = key(
         "epoch", "change the rate once an epoch (DeiT) or each iteration (Swin)"
     )
-    warmup_epochs: Int = _key(5, "epochs of linear warm-up", "--warmup-epochs", ge=0, le=10**5)
-    warmup_lr: Float = _key(1e-6, "learning rate the warm-up starts from", "--warmup-lr", ge=0)
-    warmup_prefix: bool = _key(False, "start the cosine after the warm-up instead of under it")
-    min_lr: Float = _key(1e-5, "learning rate the schedule ends at", "--min-lr", ge=0)
-    decay_epochs: Float = _key(30, "epochs between steps of the step schedule", "--decay-epochs", gt=0)
-    decay_rate: Float = _key(0.1, "factor of each step of the step schedule", "--decay-rate", gt=0, le=1)
+    warmup_epochs: Int = key(5, "epochs of linear warm-up", "--warmup-epochs", ge=0, le=10**5)
+    warmup_lr: Float = key(1e-6, "learning rate the warm-up starts from", "--warmup-lr", ge=0)
+    warmup_prefix: bool = key(False, "start the cosine after the warm-up instead of under it")
+    min_lr: Float = key(1e-5, "learning rate the schedule ends at", "--min-lr", ge=0)
+    decay_epochs: Float = key(30, "epochs between steps of the step schedule", "--decay-epochs", gt=0)
+    decay_rate: Float = key(0.1, "factor of each step of the step schedule", "--decay-rate", gt=0, le=1)
 
 
-class AugConfig(_Section):
+class AugConfig(Section):
     """Augmentation of the training images, by timm."""
 
-    crop: Literal["rrc", "src"] = _key(
+    crop: Literal["rrc", "src"] = key(
         "rrc", "random resized crop (rrc) or DeiT III's simple random crop (src)", consts={"--src": "src"}
     )
-    scale: tuple[Share, Share] = _key((0.08, 1.0), "area range of the random resized crop")
-    hflip: Float = _key(0.5, "probability of a horizontal flip", ge=0, le=1)
-    color_jitter: Float = _key(0.3, "colour jitter, where no AutoAugment replaces it", "--color-jitter", ge=0)
-    aa: str | None = _key("rand-m9-mstd0.5-inc1", "AutoAugment policy, by timm's name; null for none", "--aa")
-    three_augment: bool = _key(False, "DeiT III's 3-Augment in place of the AutoAugment policy", "--ThreeAugment")
-    interpolation: Literal["bicubic", "bilinear", "random"] = _key(
+    scale: tuple[Share, Share] = key((0.08, 1.0), "area range of the random resized crop")
+    hflip: Float = key(0.5, "probability of a horizontal flip", ge=0, le=1)
+    color_jitter: Float = key(0.3, "colour jitter, where no AutoAugment replaces it", "--color-jitter", ge=0)
+    aa: str | None = key("rand-m9-mstd0.5-inc1", "AutoAugment policy, by timm's name; null for none", "--aa")
+    three_augment: bool = key(False, "DeiT III's 3-Augment in place of the AutoAugment policy", "--ThreeAugment")
+    interpolation: Literal["bicubic", "bilinear", "random"] = key(
         "bicubic", "interpolation of training images", "--train-interpolation"
     )
-    repeats: Int = _key(
+    repeats: Int = key(
         3,
         "repeated augmentation: views of an image in an epoch",
         consts={"--repeated-aug": 3, "--no-repeated-aug": 1},
         ge=1,
         le=100,
     )
-    reprob: Float = _key(0.25, "probability of random erasing", "--reprob", ge=0, le=1)
-    remode: Literal["pixel", "rand", "const"] = _key("pixel", "filling of erased areas", "--remode")
-    recount: Int = _key(1, "erased areas an image", "--recount", ge=1, le=100)
-    mixup: Float = _key(0.8, "mixup alpha; 0 for none", "--mixup", ge=0)
-    cutmix: Float = _key(1.0, "cutmix alpha; 0 for none", "--cutmix", ge=0)
-    cutmix_minmax: tuple[Share, Share] | None = _key(
+    reprob: Float = key(0.25, "probability of random erasing", "--reprob", ge=0, le=1)
+    remode: Literal["pixel", "rand", "const"] = key("pixel", "filling of erased areas", "--remode")
+    recount: Int = key(1, "erased areas an image", "--recount", ge=1, le=100)
+    mixup: Float = key(0.8, "mixup alpha; 0 for none", "--mixup", ge=0)
+    cutmix: Float = key(1.0, "cutmix alpha; 0 for none", "--cutmix", ge=0)
+    cutmix_minmax: tuple[Share, Share] | None = key(
         None, "shortest and longest side of cutmix boxes over the image's, in place of alpha", "--cutmix-minmax"
     )
-    mixup_prob: Float = _key(1.0, "probability of mixup or cutmix on a batch", "--mixup-prob", ge=0, le=1)
-    mixup_switch_prob: Float = _key(0.5, "probability of cutmix where both are on", "--mixup-switch-prob", ge=0, le=1)
-    mixup_mode: Literal["batch", "pair", "elem"] = _key("batch", "what mixup draws its weights for", "--mixup-mode")
+    mixup_prob: Float = key(1.0, "probability of mixup or cutmix on a batch", "--mixup-prob", ge=0, le=1)
+    mixup_switch_prob: Float = key(0.5, "probability of cutmix where both are on", "--mixup-switch-prob", ge=0, le=1)
+    mixup_mode: Literal["batch", "pair", "elem"] = key("batch", "what mixup draws its weights for", "--mixup-mode")
 
     _ranges = field_validator("scale", "cutmix_minmax")(_range)
 
@@ -281,121 +198,119 @@ class AugConfig(_Section):
         return value
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     """Loss."""
 
-    smoothing: Float = _key(0.1, "label smoothing", "--smoothing", ge=0, lt=1)
-    bce: bool = _key(False, "binary cross-entropy in place of cross-entropy", "--bce-loss")
+    smoothing: Float = key(0.1, "label smoothing", "--smoothing", ge=0, lt=1)
+    bce: bool = key(False, "binary cross-entropy in place of cross-entropy", "--bce-loss")
 
 
-class ModelEmaConfig(_Section):
+class ModelEmaConfig(Section):
     """Moving average of the whole model, evaluated beside it (not Q-EMA)."""
 
-    enabled: bool = _key(False, "keep one", "--model-ema")
-    decay: Float = _key(0.99996, "its decay", "--model-ema-decay", ge=0, lt=1)
+    enabled: bool = key(False, "keep one", "--model-ema")
+    decay: Float = key(0.99996, "its decay", "--model-ema-decay", ge=0, lt=1)
 
 
-class DistillationConfig(_Section):
+class DistillationConfig(Section):
     """Distillation from a teacher; needs a model with a distillation token."""
 
-    type: Literal["none", "soft", "hard"] = _key("none", "kind of distillation", "--distillation-type")
-    teacher_model: str = _key("regnety_160", "timm name of the teacher", "--teacher-model")
-    teacher_path: str | None = _key(None, "the teacher's checkpoint", "--teacher-path")
-    alpha: Float = _key(0.5, "weight of the distillation term", "--distillation-alpha", ge=0, le=1)
-    tau: Float = _key(1.0, "temperature of soft distillation", "--distillation-tau", gt=0)
+    type: Literal["none", "soft", "hard"] = key("none", "kind of distillation", "--distillation-type")
+    teacher_model: str = key("regnety_160", "timm name of the teacher", "--teacher-model")
+    teacher_path: str | None = key(None, "the teacher's checkpoint", "--teacher-path")
+    alpha: Float = key(0.5, "weight of the distillation term", "--distillation-alpha", ge=0, le=1)
+    tau: Float = key(1.0, "temperature of soft distillation", "--distillation-tau", gt=0)
 
     _paths = field_validator("teacher_path")(_path)
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Data."""
 
-    set: Annotated[str, BeforeValidator(lambda v: _DATA_SET_ALIASES.get(v, v) if isinstance(v, str) else v)] = _key(
+    set: Annotated[str, BeforeValidator(lambda v: _DATA_SET_ALIASES.get(v, v) if isinstance(v, str) else v)] = key(
         "imagenet",
         "imagenet (any folder with train/ and val/), cifar10, cifar100, digits, generated, or a timm name with a slash",
         "--data-set",
     )
-    path: str | None = _key(None, "folder of the data set", "--data-path")
-    val_split: Float | None = _key(
+    path: str | None = key(None, "folder of the data set", "--data-path")
+    val_split: Float | None = key(
         None,
         "share of each class of train/ that is held out for evaluation, in place of val/; the same images in all runs",
         "--val-split",
         gt=0,
         lt=1,
     )
-    class_map: str | None = _key(
+    class_map: str | None = key(
         None, "text file with one class folder a line, in the order of the labels; null sorts them", "--class-map"
     )
-    batch_size: Int | None = _key(
+    batch_size: Int | None = key(
         None,
         "samples of one process at a time; null fits the global batch, 256 at most",
         "--batch-size",
         ge=1,
         le=2**20,
     )
-    num_workers: Int | None = _key(
+    num_workers: Int | None = key(
         None,
         "loader processes of one process; null: its share of the cores, 10 at most",
         "--num_workers",
         ge=0,
         le=1024,
     )
-    pin_mem: bool = _key(True, "pin host memory for copies to a GPU", "--pin-mem")
-    eval_crop_ratio: Float = _key(0.875, "evaluation: centre crop over resized side", "--eval-crop-ratio", ge=0.1, le=1)
-    mean: tuple[Float, Float, Float] = _key((0.485, 0.456, 0.406), "channel means for normalisation")
-    std: tuple[Positive, Positive, Positive] = _key((0.229, 0.224, 0.225), "channel deviations for normalisation")
-    on_corrupt: Literal["error", "skip"] = _key(
+    pin_mem: bool = key(True, "pin host memory for copies to a GPU", "--pin-mem")
+    eval_crop_ratio: Float = key(0.875, "evaluation: centre crop over resized side", "--eval-crop-ratio", ge=0.1, le=1)
+    mean: tuple[Float, Float, Float] = key((0.485, 0.456, 0.406), "channel means for normalisation")
+    std: tuple[Positive, Positive, Positive] = key((0.229, 0.224, 0.225), "channel deviations for normalisation")
+    on_corrupt: Literal["error", "skip"] = key(
         "error", "an image that cannot be read stops the run (error) or is replaced and counted (skip)", "--on-corrupt"
     )
-    num_images: Int = _key(
-        1280, "training images of the generated set (a tenth as many for evaluation)", ge=1, le=10**9
-    )
+    num_images: Int = key(1280, "training images of the generated set (a tenth as many for evaluation)", ge=1, le=10**9)
 
     _paths = field_validator("path", "class_map")(_path)
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """The run itself."""
 
-    output_dir: str | None = _key(None, "where the run is written; null: runs/<name of the config>", "--output_dir")
-    seed: Int = _key(
+    output_dir: str | None = key(None, "where the run is written; null: runs/<name of the config>", "--output_dir")
+    seed: Int = key(
         0, "seed of initialisation, data order, augmentation and quantization noise", "--seed", ge=0, lt=2**32
     )
-    device: str = _key("auto", "auto, cpu or cuda", "--device")
-    amp: Literal["auto", "none", "bfloat16"] = _key("auto", "autocast; auto: bfloat16 on a GPU, none on a CPU", "--amp")
-    compile: bool = _key(False, "run the model under torch.compile", "--compile")
-    grad_checkpointing: bool = _key(
+    device: str = key("auto", "auto, cpu or cuda", "--device")
+    amp: Literal["auto", "none", "bfloat16"] = key("auto", "autocast; auto: bfloat16 on a GPU, none on a CPU", "--amp")
+    compile: bool = key(False, "run the model under torch.compile", "--compile")
+    grad_checkpointing: bool = key(
         False, "compute activations again in the backward pass: less memory, more time", "--grad-checkpointing"
     )
-    cuda_graphs: bool = _key(True, "on a GPU, record forward and backward pass as CUDA graphs", "--cuda-graphs")
-    eval: bool = _key(False, "evaluate only (the checkpoint of --resume)", "--eval")
-    resume: str | None = _key(None, "checkpoint to continue from; auto: the last one in output_dir, if any", "--resume")
-    finetune: str | None = _key(
+    cuda_graphs: bool = key(True, "on a GPU, record forward and backward pass as CUDA graphs", "--cuda-graphs")
+    eval: bool = key(False, "evaluate only (the checkpoint of --resume)", "--eval")
+    resume: str | None = key(None, "checkpoint to continue from; auto: the last one in output_dir, if any", "--resume")
+    finetune: str | None = key(
         None, "checkpoint or safetensors file whose weights the training starts from", "--finetune", "--pretrained"
     )
-    use_ema: bool = _key(False, "with --finetune, start from the file's moving average of the weights", "--use-ema")
-    save_every: Int | None = _key(None, "also checkpoint every so many optimizer steps", "--save-every", ge=1)
-    log_every: Int = _key(50, "optimizer steps between logged lines", "--log-every", ge=1)
+    use_ema: bool = key(False, "with --finetune, start from the file's moving average of the weights", "--use-ema")
+    save_every: Int | None = key(None, "also checkpoint every so many optimizer steps", "--save-every", ge=1)
+    log_every: Int = key(50, "optimizer steps between logged lines", "--log-every", ge=1)
 
     _paths = field_validator("output_dir", "resume", "finetune")(_path)
 
 
-class ProbesConfig(_Section):
+class ProbesConfig(Section):
     """Probes: how much weights oscillate (Appendix A of the paper), recorded while the training goes on unchanged."""
 
-    enabled: bool = _key(False, "record it, into TensorBoard and the folder probes/ of the run", "--probes")
-    steps: Int = _key(
+    enabled: bool = key(False, "record it, into TensorBoard and the folder probes/ of the run", "--probes")
+    steps: Int = key(
         200, "T0: a recording covers so many optimizer steps, the last ones of its epoch (at most the epoch)", ge=1
     )
-    every: Int = _key(1, "epochs between recordings; the last two epochs are always recorded", ge=1)
-    block: Int | None = _key(
+    every: Int = key(1, "epochs between recordings; the last two epochs are always recorded", ge=1)
+    block: Int | None = key(
         None, "transformer block whose output is watched, from 1; null: the 9th, or the last of fewer", ge=1
     )
-    images: Int = _key(64, "evaluation images that output is computed on", ge=1)
-    trajectories: Int = _key(32, "weights that are followed through the last epoch, the most oscillating", ge=0)
+    images: Int = key(64, "evaluation images that output is computed on", ge=1)
+    trajectories: Int = key(32, "weights that are followed through the last epoch, the most oscillating", ge=0)
 
 
-class PaperConfig(_Section):
+class PaperConfig(Section):
     """The published figure this configuration reproduces."""
 
     table: Int
@@ -409,7 +324,7 @@ Quant = Annotated[NoQuant | MXQuant | Int4Quant, Field(discriminator="scheme")]
 Stabilizer = Annotated[NoStabilizer | QEma | QRamping | Dampen | Freeze, Field(discriminator="kind")]
 
 
-class Config(_Section):
+class Config(Section):
     """The whole configuration of a run."""
 
     model: ModelConfig = ModelConfig()
@@ -430,16 +345,16 @@ class Config(_Section):
 TAGS = {"quant": "scheme", "stabilizer": "kind"}  # sections whose other keys depend on this one
 
 
-def sections_in(annotation: Any) -> list[type[_Section]]:
+def sections_in(annotation: Any) -> list[type[Section]]:
     """The section classes in a field's annotation: itself, or the members of a union of them."""
-    if isinstance(annotation, type) and issubclass(annotation, _Section):
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     if typing.get_origin(annotation) in (Annotated, Union, types.UnionType):
         return [m for arg in typing.get_args(annotation) for m in sections_in(arg)]
     return []
 
 
-def iter_keys(section: type[_Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def iter_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every leaf key of the configuration as ("section.key", field), a key shared by several tags once for each."""
     for name, field in section.model_fields.items():
         children = sections_in(field.annotation)

@@ -6,23 +6,21 @@ q5, which read gradients, have of their own.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-from quantization.spec import (
-    QUANTIZERS,
-    BackwardOperands,
-    Carrier,
-    Int4Recipe,
-    LinearRecipe,
-    QuantizerSpec,
-    Rounding,
-    ScaleRule,
-    expect,
-)
+from quantization.policy import Policy
+from quantization.rotation import Rotation
+from quantization.spec import Int4Recipe, LinearRecipe, QuantizerSpec
+from quantization.words import QUANTIZERS, BackwardOperands, Carrier, Rounding, ScaleRule, expect
 
 _GRADIENT = ("q3", "q5")  # the quantizers that read G; the others read activations or weights
 _FORWARD = ("q1", "q2")
+# Keys of a configuration that are fields of every quantizer alike; scale_rule, element and rounding are build_recipe's.
+_SHARED = (
+    *("block_size", "scale_format", "scale_rounding", "target", "outer", "outer_delay", "target_scale", "arithmetic"),
+)
 
 
 def build_recipe(
@@ -78,12 +76,15 @@ def as_recipe(recipe: LinearRecipe | Int4Recipe | str) -> LinearRecipe | Int4Rec
 
 
 def resolve(quant: Any) -> LinearRecipe | Int4Recipe:
-    """The recipe of the `quant` section of a configuration, by its scheme: none, mx or int4."""
+    """The recipe of the `quant` section of a configuration, by its scheme: none, mx or int4.
+
+    Raises ValueError where its keys do not go together.
+    """
     if quant.scheme == "none":
         return PRESETS["full_precision"]
     if quant.scheme == "int4":
         return Int4Recipe(hadamard=quant.hadamard, sampling=quant.sampling, learned_step=quant.learned_step)
-    return build_recipe(
+    recipe = build_recipe(
         quant.active,
         scale_rule=quant.scale_rule,
         backward_operands=quant.backward_operands,
@@ -91,5 +92,16 @@ def resolve(quant: Any) -> LinearRecipe | Int4Recipe:
         gradient=quant.element.gradient,
         forward=quant.rounding.forward,
         backward=quant.rounding.backward,
-        carrier=quant.carrier,
     )
+    specs = {}
+    for name in recipe.active:
+        shared = {key: getattr(quant, key) for key in _SHARED}
+        own = {} if name not in quant.quantizers else quant.quantizers[name].model_dump(exclude_none=True)
+        specs[name] = dataclasses.replace(getattr(recipe, name), **shared | own)
+    for name in quant.quantizers:
+        if name not in recipe.active:
+            raise ValueError(f"quant.quantizers names {name}, which quant.active does not")
+    rotations = {f"rotate_{product}": Rotation(**given.model_dump()) for product, given in quant.rotation.items()}
+    policy = Policy(quant.policy.first, quant.policy.last, tuple((k, tuple(v)) for k, v in quant.policy.off.items()))
+    operands = {"weight_operand": quant.weight_operand, "activation_operand": quant.activation_operand}
+    return dataclasses.replace(recipe, **specs, **operands, **rotations, policy=policy, carrier=quant.carrier)

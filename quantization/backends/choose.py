@@ -52,6 +52,8 @@ def backend_of_tensor(x: Tensor, spec: QuantizerSpec, backend: str) -> ModuleTyp
 def _on_gpu(job: Job | QuantizerSpec) -> bool:
     """Whether the kernels serve a matrix on a GPU."""
     specs = (job.row, job.column) if isinstance(job, Job) else (job,)
+    if isinstance(job, Job) and (job.row_turn or job.column_turn or job.mask):
+        return False
     try:
         return all(_kernels().serves(spec) for spec in specs if spec is not None)
     except ImportError:

@@ -25,6 +25,8 @@ class QuantLinear(NoisyLinear):
         shadow: shadow weight (C x D, float32) that decides q2's rounding (Q-EMA), or None.
         blocks_below_window: with the fp8 carrier, how many blocks of training passes it could not hold exactly (int64,
             on the device, see operands/forms.py); else None.
+        held: with delayed outer scales, the largest magnitudes they hang from, of both quantizers of X, W and G (3, 2,
+            float32, 0 for none yet), saved with the model; else None.
     """
 
     @classmethod
@@ -53,6 +55,8 @@ class QuantLinear(NoisyLinear):
         if recipe.carrier == "fp8":
             counter = torch.zeros((), dtype=torch.int64, device=linear.weight.device)
         quant.register_buffer("blocks_below_window", counter, persistent=False)
+        held = torch.zeros(3, 2, device=linear.weight.device) if quant.jobs.delayed else None
+        quant.register_buffer("held", held)
         return quant.train(linear.training)
 
     @property
@@ -65,7 +69,8 @@ class QuantLinear(NoisyLinear):
             return F.linear(x, self.weight, self.bias)
         call = Call(self.jobs, STREAMS_PER_LAYER * self.layer, torch.is_grad_enabled())
         lost = self.blocks_below_window if self.training else None
-        return QuantLinearFunction.apply(x, self.weight, self.bias, call, self.draw_noise(), self.shadow, lost)
+        held = self.held if self.held is None or self.training else self.held.clone()  # evaluation renews none
+        return QuantLinearFunction.apply(x, self.weight, self.bias, call, self.draw_noise(), self.shadow, lost, held)
 
     def quantized_weight(self) -> Tensor:
         """Q(w): the weight as the output product sees it (C x D, the weight's dtype), rounded by the training's own q2.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantization.job import Carried, Operand
+from quantization.job import Carried, Dense, Operand, Scaled
 from quantization.operands.prepare import values_of
 
 ROWS, COLUMNS = 0, -1  # the dimension of a stored matrix that a product sums over
@@ -22,7 +22,8 @@ def multiply(
 ) -> Tensor:
     """The product of two matrices, summed over dimension over[0] of a and over[1] of b (ROWS or COLUMNS), plus a bias.
 
-    In fp8 if both are CARRIED, else in the compute dtype `dtype`.
+    In fp8 if both are CARRIED, else in the compute dtype `dtype`. Factors of SCALED operands come after the product, in
+    float32 and before the bias.
     """
     if isinstance(a, Carried):
         (a_MK, a_factor), (b_NK, b_factor) = a, b
@@ -33,6 +34,13 @@ def multiply(
         with torch.autocast(a_MK.device.type, enabled=False):
             product = (a_MK.float() @ b_NK.float().t()) * (a_factor * b_factor)
         return (product if bias is None else product + bias.float()).to(out_dtype)
+    factors = [operand.factor for operand in (a, b) if isinstance(operand, Scaled)]
+    if factors:
+        a, b = (Dense(operand.values) if isinstance(operand, Scaled) else operand for operand in (a, b))
+        with torch.autocast(factors[0].device.type, enabled=False):
+            factor = factors[0] if len(factors) == 1 else factors[0] * factors[1]
+            product = multiply(a, b, over, dtype, torch.float32) * factor
+            return (product if bias is None else product + bias.float()).to(out_dtype)
     a_MK, b_NK = values_of(a, dtype), values_of(b, dtype)
     a_MK, b_NK = a_MK if over[0] == COLUMNS else a_MK.t(), b_NK if over[1] == COLUMNS else b_NK.t()
     if bias is not None:

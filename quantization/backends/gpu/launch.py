@@ -75,7 +75,8 @@ def serves(spec: QuantizerSpec) -> bool:
     fmt = spec.format
     power_of_two = spec.block_size & (spec.block_size - 1) == 0
     return (
-        power_of_two
+        spec.plain
+        and power_of_two
         and spec.block_size <= MAX_BLOCK_SIZE
         and fmt.emax >= 1  # else the largest scale is too small for float32
         and fmt.magnitudes[1] >= 2.0**-6  # else the smallest results are none of bfloat16's
@@ -232,7 +233,12 @@ def _aligned(tensor: Tensor) -> bool:
 
 
 def prepare(
-    x: Tensor, job: Job, noise: Noise | None = None, shadow: Tensor | None = None, lost: Tensor | None = None
+    x: Tensor,
+    job: Job,
+    noise: Noise | None = None,
+    shadow: Tensor | None = None,
+    lost: Tensor | None = None,
+    held: Tensor | None = None,
 ) -> Prepared:
     """`reference.prepare` for a matrix on a GPU: both quantizers in one pass."""
     x, device = x.contiguous(), x.device
