@@ -101,7 +101,7 @@ def test_the_custom_op_prepare_is_what_it_is_declared_to_be(forms):
     ]
     for x, sums in ((numbers(70, 33), True), (numbers(16, 32, dtype=torch.bfloat16), False)):
         job = job_of(*specs, forms, torch.bfloat16, chained=True, sums=sums)
-        arguments = (x, None, NOISE.state, NOISE.stream, None, job.text)
+        arguments = (x, None, NOISE.state, NOISE.stream, None, None, job.text)
         torch.library.opcheck(torch.ops.mxfp4.prepare.default, arguments, **OPCHECKS)
 
 

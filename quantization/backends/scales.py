@@ -153,11 +153,12 @@ def coded(block_max: Tensor, spec: QuantizerSpec, outer: Tensor | None, u: Tenso
 
 def te_scales(block_max: Tensor, finite: Tensor, amax: Tensor) -> Scales:
     """TransformerEngine's: the divisor is what it multiplies by."""
-    encode = (2688.0 / amax).clamp(max=FLOAT32_MAX)
+    one = torch.ones_like(amax)  # torch takes a number over a tensor for a product with the reciprocal
+    encode = (2688 * one / amax).clamp(max=FLOAT32_MAX)
     encode = torch.where((amax == 0) | (encode == 0), 1.0, encode)
     code = (block_max * (encode * constant((1 / 6,), amax.device))).clamp(max=448.0).to(torch.float8_e4m3fn).float()
-    outer = 1.0 / encode
-    return Scales(code, finite, outer, (1.0 / (code * outer)).clamp(max=FLOAT32_MAX))
+    outer = one / encode
+    return Scales(code, finite, outer, (one / (code * outer)).clamp(max=FLOAT32_MAX))
 
 
 def torchao_scales(block_max: Tensor, finite: Tensor, amax: Tensor | None) -> Scales:
