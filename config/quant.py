@@ -65,7 +65,7 @@ class RotationConfig(Section):
 class PolicyConfig(Section):
     first: Int = key(0, "transformer blocks at the beginning that stay in high precision", ge=0, le=10**4)
     last: Int = key(0, "transformer blocks at the end that stay in high precision", ge=0, le=10**4)
-    off: dict[str, list[Product]] = key(
+    spare: dict[str, list[Product]] = key(
         {}, 'products in high precision by the names of layers, such as {"blocks.*.mlp.fc2": [grad_weight]}'
     )
 

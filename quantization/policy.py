@@ -18,41 +18,42 @@ class Policy:
 
     Args:
         first, last: so many transformer blocks at the beginning and at the end of the model, whole.
-        off: (pattern, products): the products (output, grad_input, grad_weight) of the layers whose qualified names
+        spare: (pattern, products): the products (output, grad_input, grad_weight) of the layers whose qualified names
             the pattern fits, as file names do: ("blocks.*.mlp.fc2", ("grad_weight",)).
     """
 
     first: int = 0
     last: int = 0
-    off: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    spare: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("first", "last"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} must be a whole number of at least 0; got {value!r}")
-        for pattern, products in self.off:
+        for pattern, products in self.spare:
             if not isinstance(pattern, str) or not pattern:
-                raise ValueError(f"off names layers by a pattern; got {pattern!r}")
+                raise ValueError(f"spare names layers by a pattern; got {pattern!r}")
             for product in products:
-                expect("every product of off", product, PRODUCTS)
+                expect("every product of spare", product, PRODUCTS)
 
     def products_off(self, name: str) -> frozenset[str]:
-        """The products that are off by `off` in the layer of a name."""
-        return frozenset(p for pattern, products in self.off if fnmatch.fnmatchcase(name, pattern) for p in products)
+        """The products that are off by `spare` in the layer of a name."""
+        return frozenset(p for pattern, products in self.spare if fnmatch.fnmatchcase(name, pattern) for p in products)
 
     def spared(self, names: Iterable[str]) -> dict[str, frozenset[str]]:
-        """The products that are off in each of the layers `names`, given in the model's order.
+        """The products that are off in each of the layers `names`, given in the model's order. Layers outside of
+        transformer blocks are in none of the first and the last.
 
         Raises ValueError for a pattern that fits no layer and where more blocks are spared than there are.
         """
         names = list(names)
-        for pattern, _ in self.off:
+        for pattern, _ in self.spare:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                raise ValueError(f"policy.off names layers {pattern}, and none of those to quantize is called so")
+                raise ValueError(f"policy.spare names layers {pattern}, and none of those to quantize is called so")
         places = {name: found.group(1) for name in names if (found := BLOCK.search(name))}
         blocks = list(dict.fromkeys(places.values()))
-        if self.first + self.last > len(blocks):
+        if blocks and self.first + self.last > len(blocks):
             raise ValueError(
                 f"policy spares the first {self.first} and the last {self.last} blocks, and there are {len(blocks)}"
             )
@@ -61,4 +62,4 @@ class Policy:
 
     def __str__(self) -> str:
         blocks = [f"{name} {n}" for name, n in (("first", self.first), ("last", self.last)) if n]
-        return ", ".join([*blocks, *(f"{pattern}: {' '.join(products)}" for pattern, products in self.off)]) or "all"
+        return ", ".join([*blocks, *(f"{pattern}: {' '.join(products)}" for pattern, products in self.spare)]) or "all"

@@ -13,6 +13,7 @@ A recipe owns these axes: whatever axis a quantizer comes with, in a recipe it h
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -345,6 +346,12 @@ class LinearRecipe:
             else str(value)
             for name, value in entries.items()
         }
+
+    def without(self, products: Collection[str]) -> LinearRecipe:
+        """The recipe with these products in high precision, for any layer."""
+        names = [name for product in products for name in PRODUCTS[product]]
+        rotations = [f"rotate_{product}" for product in products]
+        return dataclasses.replace(self, **dict.fromkeys([*names, *rotations]), policy=Policy())
 
     def __str__(self) -> str:
         """The quantizers, those that are alike named together, as `print(model)` shows them."""

@@ -92,7 +92,7 @@ MAPPINGS = {
     "model.kwargs": {"depth": 3, "act_layer": "relu"},
     "quant.quantizers": {"q5": {**NOTHING, "rounding": "stochastic"}},
     "quant.rotation": {"grad_weight": {"size": 16, "signs": "fixed"}},
-    "quant.policy.off": {"a": ["output"]},
+    "quant.policy.spare": {"a": ["output"]},
 }
 AS_DEFAULT = ["--model-ema --no-model-ema", "--repeated-aug", "--data-set IMNET", "--pin-mem"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from types import ModuleType
 
 import torch
@@ -16,6 +17,7 @@ from quantization.spec import QuantizerSpec
 BACKENDS = ("auto", "reference", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IN_LAYERS = "auto"  # the backend of what layers do
+SLOW = "some quantizers of this recipe have no kernel: the reference computes them on the GPU, to the same bits, slowly"
 
 
 @functools.cache
@@ -51,13 +53,13 @@ def backend_of_tensor(x: Tensor, spec: QuantizerSpec, backend: str) -> ModuleTyp
 @functools.lru_cache(maxsize=1024)
 def _on_gpu(job: Job | QuantizerSpec) -> bool:
     """Whether the kernels serve a matrix on a GPU."""
-    specs = (job.row, job.column) if isinstance(job, Job) else (job,)
-    if isinstance(job, Job) and (job.row_turn or job.column_turn or job.mask):
-        return False
     try:
-        return all(_kernels().serves(spec) for spec in specs if spec is not None)
+        serves = _kernels().serves_job(job) if isinstance(job, Job) else _kernels().serves(job)
     except ImportError:
         return False
+    if not serves:
+        warnings.warn(SLOW, stacklevel=2)  # shown once, for it is always the same
+    return serves
 
 
 def _backend(x: Tensor, job: Job | QuantizerSpec) -> ModuleType:

@@ -85,6 +85,12 @@ def serves(spec: QuantizerSpec) -> bool:
     )
 
 
+def serves_job(job: Job) -> bool:
+    """Whether the kernels have all that a job asks for."""
+    specs = [spec for spec in (job.row, job.column) if spec is not None]
+    return all(map(serves, specs)) and job.row_turn is None and job.column_turn is None and not job.mask
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Launching
 # ---------------------------------------------------------------------------------------------------------------------
