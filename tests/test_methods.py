@@ -307,7 +307,7 @@ def test_every_stabilizer_works_under_other_scales(kind, method):
     stabilizer.after_step(6)
     assert all(value.isfinite().all() for value in stabilizer.figures().values())
     if kind == "freeze":
-        for name, layer in stabilizer.layers.items():
+        for name in stabilizer.layers:
             code = stabilizer.state[name]["code"].abs()
             assert code.max() == 7 and len(code.unique()) == 8  # every code of e2m1 and no other
 
