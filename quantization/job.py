@@ -188,7 +188,11 @@ class Job:
     @property
     def idle(self) -> bool:
         """Whether there is neither a quantizer nor a rotation."""
-        return self.row is None and self.column is None and self.row_turn is None and self.column_turn is None
+        return self.row is None and self.column is None and not self.rotated
+
+    @property
+    def rotated(self) -> bool:
+        return self.row_turn is not None or self.column_turn is not None
 
     @property
     def carried(self) -> bool:

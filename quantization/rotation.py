@@ -5,7 +5,7 @@
 H is Sylvester's matrix of signs and s are d signs: none (all +1), fixed (the same in every layer and run) or fresh (a
 function of run seed, position of the run, layer and product, and not of the process's rank). The sums are made as
 butterflies of distance 1, 2, 4, ..., in float32 and one rounding each, and 1 / sqrt(d) is one multiplication at the
-end: so every backend gives the same bits. The INT4 layer has a rotation of its own, by a matrix product.
+end; zeros have no sign. So every backend gives the same bits. The INT4 layer has one of its own, a matrix product.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _butterflies(groups: Tensor) -> Tensor:
         a, b = pairs.unbind(-2)
         groups = torch.stack([a + b, a - b], dim=-2).flatten(-3)
         distance *= 2
-    return groups * constant((size**-0.5,), groups.device)
+    return groups * constant((size**-0.5,), groups.device) + 0.0
 
 
 def rotate(x: Tensor, axis: int, turn: Turn, noise: Noise | None = None) -> Tensor:

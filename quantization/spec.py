@@ -182,6 +182,11 @@ class QuantizerSpec:
         return not self._others() and self.scale_rule in ("truncation_free", "floor")
 
     @property
+    def ruled(self) -> bool:
+        """Whether scales are powers of two by a rule of the largest magnitude, of blocks along the axis; no more."""
+        return not self._others() and self.scale_rule in ("truncation_free", "floor", "even", "overflow_aware")
+
+    @property
     def aim(self) -> float:
         """The target in float32's bits."""
         return self.format.max if self.target is None else toward_zero(self.target)

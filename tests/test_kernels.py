@@ -7,20 +7,17 @@ its own, with TRITON_INTERPRET=1, where the others are. `tests/test_gpu.py` comp
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import itertools
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
+from interpreter_helpers import Process, assert_passed, interpreting
 from operand_helpers import ELEMENTS, PAPER_RULES, job_of
 
 from quantization import PRESETS, LinearRecipe, QuantizerSpec, build_recipe, fake_quantize
@@ -184,23 +181,13 @@ SHAPES = ((34, 70), (49, 33), (1, 33), (33, 1), (66, 31), (32, 64))
 if not INTERPRETED:
 
     @functools.cache
-    def begin() -> tuple[subprocess.Popen[bytes], IO[bytes]]:
-        """This file in a process with the interpreter, and what it says. conftest.py begins it before all tests."""
-        output = tempfile.TemporaryFile()  # noqa: SIM115
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        env = {**os.environ, "TRITON_INTERPRET": "1"}
-        root = Path(__file__).parent.parent
-        process = subprocess.Popen(command, cwd=root, env=env, stdout=output, stderr=subprocess.STDOUT)
-        atexit.register(process.kill)
-        return process, output
+    def begin() -> Process:
+        """This file in a process with the interpreter. conftest.py begins it before all tests."""
+        return interpreting(__file__)
 
     def test_in_the_interpreter():
         pytest.importorskip("triton")
-        process, output = begin()
-        code = process.wait(600)
-        output.seek(0)
-        said = output.read().decode()
-        assert code == 0 and " passed" in said, said[-7000:]
+        assert_passed(begin())
 
     def test_cpu_tensors_need_the_interpreter():
         pytest.importorskip("triton")

@@ -18,7 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantization.backends.scales import Scales, inverse, largest_of, power_of_two, scale_exponent, scales_of
+from quantization.backends.scales import (
+    Scales,
+    binade,
+    inverse,
+    largest_of,
+    power_of_two,
+    scale_exponent,
+    scales_of,
+    significand,
+)
 from quantization.constants import constant
 from quantization.formats import ElementFormat
 from quantization.job import DENSE, FP8_MULTIPLE, PACKED, SCALED, Carried, Dense, Job, Packed, Prepared, Scaled
@@ -209,15 +218,15 @@ def quantized(
         finite = finite & torch.isfinite(shadow_blocks).all(dim=-1, keepdim=True)
 
     latent, shadow_latent = (_latent(values, spec, scales) for values in (blocks.values, shadow_blocks))
-    unit = scales.scale if _in_units_of_scale(spec) else None
+    unit = significand(scales.scale) if _in_units_of_scale(spec) else None
     if spec.stochastic and spec.power_of_two:
         latent = in_fixed_point(latent, fmt)
     # The clamp saturates; a truncation-free scale does not need it.
     largest = fmt.max if unit is None else fmt.max * unit
     pair = neighbours(latent.abs().clamp(max=largest), fmt, unit)
     up = rounds_up(latent, pair, spec.rounding, u=u, shadow=shadow_latent)
-    values = torch.where(up, pair.upper, pair.lower)
-    values = torch.copysign(values if unit is not None else values * scales.scale, latent)
+    values = torch.copysign(torch.where(up, pair.upper, pair.lower), latent)
+    values = values * (scales.scale if unit is None else binade(scales.scale))
     values = torch.where(scales.scale == 0, torch.copysign(torch.zeros_like(latent), latent), values)
     within = from_blocks(Blocks(latent.abs() < largest, blocks.shape), spec) if inside else None
     return Quantized(
@@ -229,20 +238,26 @@ def quantized(
 
 
 def _in_units_of_scale(spec: QuantizerSpec) -> bool:
-    """Whether numbers are rounded among multiples of S, which are exact, and not divided by S."""
+    """Whether numbers are rounded among multiples of S, which are exact, and not divided by S.
+
+    Both over the power of two in S, so that no multiple leaves float32.
+    """
     return not spec.power_of_two and spec.arithmetic == "exact" and spec.scale.fraction is not None
 
 
 def _latent(values: Tensor | None, spec: QuantizerSpec, scales: Scales) -> Tensor | None:
-    """What is rounded: x / S, or x itself among multiples of S."""
-    if values is None or _in_units_of_scale(spec):
-        return values
+    """What is rounded: x / S, or x over the power of two in S."""
+    if values is None:
+        return None
+    if _in_units_of_scale(spec):
+        return values * inverse(binade(scales.scale))
     if spec.power_of_two:
         latent = values * inverse(scales.scale)
         return latent * 0.75 if spec.scale_rule == "three_quarter" else latent
     if spec.arithmetic == "te":
         return values * scales.divisor
-    return values / (scales.scale if scales.divisor is None else scales.divisor)
+    divisor = scales.scale if scales.divisor is None else scales.divisor
+    return values / torch.where(divisor == 0, 1.0, divisor)
 
 
 def quantize(
@@ -360,8 +375,11 @@ def held_amax(x: Tensor, spec: QuantizerSpec, noise: Noise | None, held: Tensor 
     held: A as it was (float32 scalar, 0 for none yet), which is renewed where it is time, or None.
     """
     amax = amax_of(x, spec)
-    if amax is None or held is None or not spec.outer_delay:
-        return amax
+    return amax if amax is None or held is None or not spec.outer_delay else hold(amax, spec, noise, held)
+
+
+def hold(amax: Tensor, spec: QuantizerSpec, noise: Noise, held: Tensor) -> Tensor:
+    """A to be used: that of the present matrix where `held` is to be renewed, which this does, else `held`."""
     position = (noise.state[1] >> 32) & WORD
     amax = torch.where((position % spec.outer_delay == 0) | (held == 0), amax, held)
     held.copy_(amax)

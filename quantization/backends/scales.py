@@ -53,6 +53,17 @@ def inverse(scale: Tensor) -> Tensor:
     return power_of_two(-exponent)
 
 
+def binade(scale: Tensor) -> Tensor:
+    """The power of two in a scale (float32, zero or normal); 2^-127 for zero."""
+    return power_of_two((scale.view(torch.int32) >> _MANTISSA_BITS) - _EXPONENT_BIAS)
+
+
+def significand(scale: Tensor) -> Tensor:
+    """The scale over its power of two: float32 in [1, 2); 1 for zero."""
+    mantissa = scale.view(torch.int32) & ((1 << _MANTISSA_BITS) - 1)
+    return (mantissa | (_EXPONENT_BIAS << _MANTISSA_BITS)).view(torch.float32)
+
+
 def threshold(fmt: ElementFormat, rule: ScaleRule) -> int | None:
     """The last 23 bits of a float32 number, above which the exponent of a scale is one larger; None for never."""
     significand = {

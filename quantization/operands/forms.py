@@ -46,7 +46,7 @@ NUMBERS = {product: number for number, product in enumerate(PRODUCTS)}  # of pro
 _PRODUCTS = ((("q1", "q2"), ("q4", "q6")), (("q3", "q4"), ()), (("q5", "q6"), ()))
 
 
-def _packable(spec: QuantizerSpec | None) -> bool:
+def packable(spec: QuantizerSpec | None) -> bool:
     return (
         spec is not None
         and spec.block_size == 32
@@ -58,7 +58,7 @@ def _packable(spec: QuantizerSpec | None) -> bool:
     )
 
 
-def _dense(spec: QuantizerSpec | None) -> str:
+def dense_form(spec: QuantizerSpec | None) -> str:
     """The form of numbers: with a factor where they are no numbers of the compute dtype without one."""
     return SCALED if spec is not None and (spec.factor != 1 or spec.outer == "fp32") else DENSE
 
@@ -70,14 +70,14 @@ def forms_of(recipe: LinearRecipe, weight_shape: tuple[int, int], on_gpu: bool, 
     weight are multiples of 16; q1 and q2 only with q6 and q4 after them, which read theirs; and no matrix is carried
     twice by quantizers that would need two windows. On a GPU, what q6 makes of X is kept packed.
     """
-    forms = {name: _dense(getattr(recipe, name)) for name in QUANTIZERS}
+    forms = {name: dense_form(getattr(recipe, name)) for name in QUANTIZERS}
     if empty:
         return forms
-    if on_gpu and _packable(recipe.q6):
+    if on_gpu and packable(recipe.q6):
         forms["q6"] = PACKED
     if recipe.carrier == "fp8" and all(side % FP8_MULTIPLE == 0 for side in weight_shape):
         for pair, readers in _PRODUCTS:
-            carried = all(_packable(getattr(recipe, name)) for name in (*pair, *readers))
+            carried = all(packable(getattr(recipe, name)) for name in (*pair, *readers))
             for name in pair:
                 partner = _PARTNER[name]
                 if carried and forms[partner] == CARRIED:
