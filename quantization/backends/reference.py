@@ -181,7 +181,7 @@ class Quantized(NamedTuple):
     """A quantized tensor: `values` (float32, x's shape, exact but for fp32 scales) times `factor` (None for 1).
 
     finite: whether the element's block is (bool). inside: where asked for, whether the element was not beyond the
-    largest magnitude.
+    largest magnitude, or its block is not finite.
     """
 
     values: Tensor
@@ -228,7 +228,7 @@ def quantized(
     values = torch.copysign(torch.where(up, pair.upper, pair.lower), latent)
     values = values * (scales.scale if unit is None else binade(scales.scale))
     values = torch.where(scales.scale == 0, torch.copysign(torch.zeros_like(latent), latent), values)
-    within = from_blocks(Blocks(latent.abs() < largest, blocks.shape), spec) if inside else None
+    within = from_blocks(Blocks((latent.abs() < largest) | ~finite, blocks.shape), spec) if inside else None
     return Quantized(
         from_blocks(Blocks(values, blocks.shape), spec),
         from_blocks(Blocks(finite.expand_as(values), blocks.shape), spec),

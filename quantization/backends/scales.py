@@ -24,6 +24,7 @@ _MANTISSA_BITS = 23
 _EXPONENT_BIAS = 127
 OUTER_MIN = -100  # exponent of the smallest outer scale: below, products of noise would leave float32
 RMS_TARGET = 2.92247856 / 6  # of a standard deviation: the best for E2M1 of a normal distribution (2505.14669)
+ROOT_OF_2 = math.floor((math.sqrt(2) - 1) * (1 << _MANTISSA_BITS))  # the last 23 bits of its significand
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -110,10 +111,11 @@ def rms_exponent(values: Tensor, rule: ScaleRule) -> Tensor:
     count = constant((1 / values.shape[-1],), values.device)
     deviation = values - _tree_sum(values) * count
     std = (_tree_sum(deviation * deviation) * count).sqrt()
-    bits = (std * constant((RMS_TARGET,), std.device) + 1e-8).clamp(max=FLOAT32_MAX).view(torch.int32)
+    aim = std * constant((RMS_TARGET,), std.device) + 1e-8
+    bits = torch.where(aim < FLOAT32_MAX, aim, FLOAT32_MAX).view(torch.int32)  # sums of huge numbers may be no number
     s = (bits >> _MANTISSA_BITS) - _EXPONENT_BIAS
     if rule == "rms_nearest":
-        s = s + ((bits & ((1 << _MANTISSA_BITS) - 1)) > round((math.sqrt(2) - 1) * (1 << _MANTISSA_BITS))).int()
+        s = s + ((bits & ((1 << _MANTISSA_BITS) - 1)) > ROOT_OF_2).int()
     return s.clamp(SCALE_MIN, SCALE_MAX)
 
 

@@ -37,11 +37,14 @@ from quantization.backends.gpu.tiles import (
     row_numbers,
     scale_code,
 )
+from quantization.backends.scales import FLOAT32_MAX, OUTER_MIN, RMS_TARGET
 
 _FRACTION = tl.constexpr((1 << 23) - 1)
 _ONE = tl.constexpr(127 << 23)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-OUTER_MIN = tl.constexpr(-100)
+_RMS_TARGET = tl.constexpr(RMS_TARGET)
+_FLOAT32_MAX = tl.constexpr(FLOAT32_MAX)
+_OUTER_MIN = tl.constexpr(OUTER_MIN)
 
 
 @triton.jit
@@ -148,10 +151,45 @@ def _over_square(largest, SPEC: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
+def _pair_sums(x, PAIRS: tl.constexpr):
+    """Sums of neighbours along dimension PAIRS of six, which halves it."""
+    if PAIRS == 1:
+        x = tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2, x.shape[2], x.shape[3], x.shape[4], x.shape[5]))
+    elif PAIRS == 2:
+        x = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2, x.shape[3], x.shape[4], x.shape[5]))
+    elif PAIRS == 4:
+        x = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], x.shape[3], x.shape[4] // 2, 2, x.shape[5]))
+    else:
+        x = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], x.shape[3], x.shape[4], x.shape[5] // 2, 2))
+    return tl.sum(x, axis=PAIRS + 1)
+
+
+@triton.jit
+def _block_sums(x, AXIS: tl.constexpr):
+    """Sums of the 32 numbers of blocks, as `in_blocks` has them, by pairs of neighbours."""
+    if AXIS == 1:
+        x = _pair_sums(_pair_sums(_pair_sums(x, 4), 4), 4)
+        x = _pair_sums(_pair_sums(x, 1), 1)
+    else:
+        x = _pair_sums(_pair_sums(x, 5), 5)
+        x = _pair_sums(_pair_sums(_pair_sums(x, 2), 2), 2)
+    return x
+
+
+@triton.jit
+def _rms_code(x, SPEC: tl.constexpr, AXIS: tl.constexpr):
+    """The E8M0 codes of scales by the standard deviation of blocks."""
+    deviation = x - _block_sums(x, AXIS) * 0.03125
+    aim = tl.sqrt_rn(_block_sums(deviation * deviation, AXIS) * 0.03125) * _RMS_TARGET + 1e-8
+    bits = tl.where(aim < _FLOAT32_MAX, aim, _FLOAT32_MAX).to(tl.int32, bitcast=True)
+    return tl.minimum((bits + SPEC.rms_carry) >> 23, 254)
+
+
+@triton.jit
 def outer_exponent(peak, SPEC: tl.constexpr):
     """p of the outer scale 2^p from the bits of A."""
     p = ((peak + SPEC.outer_carry) >> 23) - 127 - SPEC.outer_exponent
-    return tl.where(peak > 0, tl.maximum(p, OUTER_MIN), 0)
+    return tl.where(peak > 0, tl.maximum(p, _OUTER_MIN), 0)
 
 
 @triton.jit
@@ -229,7 +267,10 @@ def quantized_tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Quantize and dequantize a tile in blocks along AXIS: float32 in patches, without the spec's factor."""
+    """Quantize and dequantize a tile in blocks along AXIS.
+
+    Returns its numbers, float32 in patches, without the spec's factor; and whether each was inside the range, int1.
+    """
     x = in_blocks(x, SPEC.block, AXIS)
     largest = largest_of_blocks(x, AXIS)
     if SPEC.square:
@@ -245,13 +286,14 @@ def quantized_tile(
     if SPEC.stochastic:
         halves = in_blocks(halves, SPEC.block, AXIS)
 
-    if SPEC.scale == "power":
-        code = scale_code(largest, SPEC)
+    if SPEC.scale == "power" or SPEC.scale == "rms":
+        code = _rms_code(x, SPEC, AXIS) if SPEC.scale == "rms" else scale_code(largest, SPEC)
         scale = power_of_two(code)
         inverse = power_of_two(254 - code)
         latent = x * inverse
         if SPEC.quarters:
             latent = latent * 0.75
+        within = tl.abs(latent) < SPEC.max
         if SPEC.stochastic:
             rounded = decoded(round_stochastic(latent, halves, SPEC), SPEC)
         else:
@@ -272,7 +314,9 @@ def quantized_tile(
             s = ((bits & _FRACTION) | _ONE).to(tl.float32, bitcast=True)
             reciprocal = tl.div_rn(1.0, s)
             most = s * SPEC.max
-            x = tl.minimum(tl.maximum(x * inverse, -most), most)
+            x = x * inverse
+            within = tl.abs(x) < most
+            x = tl.minimum(tl.maximum(x, -most), most)
             latent = _signed(_quotient(x, s, reciprocal), x)
             if shadow is not None:
                 shadow = tl.minimum(tl.maximum(shadow * inverse, -most), most)
@@ -281,6 +325,7 @@ def quantized_tile(
             scale = tl.div_rn(largest.to(tl.float32, bitcast=True), SPEC.target_value)
             divisor = tl.where(scale == 0, 1.0, scale)
             latent = tl.div_rn(x, divisor)
+            within = tl.abs(latent) < SPEC.max
             latent = tl.minimum(tl.maximum(latent, -SPEC.max), SPEC.max)
             x, s = latent, 1.0
             if shadow is not None:
@@ -292,4 +337,5 @@ def quantized_tile(
 
     rounded = tl.where(scale == 0, _signed(rounded * 0.0, rounded), rounded * scale)
     rounded = tl.where(broken < INFINITY, rounded.to(tl.int32, bitcast=True), NAN).to(tl.float32, bitcast=True)
-    return in_patches(rounded, ROWS, COLUMNS)
+    within = within | (broken >= INFINITY)
+    return in_patches(rounded, ROWS, COLUMNS), in_patches(within, ROWS, COLUMNS)

@@ -40,6 +40,7 @@ def _quantize_by_design(
     state_ptr,
     stream,
     values_ptr,
+    inside_ptr,
     peak_ptr,
     first_row,
     first_column,
@@ -51,18 +52,23 @@ def _quantize_by_design(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Quantize a tile by a DesignSpec, write its numbers (where values_ptr is not None) and return them, float32."""
+    """Quantize a tile by a DesignSpec and return its numbers, float32.
+
+    Written, where there is a pointer, are the numbers and whether each one was not beyond the largest magnitude.
+    """
     halves = None
     if SPEC.stochastic:
         halves = random_halves(state_ptr, stream, first_row, first_column, ROWS, COLUMNS)
-    bare = quantized_tile(x, shadow, halves, peak_ptr, SPEC, AXIS, ROWS, COLUMNS)
+    bare, within = quantized_tile(x, shadow, halves, peak_ptr, SPEC, AXIS, ROWS, COLUMNS)
     values = bare
     if SPEC.factor != 1.0:
         values = bare * SPEC.factor
+    row, column = row_numbers(first_row, ROWS), column_numbers(first_column, COLUMNS)
+    offset = row.to(tl.int64) * columns + column
+    inside = (row < rows) & (column < columns)
+    if inside_ptr is not None:
+        tl.store(inside_ptr + offset, within, mask=inside)
     if values_ptr is not None:
-        row, column = row_numbers(first_row, ROWS), column_numbers(first_column, COLUMNS)
-        offset = row.to(tl.int64) * columns + column
-        inside = (row < rows) & (column < columns)
         written = bare if BARE else values
         tl.store(values_ptr + offset, narrowed(written, values_ptr.dtype.element_ty), mask=inside)
     return values
@@ -82,6 +88,7 @@ def design_kernel(
     column_values,
     column_codes,
     column_scales,
+    inside_ptr,  # whether what the row quantizer read was not beyond the largest magnitude, or None
     sums_ptr,
     row_peak,  # bits of the largest finite magnitude that either quantizer reads, or None
     column_peak,
@@ -128,8 +135,8 @@ def design_kernel(
         if WRITES or (CHAINED and PEAKS[1]):
             if DESIGNS[0]:
                 y = _quantize_by_design(
-                    y, shadow, state_ptr, row_stream, row_values, row_peak, first_row, first_column, rows, columns,
-                    ROW, BARE[0], 1, TILE_ROWS, TILE_COLUMNS,
+                    y, shadow, state_ptr, row_stream, row_values, inside_ptr, row_peak, first_row, first_column, rows,
+                    columns, ROW, BARE[0], 1, TILE_ROWS, TILE_COLUMNS,
                 )  # fmt: skip
             else:
                 y = quantize_for_one(
@@ -149,8 +156,8 @@ def design_kernel(
         if not (PEAKS[0] or PEAKS[1]):
             if DESIGNS[1]:
                 _quantize_by_design(
-                    x, shadow, state_ptr, column_stream, column_values, column_peak, first_row, first_column, rows,
-                    columns, COLUMN, BARE[1], 0, TILE_ROWS, TILE_COLUMNS,
+                    x, shadow, state_ptr, column_stream, column_values, None, column_peak, first_row, first_column,
+                    rows, columns, COLUMN, BARE[1], 0, TILE_ROWS, TILE_COLUMNS,
                 )  # fmt: skip
             else:
                 quantize_for_one(

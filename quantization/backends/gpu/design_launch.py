@@ -26,6 +26,7 @@ from quantization.backends.gpu.launching import (
 )
 from quantization.backends.gpu.tiles import DesignSpec, KernelTurn
 from quantization.backends.reference import hold
+from quantization.backends.scales import ROOT_OF_2
 from quantization.job import SCALED, Job, Operand, Prepared, Scaled
 from quantization.noise import Noise
 from quantization.rotation import FIXED, STREAM, Turn
@@ -39,7 +40,7 @@ def by_design(spec: QuantizerSpec) -> bool:
     return (
         spec.arithmetic == "exact"
         and spec.scale_rounding != "stochastic"
-        and not spec.scale_rule.startswith("rms")
+        and (not spec.scale_rule.startswith("rms") or (spec.block_size == 32 and spec.block_rows == 1))
         and spec.aim >= 1  # else an exponent of a scale may leave float32
         and (spec.block_rows == 1 or spec.block_size in SQUARES)
     )
@@ -55,13 +56,15 @@ def design_spec(spec: QuantizerSpec) -> DesignSpec:
     kernel = kernel_spec(spec)
     significand, exponent = _parts(spec.aim)
     reach, reach_exponent = _parts(spec.reach)
-    scale = "power" if spec.power_of_two else "fp32" if spec.scale.fraction is None else "coded"
+    rms = spec.scale_rule.startswith("rms")
+    scale = "rms" if rms else "power" if spec.power_of_two else "fp32" if spec.scale.fraction is None else "coded"
     return DesignSpec(
-        *kernel._replace(saturates=kernel.saturates and scale == "power"),
+        *kernel._replace(saturates=kernel.saturates and scale in ("power", "rms")),
         stochastic=spec.stochastic,
         square=spec.block_rows > 1,
         factor=spec.factor,
         scale=scale,
+        rms_carry=2**23 - 1 - ROOT_OF_2 if spec.scale_rule == "rms_nearest" else 0,
         quarters=spec.scale_rule == "three_quarter",
         target=significand,
         target_exponent=exponent,
@@ -149,6 +152,7 @@ def prepare(
     partial = sums = None
     if job.sums:
         partial, sums = torch.empty(plan.partial, device=device), torch.empty(columns, device=device)
+    inside = torch.empty((rows, columns), dtype=torch.bool, device=device) if job.mask else None
     peaks = [None, None]
     if plan.surveys:
         memory = torch.zeros(8, dtype=torch.int32, device=device)
@@ -156,18 +160,17 @@ def prepare(
     with on_device(device):
         stream = stream_of(device)
         for wanted, survey in plan.surveys:
-            survey(stream, x, shadow, state, *streams, *[None] * 6, None, *peaks)
+            survey(stream, x, shadow, state, *streams, *[None] * 8, *peaks)
             for place, spec in enumerate((job.row, job.column)):
                 if wanted[place] and held is not None and spec.outer_delay:
                     amax = hold(peaks[place].view(torch.float32), spec, noise, held[place])
                     peaks[place].copy_(amax.view(torch.int32))
-        plan.launch(stream, x, shadow, state, *streams, *outputs, partial, *peaks)
+        plan.launch(stream, x, shadow, state, *streams, *outputs, inside, partial, *peaks)
         if job.sums:
             plan.total(stream, partial, sums)
     (row_spec, row_form), (column_spec, column_form) = job.uses
-    return Prepared(
-        _operand(row, row_spec, row_form, columns), _operand(column, column_spec, column_form, columns), sums
-    )
+    operands = _operand(row, row_spec, row_form, columns), _operand(column, column_spec, column_form, columns)
+    return Prepared(*operands, sums, inside)
 
 
 def _operand(outputs: Outputs, spec: QuantizerSpec | None, form: str, columns: int) -> Operand | None:

@@ -47,12 +47,9 @@ def serves(spec: QuantizerSpec) -> bool:
 
 def serves_job(job: Job) -> bool:
     """Whether the kernels have all that a job asks for."""
-    if (
-        job.mask
-        or (job.row is None and job.row_turn is not None)
-        or (job.column is None and job.column_turn is not None)
-    ):
-        return False  # a rotation alone is not worth one
+    rotated_alone = (job.row is None and job.row_turn) or (job.column is None and job.column_turn)
+    if rotated_alone or (job.mask and job.row.ruled):
+        return False
     return all(serves(spec) for spec in (job.row, job.column) if spec is not None)
 
 
@@ -130,7 +127,7 @@ def prepare(
     held: Tensor | None = None,
 ) -> Prepared:
     """`reference.prepare` for a matrix on a GPU: both quantizers in one pass."""
-    if job.rotated or any(spec is not None and not spec.ruled for spec in (job.row, job.column)):
+    if job.rotated or job.mask or any(spec is not None and not spec.ruled for spec in (job.row, job.column)):
         return design_launch.prepare(x, job, noise, shadow, held)
     x, device = x.contiguous(), x.device
     rows, columns = x.shape

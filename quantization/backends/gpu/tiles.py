@@ -130,7 +130,8 @@ class DesignSpec(NamedTuple):
     stochastic: bool
     square: bool  # blocks of as many rows
     factor: float  # of results
-    scale: str  # power, coded or fp32
+    scale: str  # power, rms (a power of two by the standard deviation), coded or fp32
+    rms_carry: int  # added to the bits of what an rms scale is next to, as `carry` is to those of the maximum
     quarters: bool  # numbers are multiplied by 3/4 first
     target: int  # 24 bits of the target's significand, and its exponent and itself
     target_exponent: int
