@@ -308,6 +308,7 @@ class ProbesConfig(Section):
     )
     images: Int = key(64, "evaluation images that output is computed on", ge=1)
     trajectories: Int = key(32, "weights that are followed through the last epoch, the most oscillating", ge=0)
+    quantizers: bool = key(False, "also each quantizer's error, gain, underflow and saturation, on the same images")
 
 
 class PaperConfig(Section):

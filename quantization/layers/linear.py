@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,7 +32,10 @@ class QuantLinear(NoisyLinear):
             on the device, see operands/forms.py); else None.
         held: with delayed outer scales, the largest magnitudes they hang from, of both quantizers of X, W and G (3, 2,
             float32, 0 for none yet), saved with the model; else None.
+        observer: is told what quantizers read, see Call; mostly None.
     """
+
+    observer: Callable[..., None] | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: LinearRecipe | str) -> QuantLinear:
@@ -70,7 +75,7 @@ class QuantLinear(NoisyLinear):
         """(..., D) -> (..., C) for an input of any rank."""
         if not self.jobs.active:
             return F.linear(x, self.weight, self.bias)
-        call = Call(self.jobs, STREAMS_PER_LAYER * self.layer, torch.is_grad_enabled())
+        call = Call(self.jobs, STREAMS_PER_LAYER * self.layer, torch.is_grad_enabled(), self.observer)
         lost = self.blocks_below_window if self.training else None
         held = self.held if self.held is None or self.training else self.held.clone()  # evaluation renews none
         return QuantLinearFunction.apply(x, self.weight, self.bias, call, self.draw_noise(), self.shadow, lost, held)

@@ -23,6 +23,7 @@ fp8 (operands/). Quantizers read X, W and G as they come: q2 the float32 master 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,12 +39,14 @@ from quantization.rotation import Turn, rotate_back
 class Call(NamedTuple):
     """What a call of a layer has beside its tensors.
 
-    stream: the first of the layer's streams of noise. differentiable: whether a backward pass may follow.
+    stream: the first of the layer's streams of noise. differentiable: whether a backward pass may follow. observer: is
+    told what quantizers read: role, matrix, job, noise and shadow.
     """
 
     jobs: LinearJobs
     stream: int
     differentiable: bool = True
+    observer: Callable[..., None] | None = None
 
 
 class QuantLinearFunction(torch.autograd.Function):
@@ -69,8 +72,12 @@ class QuantLinearFunction(torch.autograd.Function):
         for_input, for_weight, *_ = ctx.needs_input_grad if call.differentiable else (False, False)
 
         of_x, of_w, ctx.held = (None, None, None) if held is None else held.unbind()
-        x1, x6, _, x_inside = prepare(X_ND, jobs.of(X, X_ND, dtype, column=for_weight), noise, None, lost, of_x)
-        w2, w4, _, w_inside = prepare(weight, jobs.of(W, X_ND, dtype, column=for_input), noise, shadow, lost, of_w)
+        x_job, w_job = jobs.of(X, X_ND, dtype, column=for_weight), jobs.of(W, X_ND, dtype, column=for_input)
+        if call.observer is not None:
+            call.observer(X, X_ND, x_job, noise, None)
+            call.observer(W, weight, w_job, noise, shadow)
+        x1, x6, _, x_inside = prepare(X_ND, x_job, noise, None, lost, of_x)
+        w2, w4, _, w_inside = prepare(weight, w_job, noise, shadow, lost, of_w)
         bias_C = None if bias is None else bias.to(dtype)
         output = multiply(x1, w2, (COLUMNS, COLUMNS), dtype, dtype, bias_C)
 
@@ -97,6 +104,8 @@ class QuantLinearFunction(torch.autograd.Function):
 
         jobs = ctx.call.jobs
         job = jobs.of(G, G_NC, dtype, row=for_input, column=for_weight, sums=for_bias)
+        if ctx.call.observer is not None:
+            ctx.call.observer(G, G_NC, job, noise, None)
         g3, g5, grad_bias, _ = prepare(G_NC, job, noise, None, ctx.lost, ctx.held)
         turn = jobs.turn("output", ctx.x_shape[-1])
         chained = jobs.recipe.chained_weight, jobs.recipe.chained_activation

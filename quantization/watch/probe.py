@@ -9,6 +9,7 @@ A recording covers the last T0 optimizer steps of an epoch:
 | oscillating | weights with R_w > 16 (A.1): count, and share of all | each layer; all |
 | confidence | quantization confidence (A.2) after the last step: mean and histogram | each layer; all |
 | latent | histogram of w / S after the last step | each layer |
+| quantizer | what each quantizer does to what it reads, see quantizers.py (option) | each layer's six |
 | trajectory | latent and quantized value after every step of the run's last epoch | the most oscillating weights |
 
 Layers are the block linears. A quantized weight is what the output product sees: Q(w) of the training's own q2, its
@@ -44,6 +45,7 @@ from quantization.oscillation import (
     signed_grid,
 )
 from quantization.stabilizers.base import Plan
+from quantization.watch.quantizers import quantizer_statistics
 from quantization.watch.recording import Recording
 
 BLOCKS = re.compile(r"(^|\.)blocks\.\d+$")  # of all stages, in the model's order
@@ -271,6 +273,10 @@ class OscillationProbe(Probe):
             if self.tracks is not None:
                 arrays |= self.tracks.arrays(ratios)
             self.chosen = self._choose(ratios) if self.cfg.trajectories else None
+        if self.cfg.quantizers:
+            layers = list(self.layers.values())
+            with self._as_it_was(), self.autocast():
+                arrays |= quantizer_statistics(self.model, layers, self.images)
         arrays["layers"] = np.array(list(self.layers))
         arrays["block"] = np.array(self.block_name)
         arrays["epoch"] = np.array(epoch + 1)
