@@ -151,36 +151,43 @@ def _over_square(largest, SPEC: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _pair_sums(x, PAIRS: tl.constexpr):
-    """Sums of neighbours along dimension PAIRS of six, which halves it."""
-    if PAIRS == 1:
-        x = tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2, x.shape[2], x.shape[3], x.shape[4], x.shape[5]))
-    elif PAIRS == 2:
-        x = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2, x.shape[3], x.shape[4], x.shape[5]))
-    elif PAIRS == 4:
-        x = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], x.shape[3], x.shape[4] // 2, 2, x.shape[5]))
-    else:
-        x = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], x.shape[3], x.shape[4], x.shape[5] // 2, 2))
-    return tl.sum(x, axis=PAIRS + 1)
+def _sums_of_pairs(x, PAIR: tl.constexpr):
+    """a + b in the places of a and b, the two along dimension PAIR of six."""
+    return tl.broadcast_to(tl.sum(x, axis=PAIR, keep_dims=True), x.shape)
 
 
 @triton.jit
-def _block_sums(x, AXIS: tl.constexpr):
-    """Sums of the 32 numbers of blocks, as `in_blocks` has them, by pairs of neighbours."""
-    if AXIS == 1:
-        x = _pair_sums(_pair_sums(_pair_sums(x, 4), 4), 4)
-        x = _pair_sums(_pair_sums(x, 1), 1)
-    else:
-        x = _pair_sums(_pair_sums(x, 5), 5)
-        x = _pair_sums(_pair_sums(_pair_sums(x, 2), 2), 2)
+def _block_sums(x, AXIS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Sums of blocks of 32 in the places of all their numbers, by pairs of neighbours; of a tile in patches."""
+    for stage in tl.static_range(5):
+        x = _pairs_of_sums(x, 1 << stage, AXIS, R, C)
     return x
 
 
 @triton.jit
-def _rms_code(x, SPEC: tl.constexpr, AXIS: tl.constexpr):
-    """The E8M0 codes of scales by the standard deviation of blocks."""
-    deviation = x - _block_sums(x, AXIS) * 0.03125
-    aim = tl.sqrt_rn(_block_sums(deviation * deviation, AXIS) * 0.03125) * _RMS_TARGET + 1e-8
+def _pairs_of_sums(x, H: tl.constexpr, AXIS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    if AXIS == 1:
+        if H < 8:
+            x = _sums_of_pairs(tl.reshape(x, (C, R, 4 // H, 2, H, 4)), 3)
+        else:
+            x = _sums_of_pairs(tl.reshape(x, (C * 4 // H, 2, H // 8, R, 8, 4)), 1)
+    else:
+        if H < 4:
+            x = _sums_of_pairs(tl.reshape(x, (C, R, 8, 2 // H, 2, H)), 4)
+        else:
+            x = _sums_of_pairs(tl.reshape(x, (C, R * 2 // H, 2, H // 4, 8, 4)), 2)
+    return tl.reshape(x, (C, R, 8, 4))
+
+
+@triton.jit
+def _rms_code(x, SPEC: tl.constexpr, AXIS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The E8M0 codes of scales by the standard deviation of blocks of a tile in patches, as `in_blocks` has maxima."""
+    R: tl.constexpr = ROWS // PATCH_ROWS
+    C: tl.constexpr = COLUMNS // PATCH_COLUMNS
+    deviation = x - _block_sums(x, AXIS, R, C) * 0.03125
+    squares = in_blocks(_block_sums(deviation * deviation, AXIS, R, C), SPEC.block, AXIS)
+    square = largest_of_blocks(squares, AXIS).to(tl.float32, bitcast=True)  # of equal ones
+    aim = tl.sqrt_rn(square * 0.03125) * _RMS_TARGET + 1e-8
     bits = tl.where(aim < _FLOAT32_MAX, aim, _FLOAT32_MAX).to(tl.int32, bitcast=True)
     return tl.minimum((bits + SPEC.rms_carry) >> 23, 254)
 
@@ -193,14 +200,50 @@ def outer_exponent(peak, SPEC: tl.constexpr):
 
 
 @triton.jit
+def _quotient(x, s, reciprocal):
+    """x / s for a scale's significand or a target of up to four bits, rounded correctly and with the sign of x."""
+    if _INTERPRETED:
+        q = tl.div_rn(x, s)
+    else:
+        q = x * reciprocal
+        q = tl.fma(tl.fma(q, s, -x), -reciprocal, q)
+    return q
+
+
+@triton.jit
+def _code_by_quotient(largest, p, SPEC: tl.constexpr):
+    """`_coded_scale` for a target of up to four bits, whose quotient is on the right side of every boundary."""
+    m = largest.to(tl.float32, bitcast=True)
+    if SPEC.outer:
+        m = m * power_of_two(127 - p)
+    q = _quotient(m, SPEC.target_value, SPEC.target_reciprocal)
+    if SPEC.subnormal:
+        q = tl.minimum(q, SPEC.scale_max)
+        LOWEST: tl.constexpr = (SPEC.emin + 127) << 23
+        binade = tl.maximum(q.to(tl.int32, bitcast=True) & INFINITY, LOWEST).to(tl.float32, bitcast=True)
+        anchor = binade * (1.5 * 2**20)
+        code = (q + anchor) - anchor
+        if SPEC.up:
+            short = (code < q) | ((code == 0) & (largest > 0))  # also where M / P has become zero
+            code = tl.where(short, code + binade * 0.125, code)
+    else:
+        bits = q.to(tl.int32, bitcast=True)
+        more = (1 << 20) - 1 if SPEC.up else (1 << 19) - 1 + ((bits >> 20) & 1)
+        code = ((bits + more) & -(1 << 20)).to(tl.float32, bitcast=True)
+        reached = largest > 0 if SPEC.up else m > SPEC.target_value * 2.0 ** (SPEC.emin - 1)
+        least = tl.where(reached, 1 << 23, 0).to(tl.float32, bitcast=True)  # the smallest scale, 2^-126
+        code = tl.where(m < SPEC.target_value * 2.0**SPEC.emin, least, code)
+    return tl.minimum(code, SPEC.scale_max)
+
+
+@triton.jit
 def _coded_scale(largest, p, SPEC: tl.constexpr):
     """The codes of scales, over 2^p, from the bits of blocks' largest magnitudes (finite): float32, zero or normal."""
     exponent = (largest >> 23) - 127
     if not SPEC.subnormal:  # whose scales reach so far down that M may be subnormal
         tiny = largest < (1 << 23)
-        largest = tl.where(
-            tiny, (largest.to(tl.float32, bitcast=True) * 16777216.0).to(tl.int32, bitcast=True), largest
-        )
+        raised = (largest.to(tl.float32, bitcast=True) * 16777216.0).to(tl.int32, bitcast=True)
+        largest = tl.where(tiny, raised, largest)
         exponent = tl.where(tiny, (largest >> 23) - 127 - 24, exponent)
     m = (largest & _FRACTION) | (1 << 23)
     smaller = (m < SPEC.target).to(tl.int32)
@@ -223,17 +266,6 @@ def _coded_scale(largest, p, SPEC: tl.constexpr):
     return tl.minimum((n.to(tl.float32) * 0.125) * power_of_two(k + 127), SPEC.scale_max)
 
 
-@triton.jit
-def _quotient(x, s, reciprocal):
-    """x / s, rounded correctly, for the significand s of a scale."""
-    if _INTERPRETED:
-        q = tl.div_rn(x, s)
-    else:
-        q = x * reciprocal
-        q = tl.fma(tl.fma(-q, s, x), reciprocal, q)
-    return q
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Quantizing
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,9 +283,10 @@ def _round_between_multiples(x, latent, s, halves, SPEC: tl.constexpr):
     PLACE: tl.constexpr = 23 - SPEC.mantissa_bits
     lower = coded(tl.abs(latent), SPEC) & -(1 << PLACE)
     a, b = decoded(lower, SPEC), decoded(lower + (1 << PLACE), SPEC)
-    rest = 1.0 - ((halves >> 7).to(tl.float32) + 0.5) * (1.0 / 65536.0)
-    up = tl.abs(x) - a * s > rest * ((b - a) * s)
-    return _signed(tl.where(up & (a < SPEC.max), b, a), x)
+    # 1 - u with u = (half + 1/2) / 2^16, from 1 + half / 2^16 by its bits. The largest number leaves nothing to round.
+    rest = 1.99999237060546875 - (halves | _ONE).to(tl.float32, bitcast=True)
+    up = tl.fma(-a, s, tl.abs(x)) > rest * ((b - a) * s)
+    return _signed(tl.where(up, b, a), x)
 
 
 @triton.jit
@@ -263,6 +296,7 @@ def quantized_tile(
     halves,
     peak_ptr,  # bits of A of the outer scale, or None
     SPEC: tl.constexpr,
+    EXACT: tl.constexpr,  # whether results are numbers of bfloat16
     AXIS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -271,6 +305,7 @@ def quantized_tile(
 
     Returns its numbers, float32 in patches, without the spec's factor; and whether each was inside the range, int1.
     """
+    tile = x
     x = in_blocks(x, SPEC.block, AXIS)
     largest = largest_of_blocks(x, AXIS)
     if SPEC.square:
@@ -287,7 +322,7 @@ def quantized_tile(
         halves = in_blocks(halves, SPEC.block, AXIS)
 
     if SPEC.scale == "power" or SPEC.scale == "rms":
-        code = _rms_code(x, SPEC, AXIS) if SPEC.scale == "rms" else scale_code(largest, SPEC)
+        code = _rms_code(tile, SPEC, AXIS, ROWS, COLUMNS) if SPEC.scale == "rms" else scale_code(largest, SPEC)
         scale = power_of_two(code)
         inverse = power_of_two(254 - code)
         latent = x * inverse
@@ -306,9 +341,10 @@ def quantized_tile(
         if SPEC.scale == "coded":
             if SPEC.outer:
                 p = outer_exponent(tl.load(peak_ptr), SPEC)
-                scale = _coded_scale(largest, p, SPEC) * power_of_two(p + 127)
+                scale = _code_by_quotient(largest, p, SPEC) if SPEC.short else _coded_scale(largest, p, SPEC)
+                scale = scale * power_of_two(p + 127)
             else:
-                scale = _coded_scale(largest, 0, SPEC)
+                scale = _code_by_quotient(largest, 0, SPEC) if SPEC.short else _coded_scale(largest, 0, SPEC)
             bits = scale.to(tl.int32, bitcast=True)
             inverse = power_of_two(254 - (bits >> 23))
             s = ((bits & _FRACTION) | _ONE).to(tl.float32, bitcast=True)
@@ -317,10 +353,10 @@ def quantized_tile(
             x = x * inverse
             within = tl.abs(x) < most
             x = tl.minimum(tl.maximum(x, -most), most)
-            latent = _signed(_quotient(x, s, reciprocal), x)
+            latent = _quotient(x, s, reciprocal)
             if shadow is not None:
                 shadow = tl.minimum(tl.maximum(shadow * inverse, -most), most)
-                shadow = _signed(_quotient(shadow, s, reciprocal), shadow)
+                shadow = _quotient(shadow, s, reciprocal)
         else:
             scale = tl.div_rn(largest.to(tl.float32, bitcast=True), SPEC.target_value)
             divisor = tl.where(scale == 0, 1.0, scale)
@@ -335,7 +371,13 @@ def quantized_tile(
         else:
             rounded = round_nearest(latent, shadow, SPEC)
 
-    rounded = tl.where(scale == 0, _signed(rounded * 0.0, rounded), rounded * scale)
-    rounded = tl.where(broken < INFINITY, rounded.to(tl.int32, bitcast=True), NAN).to(tl.float32, bitcast=True)
+    # A scale of zero leaves zeros with their signs. A number that is none is written as such at last: multiplied by it,
+    # what comes of rounding to bfloat16 by bits might be none.
+    if EXACT:
+        kept = tl.where(broken < INFINITY, scale.to(tl.int32, bitcast=True), NAN)
+        rounded = rounded * kept.to(tl.float32, bitcast=True)
+    else:
+        rounded = tl.where(broken < INFINITY, (rounded * scale).to(tl.int32, bitcast=True), NAN)
+        rounded = rounded.to(tl.float32, bitcast=True)
     within = within | (broken >= INFINITY)
     return in_patches(rounded, ROWS, COLUMNS), in_patches(within, ROWS, COLUMNS)

@@ -16,6 +16,7 @@ from quantization.backends.gpu.tiles import (
     INFINITY,
     MAGNITUDE,
     column_numbers,
+    from_float32,
     random_halves,
     row_numbers,
     to_float32,
@@ -59,7 +60,8 @@ def _quantize_by_design(
     halves = None
     if SPEC.stochastic:
         halves = random_halves(state_ptr, stream, first_row, first_column, ROWS, COLUMNS)
-    bare, within = quantized_tile(x, shadow, halves, peak_ptr, SPEC, AXIS, ROWS, COLUMNS)
+    EXACT: tl.constexpr = SPEC.scale != "fp32" and (BARE or SPEC.factor == 1.0)
+    bare, within = quantized_tile(x, shadow, halves, peak_ptr, SPEC, EXACT, AXIS, ROWS, COLUMNS)
     values = bare
     if SPEC.factor != 1.0:
         values = bare * SPEC.factor
@@ -69,8 +71,11 @@ def _quantize_by_design(
     if inside_ptr is not None:
         tl.store(inside_ptr + offset, within, mask=inside)
     if values_ptr is not None:
-        written = bare if BARE else values
-        tl.store(values_ptr + offset, narrowed(written, values_ptr.dtype.element_ty), mask=inside)
+        if EXACT:
+            written = from_float32(bare, values_ptr.dtype.element_ty)
+        else:
+            written = narrowed(bare if BARE else values, values_ptr.dtype.element_ty)
+        tl.store(values_ptr + offset, written, mask=inside)
     return values
 
 

@@ -69,6 +69,8 @@ def design_spec(spec: QuantizerSpec) -> DesignSpec:
         target=significand,
         target_exponent=exponent,
         target_value=spec.aim,
+        target_reciprocal=float(torch.tensor(1.0) / torch.tensor(spec.aim)),
+        short=significand % (1 << 20) == 0,
         emin=spec.scale.emin,
         subnormal=spec.scale.subnormal,
         scale_max=spec.scale.max,

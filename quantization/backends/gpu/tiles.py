@@ -136,6 +136,8 @@ class DesignSpec(NamedTuple):
     target: int  # 24 bits of the target's significand, and its exponent and itself
     target_exponent: int
     target_value: float
+    target_reciprocal: float  # float32's
+    short: bool  # whether the target has four bits at most
     emin: int  # of a coded scale: exponent of the smallest normal, whether there are subnormal ones, the largest
     subnormal: bool
     scale_max: float
