@@ -12,6 +12,7 @@ import functools
 import itertools
 import os
 
+import numpy as np
 import pytest
 import torch
 from interpreter_helpers import Process, assert_passed, interpreting
@@ -37,6 +38,23 @@ if not INTERPRETED:
     def test_in_the_interpreter():
         pytest.importorskip("triton")
         assert_passed(begin())
+
+    @pytest.mark.parametrize("eighths", range(8, 16))
+    def test_two_fused_operations_round_a_quotient_as_a_division(eighths):
+        """And lies on the side of every number of five bits that the exact one lies on. On a GPU all numbers."""
+        x = np.arange(2**23, 2**24, 3, dtype=np.int64)
+        t = np.float32(eighths / 8)
+        reciprocal = np.float32(1) / t
+        q = x.astype(np.float32) * reciprocal
+        # float64 holds the product and the sum, so that one rounding to float32 is what a fused operation does.
+        e = (q.astype(np.float64) * float(t) - x).astype(np.float32)
+        ours = (q.astype(np.float64) - e.astype(np.float64) * float(reciprocal)).astype(np.float32)
+        assert (ours == x.astype(np.float32) / t).all()
+        assert (q != ours).any() or eighths == 8  # the control: one multiplication is not enough
+        boundaries = np.arange(2**22, 2**24, 2**18, dtype=np.int64)  # five bits
+        for at in boundaries:
+            exact = np.sign(8 * x - at * eighths)
+            assert (np.sign(ours.astype(np.float64) - at) == exact).all()
 
 else:
     import fast_interpreter

@@ -1,11 +1,13 @@
 """What the Triton kernels do to a tile beyond the paper: rotations, square blocks, scales that are no powers of two.
 
 Why the bits are those of the reference:
-- the scale of a block is computed in integers, from the significand and exponent of its largest magnitude;
-- x over the power of two in a scale is exact where it matters. Its quotient by the significand s, one of eight numbers,
-  is rounded correctly: with r = 1 / s and q = x r, two fused operations give e = x - q s and q + e r, which is the
-  quotient's rounding for every x (the interpreter, which fuses nothing, divides). No quotient that is rounded correctly
-  lies on the other side of a number of three bits than the exact one;
+- quotients by a number t of up to four bits (a target such as 6, the significand of a scale) are rounded correctly:
+  with r = 1 / t and q = x r, two fused operations give e = q t - x and q - e r, which is the quotient's rounding for
+  every x (the interpreter, which fuses nothing, divides). A quotient that is rounded correctly is on the same side of
+  every number of up to five bits as the exact one: so it decides which scale is the nearest to M / 6, and which element
+  to x / S;
+- with another target the code of a scale is computed in integers;
+- x over the power of two in a scale is exact where it matters;
 - stochastic rounding compares x - a s with (1 - u) (b - a) s, both of which are exact;
 - rotations are sums and differences of two numbers each, in the reference's order. Kernels of this file are compiled
   without contracting products and sums, since a product may be inexact here.
