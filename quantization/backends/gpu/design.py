@@ -94,9 +94,13 @@ def _sums_and_differences(x, PAIR: tl.constexpr):
     """a + b and a - b in the places of a and b, the two along dimension PAIR of six."""
     shape: tl.constexpr = (1,) * PAIR + (2,) + (1,) * (5 - PAIR)
     second = tl.reshape(tl.arange(0, 2), shape)
-    sums = tl.sum(x, axis=PAIR, keep_dims=True)
-    differences = tl.sum(tl.where(second == 0, x, -x), axis=PAIR, keep_dims=True)
-    return tl.where(second == 0, sums, differences)
+    if _INTERPRETED:  # to which xor_sum takes long
+        other = tl.sum(tl.where(second == 0, x, 0.0), axis=PAIR, keep_dims=True)
+        other = tl.where(second == 0, tl.sum(tl.where(second == 0, 0.0, x), axis=PAIR, keep_dims=True), other)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        other = (tl.xor_sum(bits, axis=PAIR, keep_dims=True) ^ bits).to(tl.float32, bitcast=True)
+    return other + tl.where(second == 0, x, -x)
 
 
 @triton.jit
@@ -281,7 +285,11 @@ def _signed(x, sign_of):
 
 @triton.jit
 def _round_between_multiples(x, latent, s, halves, SPEC: tl.constexpr):
-    """Stochastic rounding of x, |x| <= max s, between multiples of s: Q / s. latent: x / s."""
+    """Stochastic rounding of x, |x| <= max s, between multiples of s: Q / s. latent: x / s, to some 2^-21 of it.
+
+    That may be on the other side of a number of the grid than x. But so near to one, 1 - u being from 2^-17 to
+    1 - 2^-17, both pairs of neighbours lead to that one.
+    """
     PLACE: tl.constexpr = 23 - SPEC.mantissa_bits
     lower = coded(tl.abs(latent), SPEC) & -(1 << PLACE)
     a, b = decoded(lower, SPEC), decoded(lower + (1 << PLACE), SPEC)
@@ -350,12 +358,15 @@ def quantized_tile(
             bits = scale.to(tl.int32, bitcast=True)
             inverse = power_of_two(254 - (bits >> 23))
             s = ((bits & _FRACTION) | _ONE).to(tl.float32, bitcast=True)
-            reciprocal = tl.div_rn(1.0, s)
             most = s * SPEC.max
             x = x * inverse
             within = tl.abs(x) < most
             x = tl.minimum(tl.maximum(x, -most), most)
-            latent = _quotient(x, s, reciprocal)
+            if SPEC.stochastic:
+                latent = x * (1.0 / s)  # near enough: see _round_between_multiples
+            else:
+                reciprocal = tl.div_rn(1.0, s)
+                latent = _quotient(x, s, reciprocal)
             if shadow is not None:
                 shadow = tl.minimum(tl.maximum(shadow * inverse, -most), most)
                 shadow = _quotient(shadow, s, reciprocal)
