@@ -47,10 +47,14 @@ class Dense(NamedTuple):
 
 
 class Scaled(NamedTuple):
-    """`values` (rows, columns) in the compute dtype, which times `factor` (float32 scalar) are the numbers."""
+    """`values` (rows, columns) in the compute dtype, which times `factor` (float32 scalar) are the numbers.
+
+    known: the factor, where it does not depend on the matrix; else None.
+    """
 
     values: Tensor
     factor: Tensor
+    known: float | None
 
 
 class Packed(NamedTuple):
@@ -257,7 +261,7 @@ class Job:
             elif form == CARRIED:
                 operands.append(Carried(rest.pop(0), factor))
             elif form == SCALED:
-                operands.append(Scaled(rest.pop(0), rest.pop(0)))
+                operands.append(Scaled(rest.pop(0), rest.pop(0), spec.known_factor))
             else:
                 operands.append(Dense(rest.pop(0)) if form == DENSE else None)
         return Prepared(*operands, sums, inside)
@@ -273,7 +277,8 @@ class Job:
                 shapes = codes_shape(rows, columns), scales_shape(rows, columns, spec)
                 operands.append(Packed(*(new(shape, dtype=torch.uint8) for shape in shapes), spec, columns))
             elif form == SCALED:
-                operands.append(Scaled(new((rows, columns), dtype=self.dtype), new((), dtype=torch.float32)))
+                values, own = new((rows, columns), dtype=self.dtype), new((), dtype=torch.float32)
+                operands.append(Scaled(values, own, spec.known_factor))
             elif form == CARRIED:
                 operands.append(Carried(new(carried_shape(rows, columns, spec), dtype=self.fp8), factor))
             else:

@@ -210,6 +210,11 @@ class QuantizerSpec:
         return (4 / 3 if self.scale_rule == "three_quarter" else 1.0) * self.correction
 
     @property
+    def known_factor(self) -> float | None:
+        """The factor of results, where no outer scale takes part in it."""
+        return None if self.outer == "fp32" else self.factor
+
+    @property
     def saturates(self) -> bool:
         """Whether a number of a block may be larger than what the largest magnitude stands for."""
         if self.scale_format == "fp32":

@@ -358,7 +358,8 @@ def prepare(
         factor = result.factor
         if form == SCALED:
             one = torch.ones((), device=x.device)
-            operands.append(Scaled(values.to(job.dtype), one if factor is None else factor.expand(()).clone()))
+            own = one if factor is None else factor.expand(()).clone()
+            operands.append(Scaled(values.to(job.dtype), own, spec.known_factor))
         elif form == DENSE:
             operands.append(Dense(_times(values, factor).to(job.dtype)))
         else:

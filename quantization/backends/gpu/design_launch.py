@@ -177,5 +177,6 @@ def prepare(
 
 def _operand(outputs: Outputs, spec: QuantizerSpec | None, form: str, columns: int) -> Operand | None:
     if form == SCALED:
-        return Scaled(outputs.values, torch.full((), spec.factor, device=outputs.values.device))
+        factor = torch.full((), spec.factor, device=outputs.values.device)
+        return Scaled(outputs.values, factor, spec.known_factor)
     return outputs.operand(spec, columns, None)
