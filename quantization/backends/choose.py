@@ -45,7 +45,8 @@ def backend_of_tensor(x: Tensor, spec: QuantizerSpec, backend: str) -> ModuleTyp
     if backend == "auto":
         return reference
     raise ValueError(
-        f"the Triton kernel has no blocks of {spec.block_size} along axis {spec.axis} of a tensor of rank {x.dim()}; "
+        f"the Triton kernels have no {spec} in blocks of {spec.block_size} along axis {spec.axis} of a tensor of rank "
+        f"{x.dim()}; "
         "use backend='auto' or 'reference'"
     )
 
