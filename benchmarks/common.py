@@ -232,12 +232,13 @@ def tensors_in(value: object) -> Iterator[Tensor]:
 
 
 def method_config(model: str, method: str) -> Path:
-    """The configuration of a row of Table 2. Raises UserError where there is none."""
-    path = ROOT / "configs" / f"{model}_{method}.yaml"
-    if not path.is_file():
-        methods = sorted(p.stem.removeprefix(f"{model}_") for p in path.parent.glob(f"{model}_*.yaml"))
-        raise UserError(f"Command line: {model} has no method {method}; expected one of {', '.join(methods)}.")
-    return path
+    """The configuration of a row of Table 2, or of another FP4 method. Raises UserError where there is none."""
+    folders = (ROOT / "configs", ROOT / "configs/methods")
+    for folder in folders:
+        if (path := folder / f"{model}_{method}.yaml").is_file():
+            return path
+    methods = [p.stem.removeprefix(f"{model}_") for folder in folders for p in sorted(folder.glob(f"{model}_*.yaml"))]
+    raise UserError(f"Command line: {model} has no method {method}; expected one of {', '.join(methods)}.")
 
 
 def make_run(

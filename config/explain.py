@@ -68,6 +68,8 @@ def explain(error: Any, origins: dict[str, str]) -> str:
     tag = None
     if len(loc) > 1 and loc[0] in TAGS and len(sections_in(Config.model_fields[loc[0]].annotation)) > 1:
         tag = loc.pop(1)  # pydantic puts the tag of a union into the location; it is not part of the key
+    if loc[-1] == "[key]":  # what pydantic calls a name that is no key of a mapping
+        loc.pop()
     if loc[:2] == ["model", "kwargs"]:
         del loc[3:]  # and the first of the types that a value may have
     if error["type"] == "union_tag_invalid":

@@ -11,14 +11,11 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator
 from pydantic.fields import FieldInfo
 
 from config.keys import Float, Int, Positive, Section, Share, ascending, key, path_on_disk
-
-Element = Literal["e2m1", "e3m0"]
-Rounding = Literal["nearest_even", "nearest_away", "nearest_up", "stochastic"]
-Quantizer = Literal["q1", "q2", "q3", "q4", "q5", "q6"]
+from config.quant import Int4Quant, MXQuant, NoQuant
 
 # DeiT's spellings of data sets, kept working.
 _DATA_SET_ALIASES = {"IMNET": "imagenet", "CIFAR": "cifar100", "CIFAR10": "cifar10"}
@@ -47,57 +44,6 @@ class ModelConfig(Section):
                     "start from weights give their file to --finetune"
                 )
         return kwargs
-
-
-class NoQuant(Section):
-    """Every product in full precision."""
-
-    scheme: Literal["none"] = key("none", "none (full precision), mx (microscaling) or int4")
-
-
-class ElementConfig(Section):
-    activation_weight: Element = key("e2m1", "element format of q1 q2 q4 q6 (activations and weights)")
-    gradient: Element = key("e2m1", "element format of q3 q5 (output gradients)")
-
-
-class RoundingConfig(Section):
-    forward: Rounding = key("nearest_even", "rounding of q1 q2")
-    backward: Rounding = key("stochastic", "rounding of q3 q4 q5 q6")
-
-
-class MXQuant(Section):
-    """Quantization of the block linears: microscaling formats, blocks of 32 along the contracted dimension."""
-
-    scheme: Literal["mx"] = key("mx", "none (full precision), mx (microscaling) or int4")
-    active: tuple[Quantizer, ...] = key(
-        ("q1", "q2", "q3", "q4", "q5", "q6"), "which quantizers are on; the others are the identity"
-    )
-    scale_rule: Literal["truncation_free", "floor"] = key(
-        "truncation_free", "shared scale: truncation_free (TetraJet) or floor (Microscaling)"
-    )
-    backward_operands: Literal["requantized", "original"] = key(
-        "requantized", "q4 and q6 read the outputs of q2 and q1 (requantized) or W and X (original)"
-    )
-    element: ElementConfig = ElementConfig()
-    rounding: RoundingConfig = RoundingConfig()
-    carrier: Literal["bf16", "fp8"] = key(
-        "bf16", "operands inside the products: bf16 (the dtype of autocast) or fp8 (faster on Hopper, the same values)"
-    )
-
-    @model_validator(mode="after")
-    def _no_repeats(self) -> MXQuant:
-        if len(set(self.active)) != len(self.active):
-            raise ValueError(f"active names a quantizer twice: {', '.join(self.active)}")
-        return self
-
-
-class Int4Quant(Section):
-    """INT4 per-tensor quantization of the block linears (Xi et al. 2023)."""
-
-    scheme: Literal["int4"]
-    hadamard: bool = key(True, "rotate activations and weights by a block Hadamard matrix")
-    sampling: bool = key(True, "leverage-score sampling of gradient rows")
-    learned_step: bool = key(True, "learned step sizes (LSQ) in the forward pass")
 
 
 class NoStabilizer(Section):
@@ -353,6 +299,7 @@ class ProbesConfig(Section):
     )
     images: Int = key(64, "evaluation images that output is computed on", ge=1)
     trajectories: Int = key(32, "weights that are followed through the last epoch, the most oscillating", ge=0)
+    quantizers: bool = key(False, "also each quantizer's error, gain, underflow and saturation, on the same images")
 
 
 class PaperConfig(Section):

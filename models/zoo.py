@@ -93,7 +93,10 @@ def create_model(cfg: Config, num_classes: int) -> nn.Module:
                 f"model.img_size of {cfg.model.img_size} is no multiple of {name}'s patches of {patch} pixels, so that "
                 f"the edge of images would be cut off; choose {fitting} or {fitting + patch}, or a model.patch_size."
             )
-    recipe = resolve(cfg.quant)
+    try:
+        recipe = resolve(cfg.quant)
+    except ValueError as error:
+        raise UserError(f"The section quant does not fit together: {error}.") from None
     if recipe.active:
         try:
             convert_linears(model, recipe, seed=cfg.run.seed)

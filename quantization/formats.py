@@ -1,6 +1,7 @@
-"""Element formats of microscaling blocks, as records. To add a format, add a record to FORMATS.
+"""Formats of the elements and of the scales of blocks, as records. To add one: a record in FORMATS or SCALE_FORMATS.
 
-A block is 32 elements that share one E8M0 scale S = 2^s, s in [-127, 127] (paper, section 3.1: X_i = P_i * 2^s).
+In the paper a block is 32 elements that share one E8M0 scale S = 2^s, s in [-127, 127] (section 3.1: X_i = P_i * 2^s).
+The other scale formats are numbers without a sign that have fraction bits or are float32.
 """
 
 from __future__ import annotations
@@ -58,5 +59,52 @@ FORMATS: dict[str, ElementFormat] = {
     for f in (
         ElementFormat("e2m1", (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)),
         ElementFormat("e3m0", (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)),
+        ElementFormat("e1m2", (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75)),  # INT4 from -7 to 7, over 4
+    )
+}
+
+
+@dataclass(frozen=True)
+class ScaleFormat:
+    """What the scale of a block may be: c 2^e with `fraction` bits behind the first of c, and zero.
+
+    Args:
+        fraction: bits of the fraction; None for float32 itself.
+        emin: exponent of the smallest normal number.
+        subnormal: whether there are multiples of 2^(emin - fraction) below it.
+        max: the largest number; what is larger becomes it.
+        bias: of the exponent in a code, (exponent + bias) << fraction | fraction; None where we store no codes.
+    """
+
+    name: str
+    fraction: int | None
+    emin: int
+    subnormal: bool
+    max: float
+    bias: int | None = None
+
+    @property
+    def smallest(self) -> float:
+        """The smallest number above zero."""
+        return 2.0 ** (self.emin - (self.fraction or 0 if self.subnormal else 0))
+
+    def value(self, code: int) -> float:
+        """The number of a code; meant for formats of three fraction bits with a bias."""
+        exponent, fraction = divmod(code, 1 << self.fraction)
+        if exponent == 0:
+            return fraction * 2.0 ** (self.emin - self.fraction)
+        return (fraction + (1 << self.fraction)) * 2.0 ** (exponent - self.bias - self.fraction)
+
+
+# UE5M3 is defined in two ways: with NaN at 0xFF alone (AMD, Intel, PTX), or with the top exponent reserved (Graphcore).
+SCALE_FORMATS: dict[str, ScaleFormat] = {
+    f.name: f
+    for f in (
+        ScaleFormat("e8m0", 0, -127, False, 2.0**127, 127),
+        ScaleFormat("e8m3", 3, -126, False, 1.875 * 2.0**127),
+        ScaleFormat("e4m3", 3, -6, True, 448.0, 7),
+        ScaleFormat("ue5m3", 3, -14, True, 114688.0, 15),
+        ScaleFormat("ue5m3_61440", 3, -14, True, 61440.0, 15),
+        ScaleFormat("fp32", None, -126, True, (2 - 2.0**-23) * 2.0**127),
     )
 }

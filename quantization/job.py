@@ -1,15 +1,16 @@
 """What is asked of a backend: one matrix quantized for the two products it enters. And what comes back.
 
-A quantized matrix has one of three forms:
+A quantized matrix has one of four forms:
 
-    DENSE     numbers in the compute dtype, which holds every quantized value exactly
+    DENSE     numbers in the compute dtype, which holds every quantized value exactly (but for those of fp32 scales)
+    SCALED    such numbers and a factor that the product is to be multiplied by
     PACKED    4-bit codes, two to a byte, and one byte of scale (E8M0) a block: kept for the backward pass
     CARRIED   fp8 numbers, the summed dimension last, and a power of two they are to be multiplied by
 
 A backend is a module with three functions:
 
     quantize(x, spec, noise, shadow)            a tensor quantized and back, in its own dtype
-    prepare(x, job, noise, shadow, lost)        a matrix quantized as a Job says: Prepared
+    prepare(x, job, noise, shadow, lost, held)  a matrix quantized as a Job says: Prepared
     expand(packed, dtype)                       the numbers of a Packed matrix
 """
 
@@ -25,9 +26,10 @@ import torch
 from torch import Tensor
 
 from quantization.formats import ElementFormat
+from quantization.rotation import Turn
 from quantization.spec import QuantizerSpec
 
-NOTHING, DENSE, PACKED, CARRIED = "nothing", "dense", "packed", "carried"
+NOTHING, DENSE, SCALED, PACKED, CARRIED = "nothing", "dense", "scaled", "packed", "carried"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 _FP8 = {E4M3: (8, -9), E5M2: (15, -16)}  # exponents of the largest binade and of the smallest number
 FP8_MULTIPLE = 16  # cuBLAS takes fp8 matrices whose sides are multiples of this
@@ -42,6 +44,17 @@ class Dense(NamedTuple):
     """`values` (rows, columns) in the compute dtype."""
 
     values: Tensor
+
+
+class Scaled(NamedTuple):
+    """`values` (rows, columns) in the compute dtype, which times `factor` (float32 scalar) are the numbers.
+
+    known: the factor, where it does not depend on the matrix; else None.
+    """
+
+    values: Tensor
+    factor: Tensor
+    known: float | None
 
 
 class Packed(NamedTuple):
@@ -60,7 +73,7 @@ class Carried(NamedTuple):
     factor: Tensor
 
 
-Operand = Dense | Packed | Carried
+Operand = Dense | Scaled | Packed | Carried
 
 
 def tensors_of(operand: Operand) -> tuple[Tensor, ...]:
@@ -85,11 +98,15 @@ class Shell(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A matrix as the row and as the column quantizer hand it on, and its sum over rows; None for what is not asked."""
+    """A matrix as the row and as the column quantizer hand it on, and its sum over rows; None for what is not asked.
+
+    inside: whether each number that the row quantizer saw was not beyond the largest magnitude (bool).
+    """
 
     row: Operand | None = None
     column: Operand | None = None
     sums: Tensor | None = None
+    inside: Tensor | None = None
 
 
 def codes_shape(rows: int, columns: int) -> tuple[int, int]:
@@ -138,6 +155,9 @@ class Job:
         dtype, fp8: of DENSE and of CARRIED results.
         chained: the column quantizer reads what the row quantizer has made, and not the matrix.
         sums: sum the matrix over its rows too, in float32.
+        row_turn, column_turn: the rotation of what either quantizer reads; None for none. With a rotation and no
+            quantizer a DENSE result is what was rotated.
+        mask: say of each number whether it was inside the row quantizer's range.
 
     Hashed by its text, so that it is the same key in every process. Raises ValueError where two carried results are not
     of one element and scale rule.
@@ -153,6 +173,9 @@ class Job:
     sums: bool = False
     row_stream: int = 0
     column_stream: int = 0
+    row_turn: Turn | None = None
+    column_turn: Turn | None = None
+    mask: bool = False
 
     def __post_init__(self) -> None:
         if self.row_form == self.column_form == CARRIED and not share_a_window(self.row, self.column):
@@ -162,9 +185,18 @@ class Job:
     def uses(self) -> tuple[tuple[QuantizerSpec | None, str], ...]:
         """Quantizer and form of both results; NOTHING where there is no quantizer."""
         return (
-            (self.row, NOTHING if self.row is None else self.row_form),
-            (self.column, NOTHING if self.column is None else self.column_form),
+            (self.row, NOTHING if self.row is None and self.row_turn is None else self.row_form),
+            (self.column, NOTHING if self.column is None and self.column_turn is None else self.column_form),
         )
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is neither a quantizer nor a rotation."""
+        return self.row is None and self.column is None and not self.rotated
+
+    @property
+    def rotated(self) -> bool:
+        return self.row_turn is not None or self.column_turn is not None
 
     @property
     def carried(self) -> bool:
@@ -188,17 +220,21 @@ class Job:
             f"{self.row.text if self.row is not None else '-'} {self.column.text if self.column is not None else '-'} "
             f"{self.row_form} {self.column_form} {_NAMES[self.dtype]} {_NAMES[self.fp8]} "
             f"{int(self.chained)} {int(self.sums)} {self.row_stream} {self.column_stream}"
+            + "".join(f" {'-' if turn is None else turn.text}" for turn in (self.row_turn, self.column_turn))
+            + f" {int(self.mask)}"
         )
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
     def parse(text: str) -> Job:
         """The job of a line."""
-        row, column, row_form, column_form, dtype, fp8, *numbers = text.split(" ")
+        row, column, row_form, column_form, dtype, fp8, *numbers, row_turn, column_turn, mask = text.split(" ")
         specs = (None if word == "-" else QuantizerSpec.parse(word) for word in (row, column))
         chained, sums, row_stream, column_stream = map(int, numbers)
         dtypes = getattr(torch, dtype), getattr(torch, fp8)
-        return Job(*specs, row_form, column_form, *dtypes, bool(chained), bool(sums), row_stream, column_stream)
+        flags, streams = (bool(chained), bool(sums)), (row_stream, column_stream)
+        turns = (None if word == "-" else Turn.parse(word) for word in (row_turn, column_turn))
+        return Job(*specs, row_form, column_form, *dtypes, *flags, *streams, *turns, mask == "1")
 
     def flatten(self, prepared: Prepared) -> list[Tensor]:
         """The tensors of what comes back, each once (both carried results have one factor): for a custom op."""
@@ -209,11 +245,13 @@ class Job:
                 factor = [operand.factor]
             elif operand is not None:
                 tensors += tensors_of(operand)
-        return [*tensors, *factor, *([] if prepared.sums is None else [prepared.sums])]
+        last = [tensor for tensor in (prepared.sums, prepared.inside) if tensor is not None]
+        return [*tensors, *factor, *last]
 
     def unflatten(self, tensors: Sequence[Tensor], columns: int) -> Prepared:
         """What `flatten` was given."""
         rest = list(tensors)
+        inside = rest.pop() if self.mask else None
         sums = rest.pop() if self.sums else None
         factor = rest.pop() if self.carried else None
         operands: list[Operand | None] = []
@@ -222,9 +260,11 @@ class Job:
                 operands.append(Packed(rest.pop(0), rest.pop(0), spec, columns))
             elif form == CARRIED:
                 operands.append(Carried(rest.pop(0), factor))
+            elif form == SCALED:
+                operands.append(Scaled(rest.pop(0), rest.pop(0), spec.known_factor))
             else:
                 operands.append(Dense(rest.pop(0)) if form == DENSE else None)
-        return Prepared(*operands, sums)
+        return Prepared(*operands, sums, inside)
 
     def empty(self, x: Tensor) -> Prepared:
         """Tensors of the shapes and dtypes of what comes back, uninitialised."""
@@ -236,11 +276,15 @@ class Job:
             if form == PACKED:
                 shapes = codes_shape(rows, columns), scales_shape(rows, columns, spec)
                 operands.append(Packed(*(new(shape, dtype=torch.uint8) for shape in shapes), spec, columns))
+            elif form == SCALED:
+                values, own = new((rows, columns), dtype=self.dtype), new((), dtype=torch.float32)
+                operands.append(Scaled(values, own, spec.known_factor))
             elif form == CARRIED:
                 operands.append(Carried(new(carried_shape(rows, columns, spec), dtype=self.fp8), factor))
             else:
                 operands.append(Dense(new((rows, columns), dtype=self.dtype)) if form == DENSE else None)
-        return Prepared(*operands, new(columns, dtype=torch.float32) if self.sums else None)
+        sums = new(columns, dtype=torch.float32) if self.sums else None
+        return Prepared(*operands, sums, new((rows, columns), dtype=torch.bool) if self.mask else None)
 
 
 _NAMES = {

@@ -62,8 +62,11 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
     return c0, c1, c2, c3
 
 
-def uniform(shape: torch.Size | tuple[int, ...], noise: Noise) -> Tensor:
-    """Draws u = (bits + 1/2) / 2^16 in (0, 1), float32, one for each element of a tensor of `shape`."""
+def uniform(shape: torch.Size | tuple[int, ...], noise: Noise, first_row: int = 0) -> Tensor:
+    """Draws u = (bits + 1/2) / 2^16 in (0, 1), float32, one for each element of a tensor of `shape`.
+
+    first_row: the number of the tensor's first row; draws of other rows are other draws.
+    """
     columns = shape[-1]
     rows = 1
     for size in shape[:-1]:
@@ -71,7 +74,7 @@ def uniform(shape: torch.Size | tuple[int, ...], noise: Noise) -> Tensor:
     device = noise.state.device
     key, high = noise.state[0], noise.state[1] + noise.stream
     column = torch.arange(-(-columns // ELEMENTS_PER_CALL), device=device)
-    row = torch.arange(rows, device=device).unsqueeze(1)
+    row = torch.arange(first_row, first_row + rows, device=device).unsqueeze(1)
     words = philox4x32((column, row, high & WORD, (high >> 32) & WORD), (key & WORD, (key >> 32) & WORD))
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
     bits = halves.reshape(rows, -1)[:, :columns].reshape(shape)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantization.backends.reference import Blocks, block_exponents, from_blocks, magnitudes_of, power_of_two, to_blocks
+from quantization.backends.reference import block_latents, magnitudes_of
 from quantization.formats import ElementFormat
 from quantization.spec import QuantizerSpec
 
@@ -151,19 +151,18 @@ def signed_grid(fmt: ElementFormat, device: torch.device) -> Tensor:
     return torch.cat([-magnitudes[1:].flip(0), magnitudes])
 
 
-def latent_weight(w: Tensor, spec: QuantizerSpec) -> Tensor:
-    """w / S with the scale S of each element's block under `spec` (section 4.1): float32, w's shape, exact.
+def latent_weight(w: Tensor, spec: QuantizerSpec, amax: Tensor | None = None) -> Tensor:
+    """w / S with the scale S of each element's block under `spec` (section 4.1): float32, w's shape.
 
-    A block with a NaN or Inf is NaN. Raises ValueError where `spec.axis` is no dimension of `w`.
+    Exact where S is a power of two, else a division with one rounding. A block with a NaN or Inf is NaN, and one whose
+    scale is zero by underflow is zeros. amax: the largest magnitude that an outer scale hangs from; None for w's own.
+    Raises ValueError where `spec.axis` is no dimension of `w`.
     """
     if not -w.dim() <= spec.axis < w.dim():
         raise ValueError(f"axis {spec.axis} is not a dimension of a tensor of shape {tuple(w.shape)}")
     if w.numel() == 0:
         return w.detach().to(torch.float32)
-    blocks = to_blocks(w.detach(), spec.axis, spec.block_size)
-    s, finite = block_exponents(blocks.values, spec)
-    latent = (blocks.values * power_of_two(-s)).masked_fill(~finite, torch.nan)
-    return from_blocks(Blocks(latent, blocks.length), spec.axis)
+    return block_latents(w.detach(), spec, amax)
 
 
 def cell_confidence(latent: Tensor, grid: Tensor) -> Tensor:

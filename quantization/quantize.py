@@ -30,8 +30,8 @@ def fake_quantize(
         backend: `reference`, `triton` (for CUDA tensors, or CPU tensors under TRITON_INTERPRET=1), or `auto`: the
             kernel where it can serve a CUDA tensor, else the reference. Both give the same bits.
 
-    The gradient goes straight through: that of x is that of the result, unchanged, also where elements saturate. A
-    shadow gets none.
+    The gradient goes straight through: that of x is that of the result, unchanged, also where elements saturate (a
+    spec's gradient mask is the linear layer's matter). A shadow gets none.
 
     A value that rounds beyond the largest number of x's dtype becomes Inf, as in any cast (e2m1, nearest: float16 from
     57344 on, float32 and bfloat16 from 2.98e38 on).
@@ -45,6 +45,8 @@ def fake_quantize(
         raise TypeError(f"fake_quantize takes float32, bfloat16 or float16; got {str(x.dtype).removeprefix('torch.')}")
     if not -x.dim() <= spec.axis < x.dim():
         raise ValueError(f"axis {spec.axis} is not a dimension of a tensor of shape {tuple(x.shape)}")
+    if spec.block_rows > 1 and x.dim() != 2:
+        raise ValueError(f"square blocks are cut from a matrix; got a tensor of shape {tuple(x.shape)}")
     if shadow is not None and shadow.shape != x.shape:
         raise ValueError(f"the shadow has shape {tuple(shadow.shape)}, the weight {tuple(x.shape)}; they must be equal")
     if shadow is not None and spec.stochastic:
@@ -56,7 +58,7 @@ def fake_quantize(
         return x.clone()
 
     noise = None
-    if spec.stochastic:
+    if spec.draws:
         if seed is None:
             draw = torch.randint(2**62, (1,), device="cpu")
             seed = Noise(torch.cat([draw, torch.zeros_like(draw)]).to(x.device))

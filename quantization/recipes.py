@@ -1,4 +1,4 @@
-"""Recipes by the paper's axes of variation, and by name.
+"""Recipes by the paper's axes of variation, and by name: the paper's own and those of other FP4 methods.
 
 `build_recipe` is the only place that knows the paper's axes: which quantizers are on, what they share, and what q3 and
 q5, which read gradients, have of their own.
@@ -7,22 +7,20 @@ q5, which read gradients, have of their own.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
-from quantization.spec import (
-    QUANTIZERS,
-    BackwardOperands,
-    Carrier,
-    Int4Recipe,
-    LinearRecipe,
-    QuantizerSpec,
-    Rounding,
-    ScaleRule,
-    expect,
-)
+from quantization.policy import Policy
+from quantization.rotation import Rotation
+from quantization.spec import Int4Recipe, LinearRecipe, QuantizerSpec
+from quantization.words import QUANTIZERS, BackwardOperands, Carrier, Rounding, ScaleRule, expect
 
 _GRADIENT = ("q3", "q5")  # the quantizers that read G; the others read activations or weights
 _FORWARD = ("q1", "q2")
+# Keys of a configuration that are fields of every quantizer alike; scale_rule, element and rounding are build_recipe's.
+_SHARED = (
+    *("block_size", "scale_format", "scale_rounding", "target", "outer", "outer_delay", "target_scale", "arithmetic"),
+)
 
 
 def build_recipe(
@@ -58,10 +56,86 @@ def build_recipe(
     return LinearRecipe(**specs, backward_operands=backward_operands, carrier=carrier)
 
 
+_E4M3 = QuantizerSpec(block_size=16, scale_format="e4m3", outer="pow2")  # NVFP4, its outer scale a power of two
+_UE5M3 = QuantizerSpec(block_size=16, scale_format="ue5m3", outer="pow2", target_scale=448.0, outer_delay=50)
+_EVEN = QuantizerSpec(scale_rule="even")
+_QUARTERS = QuantizerSpec(scale_rule="three_quarter")
+RTN_GAIN = 1.009276  # what rounding to nearest takes from a gradient, as Quartet publishes it
+
+
+def _stochastic(spec: QuantizerSpec) -> QuantizerSpec:
+    return replace(spec, rounding="stochastic")
+
+
+def _square(spec: QuantizerSpec) -> QuantizerSpec:
+    return replace(spec, block_rows=spec.block_size)
+
+
+def _one_weight(spec: QuantizerSpec, **others: Any) -> LinearRecipe:
+    """Square blocks for W, so that both products read one weight; stochastic gradients; q6 reads X, to nearest."""
+    return LinearRecipe(
+        q1=spec,
+        q2=_square(spec),
+        q3=_stochastic(spec),
+        q4=_square(spec),
+        q5=_stochastic(spec),
+        q6=spec,
+        backward_operands="original",
+        **others,
+    )
+
+
+def _quartet(rule: ScaleRule, backward: QuantizerSpec) -> LinearRecipe:
+    """Forward by the standard deviation with a mask for the gradient; both backward products rotated anew each time."""
+    forward = QuantizerSpec(scale_rule=rule, gradient="mask")
+    return LinearRecipe(
+        forward,
+        forward,
+        *[backward] * 4,
+        rotate_output=Rotation(32),
+        rotate_grad_input=Rotation(32, "fresh"),
+        rotate_grad_weight=Rotation(32, "fresh"),
+    )
+
+
 PRESETS: dict[str, LinearRecipe] = {
     "full_precision": build_recipe(()),
     "tetrajet": build_recipe(),
     "microscaling": build_recipe(scale_rule="floor", backward_operands="original", backward="nearest_even"),
+    # 2509.25149: 16 x 16 blocks of W, rotated grad_weight, the last sixth of the blocks left alone.
+    "nvfp4": _one_weight(_E4M3, rotate_grad_weight=Rotation(16, "fixed"), policy=Policy(last=2)),
+    # 2502.20586: the backward pass alone.
+    "mxfp4_tseng": LinearRecipe(
+        **dict.fromkeys(("q3", "q4", "q5", "q6"), _stochastic(_QUARTERS)),
+        backward_operands="original",
+        rotate_grad_input=Rotation(64, "fresh"),
+        rotate_grad_weight=Rotation(64, "fresh"),
+    ),
+    # 2505.14669, as the paper says it and as its code is.
+    "quartet": _quartet("rms_nearest", QuantizerSpec(correction=RTN_GAIN)),
+    "quartet_released": _quartet("rms_floor", _stochastic(_QUARTERS)),
+    # 2510.27527 without outlier channels and the reset of oscillating weights.
+    "tetrajet2": LinearRecipe(
+        _E4M3,
+        _E4M3,
+        *[_stochastic(_E4M3)] * 4,
+        rotate_grad_input=Rotation(16, "fresh"),
+        rotate_grad_weight=Rotation(16, "fresh"),
+    ),
+    # 2505.19115.
+    "fqt": LinearRecipe(
+        q1=_E4M3,
+        q2=_E4M3,
+        q3=_stochastic(_E4M3),
+        q4=_E4M3,
+        q5=_stochastic(_E4M3),
+        q6=_stochastic(_E4M3),
+        backward_operands="original",
+    ),
+    # 2609.02846: no rotation, no layer left alone.
+    "ue5m3": _one_weight(_UE5M3),
+    # AMD's MXFP4 recipe (ALTO).
+    "amd_mxfp4": _one_weight(_EVEN, rotate_grad_weight=Rotation(32, "fixed")),
 }
 
 
@@ -79,12 +153,15 @@ def as_recipe(recipe: LinearRecipe | Int4Recipe | str) -> LinearRecipe | Int4Rec
 
 
 def resolve(quant: Any) -> LinearRecipe | Int4Recipe:
-    """The recipe of the `quant` section of a configuration, by its scheme: none, mx or int4."""
+    """The recipe of the `quant` section of a configuration, by its scheme: none, mx or int4.
+
+    Raises ValueError where its keys do not go together.
+    """
     if quant.scheme == "none":
         return PRESETS["full_precision"]
     if quant.scheme == "int4":
         return Int4Recipe(hadamard=quant.hadamard, sampling=quant.sampling, learned_step=quant.learned_step)
-    return build_recipe(
+    recipe = build_recipe(
         quant.active,
         scale_rule=quant.scale_rule,
         backward_operands=quant.backward_operands,
@@ -92,5 +169,16 @@ def resolve(quant: Any) -> LinearRecipe | Int4Recipe:
         gradient=quant.element.gradient,
         forward=quant.rounding.forward,
         backward=quant.rounding.backward,
-        carrier=quant.carrier,
     )
+    specs = {}
+    for name in recipe.active:
+        shared = {key: getattr(quant, key) for key in _SHARED}
+        own = {} if name not in quant.quantizers else quant.quantizers[name].model_dump(exclude_none=True)
+        specs[name] = replace(getattr(recipe, name), **shared | own)
+    for name in quant.quantizers:
+        if name not in recipe.active:
+            raise ValueError(f"quant.quantizers names {name}, which quant.active does not")
+    rotations = {f"rotate_{product}": Rotation(**given.model_dump()) for product, given in quant.rotation.items()}
+    policy = Policy(quant.policy.first, quant.policy.last, tuple((k, tuple(v)) for k, v in quant.policy.spare.items()))
+    operands = {"weight_operand": quant.weight_operand, "activation_operand": quant.activation_operand}
+    return replace(recipe, **specs, **operands, **rotations, policy=policy, carrier=quant.carrier)

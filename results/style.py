@@ -16,7 +16,9 @@ from record.runlog import CONFIG
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 PRINT = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "legend.frameon": False}
-NAMES = {"full_precision": "full precision", "tetrajet": "TetraJet", "microscaling": "Microscaling", "int4": "INT4"}
+NAMES = {"nvfp4": "NVFP4", "mxfp4_tseng": "MXFP4 of Tseng et al.", "quartet_released": "Quartet as released"}
+NAMES |= {"quartet": "Quartet", "tetrajet2": "TetraJet-v2", "fqt": "FQT", "ue5m3": "UE5M3", "amd_mxfp4": "AMD's MXFP4"}
+NAMES |= {"full_precision": "full precision", "tetrajet": "TetraJet", "microscaling": "Microscaling", "int4": "INT4"}
 NAMES |= {"mx": "MXFP4", "qema": "Q-EMA", "qramping": "Q-Ramping", "dampen": "Dampen", "freeze": "Freeze"}
 DPI = 150
 
@@ -69,7 +71,7 @@ def method_name(cfg: Config) -> str:
 
 def spoken(method: str) -> str:
     """The method as the paper writes it: TetraJet + Q-EMA."""
-    scheme = next(name for name in NAMES if method.startswith(name))
+    scheme = next(name for name in NAMES if method.startswith(name))  # so a name comes before those it begins with
     stabilizer = method.removeprefix(scheme).lstrip("_")
     return NAMES[scheme] + (f" + {NAMES[stabilizer]}" if stabilizer else "")
 

@@ -8,6 +8,7 @@ from quantization import QuantizerSpec
 from quantization.job import E4M3, NOTHING, Job
 
 STREAMS = (3, 5)
+ELEMENTS, PAPER_RULES = ("e2m1", "e3m0"), ("truncation_free", "floor")  # those of the paper, which all forms have
 
 
 def job_of(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bench_design
 import bench_linear
 import bench_operands
 import bench_probe
@@ -29,6 +30,7 @@ from quantization import QuantizerSpec, QuantLinear, fake_quantize
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
 BENCHMARKS = {
+    "design": (bench_design.main, ["--dtypes", "bfloat16", "--points", "nvfp4", "square"]),
     "linear": (bench_linear.main, ["--models", "deit_base", "--layers", "qkv", "fc2"]),
     "operands": (bench_operands.main, ["--layers", "fc2"]),
     "probe": (bench_probe.main, []),
@@ -38,6 +40,7 @@ BENCHMARKS = {
 }
 AXES = ("-1", "0", "both")
 CASES = {  # the variants of every case, the baseline of each
+    "design": [["copy", "nvfp4", "nvfp4 H16", "square", "square H16"]] * 4,
     "linear": [["bf16", "tetrajet", "microscaling"]] * 2,
     "operands": [["copy", "bf16", "fp8"]] * 3 + [["copy", "bf16"]] + [["bf16", "fp8"]] * 3,
     "probe": [["off", "on", "on, last epoch", "ending"]],

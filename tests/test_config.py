@@ -189,7 +189,7 @@ def sections(model: BaseModel) -> Iterator[BaseModel]:
 def test_the_object_is_frozen() -> None:
     cfg = load_config(overrides=["quant.scheme=mx", "stabilizer.kind=qema", "paper={table: 2, row: a, column: b}"])
     all_sections = list(sections(cfg))
-    assert len(all_sections) == 1 + len(SECTIONS) + 2  # quant.element and quant.rounding
+    assert len(all_sections) == 1 + len(SECTIONS) + 3  # quant.element, quant.rounding and quant.policy
     for section in all_sections:
         for name in type(section).model_fields:
             with pytest.raises(ValidationError, match="frozen"):

@@ -266,7 +266,7 @@ def test_every_key_is_recognised_when_misspelt_and_named_when_wrong(key: str, wr
     """The key with one letter too many, and a value of a type that no key has."""
     before = ["paper={table: 2, row: a, column: b}"] if key.startswith("paper.") else kind_of(key)
     assert mistake(None, [*before, f"{key}x=1"]) == f"an override: there is no key {key}x; did you mean {key}?"
-    named = f"{key}.a" if key == "model.kwargs" else key
+    named = f"{key}.a" if key in ("model.kwargs", "quant.quantizers", "quant.rotation", "quant.policy.spare") else key
     assert mistake(None, [*before, f"{key}={{a: {{b: 1}}}}"]).startswith(f"an override: {named} is ")
     text = "{a: {b: 1}}"
     for name in reversed(key.split(".")):

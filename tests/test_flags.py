@@ -13,6 +13,7 @@ from helpers import leaf_types
 
 from config import Config, UserError, flags, iter_keys, load_config, sections_in
 from config.flags import build_parser, parse_flags
+from config.quant import QuantizerConfig
 
 KEYS = {key: field for key, field in iter_keys() if not key.startswith("paper.")}
 TAGS = {"quant": "scheme", "stabilizer": "kind"}
@@ -85,6 +86,14 @@ DEIT = [
     ("--decay-rate 0.5", "schedule.decay_rate", 0.5),
 ]
 # These state what is so without them.
+# Keys that are mappings, and values of theirs.
+NOTHING = dict.fromkeys(QuantizerConfig.model_fields)
+MAPPINGS = {
+    "model.kwargs": {"depth": 3, "act_layer": "relu"},
+    "quant.quantizers": {"q5": {**NOTHING, "rounding": "stochastic"}},
+    "quant.rotation": {"grad_weight": {"size": 16, "signs": "fixed"}},
+    "quant.policy.spare": {"a": ["output"]},
+}
 AS_DEFAULT = ["--model-ema --no-model-ema", "--repeated-aug", "--data-set IMNET", "--pin-mem"]
 
 
@@ -94,7 +103,7 @@ def leaves(cfg: Config) -> dict[str, Any]:
     def walk(mapping: dict[str, Any], prefix: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, value in mapping.items():
-            nested = isinstance(value, dict) and f"{prefix}{name}" != "model.kwargs"
+            nested = isinstance(value, dict) and f"{prefix}{name}" not in MAPPINGS
             found |= walk(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
         return found
 
@@ -136,8 +145,8 @@ def words_for(key: str) -> tuple[list[str], Any]:
         return [choices(key)[1]], choices(key)[1]
     if key == "quant.active":
         return ["q5", "q2"], ("q5", "q2")
-    if key == "model.kwargs":
-        return ["{depth: 3, act_layer: relu}"], {"depth": 3, "act_layer": "relu"}
+    if key in MAPPINGS:
+        return [str(MAPPINGS[key]).replace("'", "").replace("None", "null")], MAPPINGS[key]
     if typing.get_origin(annotation) is Literal:
         other = next(choice for choice in arguments if choice != default)
         return [other], other

@@ -21,12 +21,14 @@ def decode(code: int, exponent_bits: int, mantissa_bits: int, bias: int) -> floa
 def test_magnitudes_are_those_of_the_specification():
     assert FORMATS["e2m1"].magnitudes == (0, 0.5, 1, 1.5, 2, 3, 4, 6)
     assert FORMATS["e3m0"].magnitudes == (0, 0.25, 0.5, 1, 2, 4, 8, 16)
-    assert set(FORMATS) == {"e2m1", "e3m0"}
+    assert FORMATS["e1m2"].magnitudes == (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75)
+    assert set(FORMATS) == {"e2m1", "e3m0", "e1m2"}
 
 
 def test_a_magnitude_stands_at_the_index_of_its_code():
     assert FORMATS["e2m1"].magnitudes == tuple(decode(code, 2, 1, bias=1) for code in range(8))
     assert FORMATS["e3m0"].magnitudes == tuple(decode(code, 3, 0, bias=3) for code in range(8))
+    assert FORMATS["e1m2"].magnitudes == tuple(decode(code, 1, 2, bias=1) for code in range(8))
 
 
 def test_e2m1_has_the_code_points_of_ml_dtypes():

@@ -13,7 +13,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from operand_helpers import job_of
+from operand_helpers import ELEMENTS, job_of
 from test_kernels import (
     DTYPES,
     SPECS,
@@ -98,7 +98,7 @@ def test_a_shadow_gives_the_same_bits_on_this_device_and_on_the_cpu(spec):
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("element", FORMATS)
+@pytest.mark.parametrize("element", ELEMENTS)
 def test_every_bfloat16_of_a_block(element, rounding):
     largest = FORMATS[element].max
     x = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16)
@@ -162,7 +162,7 @@ FORMS = ((DENSE, DENSE), (PACKED, PACKED), (DENSE, PACKED), (PACKED, DENSE))
 def test_both_quantizers_in_one_pass(forward, backward):
     """Every pair of roundings; elements, scale rules, chains, forms and dtypes take turns."""
     turn = ROUNDINGS.index(forward) * len(ROUNDINGS) + ROUNDINGS.index(backward)
-    element, rule = tuple(FORMATS)[turn % 2], ("truncation_free", "floor")[turn // 4 % 2]
+    element, rule = ELEMENTS[turn % 2], ("truncation_free", "floor")[turn // 4 % 2]
     row, column = QuantizerSpec(element, rule, forward), QuantizerSpec(element, rule, backward, axis=0)
     forms, chained, dtype = FORMS[(turn + turn // 4) % 4], bool(turn // 2 % 2), DTYPES[turn % 3]
     for shape in SHAPES:
@@ -179,7 +179,7 @@ def test_both_quantizers_on_odd_shapes(forms):
 
 
 @pytest.mark.parametrize("fp8", FP8, ids=str)
-@pytest.mark.parametrize("element", FORMATS)
+@pytest.mark.parametrize("element", ELEMENTS)
 def test_carried_operands_within_the_window_and_below_it_and_with_blocks_that_are_not_finite(element, fp8):
     rule, chained = (("truncation_free", False), ("floor", True))[FP8.index(fp8)]
     row, column = QuantizerSpec(element, rule), QuantizerSpec(element, rule, "stochastic", axis=0)
@@ -207,7 +207,7 @@ def test_carried_operands_of_odd_shapes():
 
 
 @pytest.mark.parametrize("axis", [-1, 0])
-@pytest.mark.parametrize("element", FORMATS)
+@pytest.mark.parametrize("element", ELEMENTS)
 def test_every_byte_of_codes_under_every_scale_expands_as_in_the_reference(element, axis):
     spec, g = QuantizerSpec(element, axis=axis), torch.Generator().manual_seed(0)
     rows, columns = 1000, 784

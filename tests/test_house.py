@@ -29,7 +29,7 @@ ALLOWED = {
 }
 # The floors of quantization, from below: a module imports those of its own floor and below.
 FLOORS = (
-    ("formats", "noise", "constants", "rotation"),
+    ("words", "formats", "noise", "constants", "rotation", "policy"),
     ("spec",),
     ("job", "recipes"),
     ("backends",),

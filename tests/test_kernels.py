@@ -7,21 +7,18 @@ its own, with TRITON_INTERPRET=1, where the others are. `tests/test_gpu.py` comp
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import itertools
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
-from operand_helpers import job_of
+from interpreter_helpers import Process, assert_passed, interpreting
+from operand_helpers import ELEMENTS, PAPER_RULES, job_of
 
 from quantization import PRESETS, LinearRecipe, QuantizerSpec, build_recipe, fake_quantize
 from quantization.backends import choose, reference
@@ -43,12 +40,12 @@ from quantization.job import (
 )
 from quantization.noise import Noise, uniform
 from quantization.operands import LinearJobs, X, prepare, values_of
-from quantization.spec import QUANTIZERS, ROUNDINGS, SCALE_RULES
+from quantization.spec import QUANTIZERS, ROUNDINGS
 from quantization.stabilizers import qramping
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SPECS = [QuantizerSpec(*choice) for choice in itertools.product(FORMATS, SCALE_RULES, ROUNDINGS, (-1, 0))]
+SPECS = [QuantizerSpec(*choice) for choice in itertools.product(ELEMENTS, PAPER_RULES, ROUNDINGS, (-1, 0))]
 NOISE = Noise(torch.tensor([-123456789123456789, (5 << 32) | 0xFFFFFFF0]), 8 * 47 + 5)  # the low word carries
 # numpy, which computes in the interpreter, warns of Inf and NaN, which some of our tensors hold.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -113,7 +110,7 @@ def by(backend: str) -> Iterator[None]:
 def prepared(x: torch.Tensor, backend: str, *args, shadow: torch.Tensor | None = None, **kwargs) -> Prepared:
     lost = torch.zeros((), dtype=torch.int64, device=x.device)
     with by(backend):
-        *results, sums = prepare(x, job_of(*args, sums=True, **kwargs), noise_on(x.device), shadow, lost)
+        *results, sums, _ = prepare(x, job_of(*args, sums=True, **kwargs), noise_on(x.device), shadow, lost)
     return Prepared(tuple(results), sums, int(lost))
 
 
@@ -184,23 +181,13 @@ SHAPES = ((34, 70), (49, 33), (1, 33), (33, 1), (66, 31), (32, 64))
 if not INTERPRETED:
 
     @functools.cache
-    def begin() -> tuple[subprocess.Popen[bytes], IO[bytes]]:
-        """This file in a process with the interpreter, and what it says. conftest.py begins it before all tests."""
-        output = tempfile.TemporaryFile()  # noqa: SIM115
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        env = {**os.environ, "TRITON_INTERPRET": "1"}
-        root = Path(__file__).parent.parent
-        process = subprocess.Popen(command, cwd=root, env=env, stdout=output, stderr=subprocess.STDOUT)
-        atexit.register(process.kill)
-        return process, output
+    def begin() -> Process:
+        """This file in a process with the interpreter. conftest.py begins it before all tests."""
+        return interpreting(__file__)
 
     def test_in_the_interpreter():
         pytest.importorskip("triton")
-        process, output = begin()
-        code = process.wait(600)
-        output.seek(0)
-        said = output.read().decode()
-        assert code == 0 and " passed" in said, said[-7000:]
+        assert_passed(begin())
 
     def test_cpu_tensors_need_the_interpreter():
         pytest.importorskip("triton")
@@ -321,7 +308,7 @@ else:
             assert choose.backend_of_job(x, job_of(row, column, (DENSE, DENSE), x.dtype)) is reference
         assert differing_operands(x, row, column, (DENSE, DENSE), torch.float32) == 0
 
-    PAIRS = list(itertools.product(FORMATS, SCALE_RULES, ROUNDINGS, ROUNDINGS))
+    PAIRS = list(itertools.product(ELEMENTS, PAPER_RULES, ROUNDINGS, ROUNDINGS))
     FORMS = ((DENSE, DENSE), (PACKED, PACKED), (DENSE, PACKED), (PACKED, DENSE))
 
     @pytest.mark.parametrize("pair", PAIRS, ids="/".join)
@@ -360,7 +347,7 @@ else:
     def test_every_code_under_every_scale_expands_to_its_number():
         """And those next to the ends of a matrix of odd sides, along both axes; codes of no matrix we made."""
         g = torch.Generator().manual_seed(0)
-        for element, axis, (rows, columns) in itertools.product(FORMATS, (-1, 0), ((256, 33), (33, 257), (1, 1))):
+        for element, axis, (rows, columns) in itertools.product(ELEMENTS, (-1, 0), ((256, 33), (33, 257), (1, 1))):
             spec = QuantizerSpec(element, axis=axis)
             codes = torch.randint(256, codes_shape(rows, columns), generator=g, dtype=torch.uint8)
             scales = torch.arange(512).to(torch.uint8).flip(0)
@@ -371,11 +358,11 @@ else:
                 assert unequal(*(expanded(packed, backend, dtype) for backend in ("triton", "reference"))) == 0
 
     @pytest.mark.parametrize("fp8", [E4M3, E5M2], ids=str)
-    @pytest.mark.parametrize("element", FORMATS)
+    @pytest.mark.parametrize("element", ELEMENTS)
     def test_carried_operands_within_the_window(element, fp8):
         roundings = (("nearest_even", "stochastic"), ("stochastic", "stochastic"), ("nearest_away", "nearest_up"))
         for turn, (forward, backward) in enumerate(roundings):
-            rule = SCALE_RULES[turn % 2]
+            rule = PAPER_RULES[turn % 2]
             row, column = QuantizerSpec(element, rule, forward), QuantizerSpec(element, rule, backward, axis=0)
             for chained in (False, True):
                 x = within_window(SHAPES[turn], DTYPES[turn])
@@ -401,7 +388,7 @@ else:
         assert torch.equal(*factors)
 
     @pytest.mark.parametrize("fp8", [E4M3, E5M2], ids=str)
-    @pytest.mark.parametrize("element", FORMATS)
+    @pytest.mark.parametrize("element", ELEMENTS)
     def test_blocks_below_the_window_are_counted(element, fp8):
         top, lowest = window(FORMATS[element], fp8)
         octaves = top - lowest + 1

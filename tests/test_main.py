@@ -250,13 +250,16 @@ KEY_FLAGS = """
 --run.device --run.amp --run.compile --run.grad_checkpointing --run.cuda_graphs --run.eval --run.resume
 --run.finetune --run.use_ema --run.save_every
 --run.log_every --quant.carrier --probes --probes.enabled --probes.steps --probes.every --probes.block --probes.images
---probes.trajectories
+--probes.trajectories --probes.quantizers --quant.weight_operand --quant.activation_operand --quant.block_size
+--quant.scale_format --quant.scale_rounding --quant.target --quant.outer --quant.outer_delay --quant.target_scale
+--quant.arithmetic --quant.quantizers --quant.rotation --quant.policy.first --quant.policy.last --quant.policy.spare
 """
 SWITCHES = """
 --unscale-lr --optim.unscale_lr --schedule.warmup_prefix --ThreeAugment --aug.three_augment --bce-loss --loss.bce
 --model-ema --model_ema.enabled --pin-mem --data.pin_mem --compile --run.compile --cuda-graphs --grad-checkpointing
 --run.grad_checkpointing --use-ema --run.use_ema
 --run.cuda_graphs --eval --run.eval --quant.hadamard --quant.sampling --quant.learned_step --probes --probes.enabled
+--probes.quantizers
 """
 
 

@@ -44,7 +44,7 @@ def assert_compiled_equals_eager(make, shape: tuple[int, ...], autocast: bool) -
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("carrier", ["bf16", "fp8"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["full_precision", "tetrajet", "microscaling"])  # others: test_methods.py
 def test_a_compiled_layer_is_one_graph_and_gives_the_bits_of_eager(preset, carrier, bias, autocast):
     recipe = dataclasses.replace(PRESETS[preset], carrier=carrier)
 
@@ -101,7 +101,7 @@ def test_the_custom_op_prepare_is_what_it_is_declared_to_be(forms):
     ]
     for x, sums in ((numbers(70, 33), True), (numbers(16, 32, dtype=torch.bfloat16), False)):
         job = job_of(*specs, forms, torch.bfloat16, chained=True, sums=sums)
-        arguments = (x, None, NOISE.state, NOISE.stream, None, job.text)
+        arguments = (x, None, NOISE.state, NOISE.stream, None, None, job.text)
         torch.library.opcheck(torch.ops.mxfp4.prepare.default, arguments, **OPCHECKS)
 
 

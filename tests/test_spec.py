@@ -7,10 +7,11 @@ import typing
 import pytest
 
 from config import UserError, iter_keys, load_config
-from quantization.formats import FORMATS
+from quantization.formats import FORMATS, SCALE_FORMATS
 from quantization.layers.int4 import Int4Recipe
 from quantization.recipes import PRESETS, build_recipe, resolve
-from quantization.spec import QUANTIZERS, LinearRecipe, QuantizerSpec
+from quantization.spec import LinearRecipe, QuantizerSpec
+from quantization.words import QUANTIZERS, SCALE_RULES
 
 AXES = {"q1": -1, "q2": -1, "q3": -1, "q4": 0, "q5": 0, "q6": 0}  # of the stored tensor: SPEC, section 1
 
@@ -31,7 +32,8 @@ def spelled_out(names, forward, backward, scale_rule, operands, xw="e2m1", gradi
 
 def test_defaults_of_a_quantizer_are_those_of_the_public_interface():
     spec = QuantizerSpec()
-    assert dataclasses.astuple(spec) == ("e2m1", "truncation_free", "nearest_even", -1, 32)
+    assert dataclasses.astuple(spec)[:5] == ("e2m1", "truncation_free", "nearest_even", -1, 32)
+    assert spec.plain and spec.text == "e2m1/truncation_free/nearest_even/-1/32"
 
 
 def test_preset_tetrajet_is_its_definition():
@@ -83,8 +85,11 @@ def test_specs_and_recipes_are_frozen_equal_by_value_and_hashable():
 @pytest.mark.parametrize(
     ("kwargs", "expected"),
     [
-        ({"element": "e4m3"}, "element must be one of e2m1, e3m0; got 'e4m3'"),
-        ({"scale_rule": "ceil"}, "scale_rule must be one of truncation_free, floor; got 'ceil'"),
+        ({"element": "e4m3"}, "element must be one of e2m1, e3m0, e1m2; got 'e4m3'"),
+        (
+            {"scale_rule": "ceil"},
+            f"scale_rule must be one of {', '.join(SCALE_RULES)}; got 'ceil'",
+        ),
         ({"rounding": "nearest"}, "rounding must be one of nearest_even, nearest_away, nearest_up, stochastic"),
         ({"axis": 0.0}, "axis must be an integer; got 0.0"),
         ({"axis": None}, "axis must be an integer; got None"),
@@ -224,13 +229,21 @@ def taken_by(cls, name, values):
         ("quant.scale_rule", QuantizerSpec, "scale_rule"),
         ("quant.backward_operands", LinearRecipe, "backward_operands"),
         ("quant.carrier", LinearRecipe, "carrier"),
+        ("quant.weight_operand", LinearRecipe, "weight_operand"),
+        ("quant.activation_operand", LinearRecipe, "activation_operand"),
+        ("quant.scale_rounding", QuantizerSpec, "scale_rounding"),
+        ("quant.outer", QuantizerSpec, "outer"),
+        ("quant.arithmetic", QuantizerSpec, "arithmetic"),
+        ("quant.scale_format", QuantizerSpec, "scale_format"),
     ],
 )
 def test_a_key_has_the_choices_of_its_quantizer(key, cls, name):
     choices = set(typing.get_args(dict(iter_keys())[key].annotation))
     hint = typing.get_type_hints(cls)[name]
-    known = set(FORMATS) if name == "element" else set(typing.get_args(hint))
-    assert choices == known == taken_by(cls, name, choices | known | {"another", ""})
+    known = {"element": set(FORMATS), "scale_format": set(SCALE_FORMATS)}.get(name) or set(typing.get_args(hint))
+    assert choices == known
+    alone = {"scale_rounding": {"nearest"}, "outer": {"none"}, "arithmetic": {"exact"}}  # the rest needs other scales
+    assert taken_by(cls, name, choices | known | {"another", ""}) == alone.get(name, known)
 
 
 def test_the_quantizers_that_a_configuration_can_name_are_those_of_a_recipe():

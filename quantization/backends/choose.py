@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from types import ModuleType
 
 import torch
@@ -16,6 +17,7 @@ from quantization.spec import QuantizerSpec
 BACKENDS = ("auto", "reference", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IN_LAYERS = "auto"  # the backend of what layers do
+SLOW = "some quantizers of this recipe have no kernel: the reference computes them on the GPU, to the same bits, slowly"
 
 
 @functools.cache
@@ -43,7 +45,8 @@ def backend_of_tensor(x: Tensor, spec: QuantizerSpec, backend: str) -> ModuleTyp
     if backend == "auto":
         return reference
     raise ValueError(
-        f"the Triton kernel has no blocks of {spec.block_size} along axis {spec.axis} of a tensor of rank {x.dim()}; "
+        f"the Triton kernels have no {spec} in blocks of {spec.block_size} along axis {spec.axis} of a tensor of rank "
+        f"{x.dim()}; "
         "use backend='auto' or 'reference'"
     )
 
@@ -51,11 +54,13 @@ def backend_of_tensor(x: Tensor, spec: QuantizerSpec, backend: str) -> ModuleTyp
 @functools.lru_cache(maxsize=1024)
 def _on_gpu(job: Job | QuantizerSpec) -> bool:
     """Whether the kernels serve a matrix on a GPU."""
-    specs = (job.row, job.column) if isinstance(job, Job) else (job,)
     try:
-        return all(_kernels().serves(spec) for spec in specs if spec is not None)
+        serves = _kernels().serves_job(job) if isinstance(job, Job) else _kernels().serves(job)
     except ImportError:
         return False
+    if not serves:
+        warnings.warn(SLOW, stacklevel=2)  # shown once, for it is always the same
+    return serves
 
 
 def _backend(x: Tensor, job: Job | QuantizerSpec) -> ModuleType:

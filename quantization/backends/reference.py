@@ -18,35 +18,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quantization.backends.scales import (
+    Scales,
+    binade,
+    inverse,
+    largest_of,
+    power_of_two,
+    scale_exponent,
+    scales_of,
+    significand,
+)
 from quantization.constants import constant
-from quantization.formats import SCALE_MAX, SCALE_MIN, ElementFormat
-from quantization.job import DENSE, FP8_MULTIPLE, PACKED, Carried, Dense, Job, Packed, Prepared
-from quantization.noise import Noise, uniform
-from quantization.spec import QuantizerSpec, Rounding, ScaleRule
+from quantization.formats import ElementFormat
+from quantization.job import DENSE, FP8_MULTIPLE, PACKED, SCALED, Carried, Dense, Job, Packed, Prepared, Scaled
+from quantization.noise import WORD, Noise, uniform
+from quantization.rotation import rotate
+from quantization.spec import QuantizerSpec
+from quantization.words import Rounding
 
-_MANTISSA_BITS = 23
-_EXPONENT_BIAS = 127
-
-
-def scale_exponent(block_max: Tensor, fmt: ElementFormat, scale_rule: ScaleRule) -> Tensor:
-    """The exponent s of a block's scale S = 2^s from its largest magnitude M (float32, finite): int32, M's shape.
-
-    floor:            s = floor(log2 M) - emax                              (paper, equation 2)
-    truncation_free:  s = the smallest integer with M <= max * 2^s          (paper, section 3.2)
-    """
-    bits = block_max.view(torch.int32)
-    exponent = (bits >> _MANTISSA_BITS) - _EXPONENT_BIAS  # subnormals count as -127, which the clamp below settles
-    s = exponent - fmt.emax
-    if scale_rule == "truncation_free":
-        mantissa = bits & ((1 << _MANTISSA_BITS) - 1)
-        s = s + (mantissa > round((fmt.max_significand - 1) * (1 << _MANTISSA_BITS))).int()
-    return s.clamp(SCALE_MIN, SCALE_MAX)
-
-
-def power_of_two(n: Tensor) -> Tensor:
-    """2^n in float32 for integers n in [-127, 127], exact: written as bits. 2^-127 is a subnormal number."""
-    normal = (n + _EXPONENT_BIAS) << _MANTISSA_BITS
-    return torch.where(n > -127, normal, 1 << (_MANTISSA_BITS - 1)).view(torch.float32)
+_BLOCKS = 2**31  # the draws of scales are those of rows from this one on: no matrix has so many
 
 
 class Neighbours(NamedTuple):
@@ -65,15 +55,18 @@ def magnitudes_of(fmt: ElementFormat, device: torch.device) -> Tensor:
     return constant(fmt.magnitudes, device)
 
 
-def neighbours(magnitude: Tensor, fmt: ElementFormat) -> Neighbours:
-    """The neighbours on the grid of magnitudes (float32) that do not exceed the largest one."""
+def neighbours(magnitude: Tensor, fmt: ElementFormat, unit: Tensor | None = None) -> Neighbours:
+    """The neighbours on the grid of magnitudes (float32) that do not exceed the largest one.
+
+    unit: what the grid is multiplied by, exactly: the scales of blocks (1 in the last dimension); None for 1.
+    """
     grid = magnitudes_of(fmt, magnitude.device)
     lower_code = torch.zeros_like(magnitude, dtype=torch.int32)
     for value in fmt.magnitudes[1:]:
-        lower_code += magnitude >= value
+        lower_code += magnitude >= (value if unit is None else value * unit)
     upper_code = (lower_code + 1).clamp(max=len(fmt.magnitudes) - 1)
     lower, upper = (grid.index_select(0, code.flatten()).view(code.shape) for code in (lower_code, upper_code))
-    return Neighbours(lower_code, lower, upper)
+    return Neighbours(lower_code, lower, upper) if unit is None else Neighbours(lower_code, lower * unit, upper * unit)
 
 
 def rounds_up(
@@ -81,7 +74,8 @@ def rounds_up(
 ) -> Tensor:
     """Whether each latent value x / S (float32) takes the neighbour of larger magnitude: bool, its shape.
 
-    Stochastic rounding adds `u`, draws in (0, 1), to the place between the neighbours. With `shadow`, the shadow
+    Or each x, between neighbours that are multiplied by S. Stochastic rounding adds `u`, draws in (0, 1), to the place
+    between the neighbours: up where target - lower > (1 - u) gap, both of which are exact. With `shadow`, the shadow
     weight divided by the same S, this is Algorithm 1 (Q-EMA): the shadow is rounded instead of the weight, but to one
     of the weight's two neighbours.
     """
@@ -89,8 +83,7 @@ def rounds_up(
     target = latent.abs() if shadow is None else torch.where(torch.signbit(latent), -shadow, shadow)
     target = target.clamp(lower, upper)
     if rounding == "stochastic":
-        gap = torch.where(upper > lower, upper - lower, 1.0)
-        return (target - lower) / gap > 1 - u
+        return target - lower > (1 - u) * (upper - lower)
     midpoint = (lower + upper) / 2
     if rounding == "nearest_away":
         return target >= midpoint
@@ -107,60 +100,177 @@ def in_fixed_point(latent: Tensor, fmt: ElementFormat) -> Tensor:
 
 
 class Blocks(NamedTuple):
-    """A tensor cut into blocks along one axis, and what is needed to put it together again."""
+    """A tensor cut into blocks, and what is needed to put it together again."""
 
-    values: Tensor  # (..., number of blocks, block size), the last block padded with zeros
-    length: int  # of the axis before padding
-
-
-def to_blocks(x: Tensor, axis: int, block_size: int) -> Blocks:
-    moved = x.movedim(axis, -1)
-    length = moved.shape[-1]
-    padded = F.pad(moved, (0, -length % block_size))
-    return Blocks(padded.unflatten(-1, (-1, block_size)).to(torch.float32), length)
+    values: Tensor  # (..., number of blocks, elements of a block), blocks at the end padded with zeros
+    shape: torch.Size  # of the tensor, the axis of blocks moved to the end
 
 
-def from_blocks(blocks: Blocks, axis: int) -> Tensor:
-    return blocks.values.flatten(-2)[..., : blocks.length].movedim(-1, axis).contiguous()
+def to_blocks(x: Tensor, spec: QuantizerSpec) -> Blocks:
+    """In float32. Square blocks are cut from matrices alone."""
+    moved, size, rows = x.movedim(spec.axis, -1), spec.block_size, spec.block_rows
+    across = (0, -moved.shape[-2] % rows) if rows > 1 else ()
+    padded = F.pad(moved, (0, -moved.shape[-1] % size, *across))
+    values = padded.unflatten(-1, (-1, size))
+    if rows > 1:
+        values = values.unflatten(-3, (-1, rows)).movedim(-3, -2).flatten(-2)
+    return Blocks(values.to(torch.float32), moved.shape)
+
+
+def from_blocks(blocks: Blocks, spec: QuantizerSpec) -> Tensor:
+    """Undo `to_blocks`, of values of any dtype."""
+    values, shape = blocks
+    if spec.block_rows > 1:
+        values = values.unflatten(-1, (spec.block_rows, spec.block_size)).movedim(-2, -3).flatten(-4, -3)
+        values = values[..., : shape[-2], :, :]
+    return values.flatten(-2)[..., : shape[-1]].movedim(-1, spec.axis).contiguous()
 
 
 def block_exponents(values: Tensor, spec: QuantizerSpec) -> tuple[Tensor, Tensor]:
     """The exponent s of each block's scale (int32) and whether the block is finite, s being that of 1 where it is not.
 
-    `values` (float32) has blocks in its last dimension, which the results keep with size 1.
+    `values` (float32) has blocks in its last dimension, which the results keep with size 1. For powers of two by a rule
+    of the largest magnitude.
     """
     block_max = values.abs().amax(dim=-1, keepdim=True)
     finite = torch.isfinite(block_max)
     return scale_exponent(torch.where(finite, block_max, 1.0), spec.format, spec.scale_rule), finite
 
 
-def block_scales(x: Tensor, spec: QuantizerSpec) -> Tensor:
-    """The scale S of each element's block, in float32 and x's shape. The values must be finite."""
-    blocks = to_blocks(x.detach(), spec.axis, spec.block_size)
-    s, _ = block_exponents(blocks.values, spec)
-    return from_blocks(Blocks(power_of_two(s).expand_as(blocks.values), blocks.length), spec.axis)
+def amax_of(x: Tensor, spec: QuantizerSpec) -> Tensor | None:
+    """A of a tensor, where the spec has an outer scale."""
+    return None if spec.outer == "none" else largest_of(x)
 
 
-def quantize(x: Tensor, spec: QuantizerSpec, noise: Noise | None = None, shadow: Tensor | None = None) -> Tensor:
-    """Quantize a non-empty tensor in blocks along `spec.axis` and dequantize it, in its own dtype (equation 1)."""
-    fmt, rounding, axis, block_size = spec.format, spec.rounding, spec.axis, spec.block_size
-    blocks = to_blocks(x, axis, block_size)
-    shadow_blocks = None if shadow is None else to_blocks(shadow, axis, block_size).values
-    u = to_blocks(uniform(x.shape, noise), axis, block_size).values if spec.stochastic else None
+def block_scales(x: Tensor, spec: QuantizerSpec, amax: Tensor | None = None) -> Tensor:
+    """The scale S of each element's block, its factors included, in float32 and x's shape. The values must be finite.
 
-    s, finite = block_exponents(blocks.values, spec)
+    Where a block is all zeros by underflow of its scale S is 0. Raises ValueError for a stochastic scale.
+    """
+    if spec.scale_rounding == "stochastic":
+        raise ValueError("a block has no one scale where scales are rounded stochastically")
+    x = x.detach()
+    blocks = to_blocks(x, spec)
+    scales = scales_of(blocks.values, spec, amax_of(x, spec) if amax is None else amax)
+    scale = _times(scales.scale, _factor(spec, scales, x.device))
+    return from_blocks(Blocks(scale.expand_as(blocks.values), blocks.shape), spec)
+
+
+def block_latents(x: Tensor, spec: QuantizerSpec, amax: Tensor | None = None) -> Tensor:
+    """x over the scale of each element's block: float32, x's shape; NaN in blocks that are not finite."""
+    blocks = to_blocks(x, spec)
+    scales = scales_of(blocks.values, spec, amax_of(x, spec) if amax is None else amax)
+    if _in_units_of_scale(spec):
+        latent = torch.where(scales.scale == 0, 0.0, blocks.values / scales.scale)
+    else:
+        latent = _latent(blocks.values, spec, scales)
+    return from_blocks(Blocks(latent.masked_fill(~scales.finite, torch.nan), blocks.shape), spec)
+
+
+def _factor(spec: QuantizerSpec, scales: Scales, device: torch.device) -> Tensor | None:
+    """What results are to be multiplied by beside S (float32 scalar); None for 1."""
+    own = None if spec.factor == 1 else constant((spec.factor,), device).squeeze(0)
+    return own if scales.outer is None else _times(scales.outer, own)
+
+
+def _times(values: Tensor, factor: Tensor | None) -> Tensor:
+    return values if factor is None else values * factor
+
+
+class Quantized(NamedTuple):
+    """A quantized tensor: `values` (float32, x's shape, exact but for fp32 scales) times `factor` (None for 1).
+
+    finite: whether the element's block is (bool). inside: where asked for, whether the element was not beyond the
+    largest magnitude, or its block is not finite.
+    """
+
+    values: Tensor
+    finite: Tensor
+    factor: Tensor | None
+    inside: Tensor | None = None
+
+
+def quantized(
+    x: Tensor,
+    spec: QuantizerSpec,
+    noise: Noise | None = None,
+    shadow: Tensor | None = None,
+    amax: Tensor | None = None,
+    *,
+    inside: bool = False,
+) -> Quantized:
+    """Quantize a non-empty tensor in blocks along `spec.axis` (equation 1).
+
+    amax: A of the outer scale; None for that of x.
+    """
+    fmt = spec.format
+    blocks = to_blocks(x, spec)
+    shadow_blocks = None if shadow is None else to_blocks(shadow, spec).values
+    u = to_blocks(uniform(x.shape, noise), spec).values if spec.stochastic else None
+    u_scale = None
+    if spec.scale_rounding == "stochastic":
+        count = blocks.values.shape[:-1].numel()
+        u_scale = uniform((count, 1), noise, _BLOCKS).view(*blocks.values.shape[:-1], 1)
+
+    scales = scales_of(blocks.values, spec, amax_of(x, spec) if amax is None else amax, u_scale)
+    finite = scales.finite
     if shadow_blocks is not None:
         finite = finite & torch.isfinite(shadow_blocks).all(dim=-1, keepdim=True)
-    to_latent = power_of_two(-s)
 
-    latent = blocks.values * to_latent
-    if spec.stochastic:
+    latent, shadow_latent = (_latent(values, spec, scales) for values in (blocks.values, shadow_blocks))
+    unit = significand(scales.scale) if _in_units_of_scale(spec) else None
+    if spec.stochastic and spec.power_of_two:
         latent = in_fixed_point(latent, fmt)
-    pair = neighbours(latent.abs().clamp(max=fmt.max), fmt)  # the clamp saturates; only the floor rule needs it
-    up = rounds_up(latent, pair, rounding, u=u, shadow=None if shadow_blocks is None else shadow_blocks * to_latent)
-    values = (torch.copysign(torch.where(up, pair.upper, pair.lower), latent) * power_of_two(s)).to(x.dtype)
-    values = values.masked_fill(~finite, torch.nan)  # after the cast: devices differ in the NaN they cast a NaN to
-    return from_blocks(Blocks(values, blocks.length), axis)
+    # The clamp saturates; a truncation-free scale does not need it.
+    largest = fmt.max if unit is None else fmt.max * unit
+    pair = neighbours(latent.abs().clamp(max=largest), fmt, unit)
+    up = rounds_up(latent, pair, spec.rounding, u=u, shadow=shadow_latent)
+    values = torch.copysign(torch.where(up, pair.upper, pair.lower), latent)
+    values = values * (scales.scale if unit is None else binade(scales.scale))
+    values = torch.where(scales.scale == 0, torch.copysign(torch.zeros_like(latent), latent), values)
+    within = from_blocks(Blocks((latent.abs() < largest) | ~finite, blocks.shape), spec) if inside else None
+    return Quantized(
+        from_blocks(Blocks(values, blocks.shape), spec),
+        from_blocks(Blocks(finite.expand_as(values), blocks.shape), spec),
+        _factor(spec, scales, x.device),
+        within,
+    )
+
+
+def _in_units_of_scale(spec: QuantizerSpec) -> bool:
+    """Whether numbers are rounded among multiples of S, which are exact, and not divided by S.
+
+    Both over the power of two in S, so that no multiple leaves float32.
+    """
+    return not spec.power_of_two and spec.arithmetic == "exact" and spec.scale.fraction is not None
+
+
+def _latent(values: Tensor | None, spec: QuantizerSpec, scales: Scales) -> Tensor | None:
+    """What is rounded: x / S, or x over the power of two in S."""
+    if values is None:
+        return None
+    if _in_units_of_scale(spec):
+        return values * inverse(binade(scales.scale))
+    if spec.power_of_two:
+        latent = values * inverse(scales.scale)
+        return latent * 0.75 if spec.scale_rule == "three_quarter" else latent
+    if spec.arithmetic == "te":
+        return values * scales.divisor
+    divisor = scales.scale if scales.divisor is None else scales.divisor
+    return values / torch.where(divisor == 0, 1.0, divisor)
+
+
+def quantize(
+    x: Tensor,
+    spec: QuantizerSpec,
+    noise: Noise | None = None,
+    shadow: Tensor | None = None,
+    amax: Tensor | None = None,
+) -> Tensor:
+    """Quantize a non-empty tensor and dequantize it, in its own dtype (equation 1)."""
+    result = quantized(x, spec, noise, shadow, amax)
+    values = _times(result.values, result.factor).to(x.dtype)
+    return values.masked_fill(~result.finite, torch.nan)  # after the cast: devices differ in the NaN they cast a NaN to
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,9 +283,9 @@ SCALE_BIAS, NAN_SCALE = 127, 255
 def scale_codes(x: Tensor, spec: QuantizerSpec, shadow: Tensor | None = None) -> Tensor:
     """The E8M0 codes s + 127 of a matrix's blocks, 255 where one is not finite: uint8, a row for each number a block
     has along `spec.axis`."""
-    s, finite = block_exponents(to_blocks(x, spec.axis, spec.block_size).values, spec)
+    s, finite = block_exponents(to_blocks(x, spec).values, spec)
     if shadow is not None:
-        shadow_blocks = to_blocks(shadow, spec.axis, spec.block_size).values
+        shadow_blocks = to_blocks(shadow, spec).values
         finite = finite & torch.isfinite(shadow_blocks).all(dim=-1, keepdim=True)
     return torch.where(finite, s + SCALE_BIAS, NAN_SCALE).to(torch.uint8).squeeze(-1).t().contiguous()
 
@@ -217,26 +327,64 @@ def unpack(packed: Packed) -> Tensor:
 
 
 def prepare(
-    x: Tensor, job: Job, noise: Noise | None = None, shadow: Tensor | None = None, lost: Tensor | None = None
+    x: Tensor,
+    job: Job,
+    noise: Noise | None = None,
+    shadow: Tensor | None = None,
+    lost: Tensor | None = None,
+    held: Tensor | None = None,
 ) -> Prepared:
     """Quantize a matrix as a job says; see operands/prepare.py. `shadow` is for the first quantizer there is."""
     x_float32 = x.float()  # what leaves float16's range in between is no matter of the results
-    source, operands = x_float32, []
+    source, operands, inside = x_float32, [], None
     shift = _shift_into_window(x, job) if job.carried else None
-    for (spec, form), stream in zip(job.uses, (job.row_stream, job.column_stream), strict=True):
+    sides = zip(job.uses, (job.row_stream, job.column_stream), (job.row_turn, job.column_turn), (-1, 0), strict=True)
+    for place, ((spec, form), stream, turn, axis) in enumerate(sides):
+        turned = source if turn is None else rotate(source, axis, turn, noise)
+        if shadow is not None and turn is not None:
+            shadow = rotate(shadow, axis, turn, noise)
         if spec is None:
-            operands.append(None)
+            operands.append(Dense(turned.to(job.dtype)) if form == DENSE else None)
+            source = turned if job.chained else x_float32
             continue
-        own = Noise(noise.state, noise.stream + stream) if spec.stochastic else None
-        values = quantize(source, spec, own, shadow) if x.numel() else source.clone()
-        if form == DENSE:
-            operands.append(Dense(values.to(job.dtype)))
+        own = Noise(noise.state, noise.stream + stream) if spec.draws else None
+        if x.numel():
+            amax = held_amax(turned, spec, noise, None if held is None else held[place])
+            result = quantized(turned, spec, own, shadow, amax, inside=job.mask and place == 0)
+            values = result.values.masked_fill(~result.finite, torch.nan)
         else:
-            scales = scale_codes(source, spec, shadow)
+            result, values = Quantized(turned, turned, None, turned.bool()), turned.clone()
+        inside = result.inside if place == 0 else inside
+        factor = result.factor
+        if form == SCALED:
+            one = torch.ones((), device=x.device)
+            own = one if factor is None else factor.expand(()).clone()
+            operands.append(Scaled(values.to(job.dtype), own, spec.known_factor))
+        elif form == DENSE:
+            operands.append(Dense(_times(values, factor).to(job.dtype)))
+        else:
+            scales = scale_codes(turned, spec, shadow)
             packed = Packed(pack(values, scales, spec), scales, spec, x.shape[1])
             operands.append(packed if form == PACKED else _carry(packed, job, shift, lost))
-        source, shadow = values if job.chained else x_float32, None
-    return Prepared(*operands, x.sum(0, dtype=torch.float32) if job.sums else None)
+        source, shadow = _times(values, factor) if job.chained else x_float32, None
+    return Prepared(*operands, x.sum(0, dtype=torch.float32) if job.sums else None, inside if job.mask else None)
+
+
+def held_amax(x: Tensor, spec: QuantizerSpec, noise: Noise | None, held: Tensor | None) -> Tensor | None:
+    """A of a matrix's outer scale; with a delay, of the matrix at the latest position of the run that it divides.
+
+    held: A as it was (float32 scalar, 0 for none yet), which is renewed where it is time, or None.
+    """
+    amax = amax_of(x, spec)
+    return amax if amax is None or held is None or not spec.outer_delay else hold(amax, spec, noise, held)
+
+
+def hold(amax: Tensor, spec: QuantizerSpec, noise: Noise, held: Tensor) -> Tensor:
+    """A to be used: that of the present matrix where `held` is to be renewed, which this does, else `held`."""
+    position = (noise.state[1] >> 32) & WORD
+    amax = torch.where((position % spec.outer_delay == 0) | (held == 0), amax, held)
+    held.copy_(amax)
+    return amax
 
 
 def _shift_into_window(x: Tensor, job: Job) -> Tensor:

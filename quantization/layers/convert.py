@@ -37,6 +37,7 @@ def convert_linears(
 
     Args:
         recipe: a LinearRecipe makes QuantLinear layers, an Int4Recipe makes Int4Linear layers; or the name of a preset.
+            Layers that its policy spares altogether stay as they are, others have those products in high precision.
         names: qualified names of the layers; None takes qkv, proj, fc1 and fc2 of every transformer block and leaves
             patch embedding, patch merging, norms and head in full precision. A layer that several places of the model
             share is replaced in all of them.
@@ -67,6 +68,13 @@ def convert_linears(
         raise ValueError("the model is itself a linear layer; use QuantLinear.from_linear")
     ids = {id(places[name]) for name in wanted}
     converted = [name for name, module in places.items() if id(module) in ids]
+    recipes = dict.fromkeys(converted, recipe)
+    if isinstance(recipe, LinearRecipe):
+        spared = recipe.policy.spared(converted)
+        recipes = {name: recipe.without(off) if off else recipe for name, off in spared.items()}
+        converted = [name for name in converted if recipes[name].active or recipes[name].rotated or not recipe.active]
+        if not converted:
+            raise ValueError("policy spares every layer")
     for name in converted:
         _refuse_own_class(name, places[name])
     if unused := never_called(model, converted):
@@ -86,7 +94,7 @@ def convert_linears(
     for name in converted:
         linear = places[name]
         if id(linear) not in made:
-            quant = made[id(linear)] = kind._take_over(linear, recipe)
+            quant = made[id(linear)] = kind._take_over(linear, recipes[name])
             for hooks in _HOOKS:
                 setattr(quant, hooks, getattr(linear, hooks))
             # The number of a layer is its place among all linear layers, so it does not depend on which are converted.

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantization.backends.reference import quantize
+from quantization.backends.scales import largest_of
 from quantization.layers.clock import NoiseClock, NoisyLinear
 from quantization.layers.linear_fn import Call, QuantLinearFunction
 from quantization.noise import STREAMS_PER_LAYER
 from quantization.operands import LinearJobs
 from quantization.quantize import fake_quantize
 from quantization.recipes import as_recipe
+from quantization.rotation import Turn, rotate, rotate_back
 from quantization.spec import LinearRecipe
 
 
@@ -25,7 +30,12 @@ class QuantLinear(NoisyLinear):
         shadow: shadow weight (C x D, float32) that decides q2's rounding (Q-EMA), or None.
         blocks_below_window: with the fp8 carrier, how many blocks of training passes it could not hold exactly (int64,
             on the device, see operands/forms.py); else None.
+        held: with delayed outer scales, the largest magnitudes they hang from, of both quantizers of X, W and G (3, 2,
+            float32, 0 for none yet), saved with the model; else None.
+        observer: is told what quantizers read, see Call; mostly None.
     """
+
+    observer: Callable[..., None] | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: LinearRecipe | str) -> QuantLinear:
@@ -53,6 +63,8 @@ class QuantLinear(NoisyLinear):
         if recipe.carrier == "fp8":
             counter = torch.zeros((), dtype=torch.int64, device=linear.weight.device)
         quant.register_buffer("blocks_below_window", counter, persistent=False)
+        held = torch.zeros(3, 2, device=linear.weight.device) if quant.jobs.delayed else None
+        quant.register_buffer("held", held)
         return quant.train(linear.training)
 
     @property
@@ -63,18 +75,55 @@ class QuantLinear(NoisyLinear):
         """(..., D) -> (..., C) for an input of any rank."""
         if not self.jobs.active:
             return F.linear(x, self.weight, self.bias)
-        call = Call(self.jobs, STREAMS_PER_LAYER * self.layer, torch.is_grad_enabled())
+        call = Call(self.jobs, STREAMS_PER_LAYER * self.layer, torch.is_grad_enabled(), self.observer)
         lost = self.blocks_below_window if self.training else None
-        return QuantLinearFunction.apply(x, self.weight, self.bias, call, self.draw_noise(), self.shadow, lost)
+        held = self.held if self.held is None or self.training else self.held.clone()  # evaluation renews none
+        return QuantLinearFunction.apply(x, self.weight, self.bias, call, self.draw_noise(), self.shadow, lost, held)
+
+    @property
+    def weight_turn(self) -> Turn | None:
+        """The rotation of the weight before q2."""
+        return self.jobs.turn("output", self.in_features)
+
+    @property
+    def has_quantized_weight(self) -> bool:
+        """Whether the weight has one quantized value: q2 is on and nothing of it is drawn anew at each pass."""
+        q2, turn = self.recipe.q2, self.weight_turn
+        return q2 is not None and not q2.draws and (turn is None or turn.signs != "fresh")
+
+    @property
+    def weight_amax(self) -> Tensor | None:
+        """The largest magnitude that q2's delayed outer scale hangs from (float32 scalar); None where it has none."""
+        if self.held is None or self.recipe.q2 is None or not self.recipe.q2.outer_delay:
+            return None
+        held = self.held[1, 0]
+        return torch.where(held > 0, held, largest_of(self.turned_weight()))
+
+    def turned_weight(self) -> Tensor:
+        """W as q2 reads it (C x D): itself, or in float32 as the output's rotation makes it."""
+        turn = self.weight_turn
+        return self.weight.detach() if turn is None else rotate(self.weight.detach(), -1, turn)
+
+    def quantized_turned_weight(self) -> Tensor:
+        """What q2 makes of it, rounded by the training's own q2. Raises ValueError as quantized_weight does."""
+        if not self.has_quantized_weight:
+            raise ValueError("the weight has no quantized value: q2 is off or stochastic in this layer's recipe")
+        q2, turn, shadow = self.recipe.q2, self.weight_turn, self.shadow
+        if shadow is not None and turn is not None:
+            shadow = rotate(shadow, -1, turn)
+        amax = self.weight_amax
+        if amax is not None:
+            return quantize(self.turned_weight(), q2, None, shadow, amax)
+        return fake_quantize(self.turned_weight(), q2, shadow=shadow)
 
     def quantized_weight(self) -> Tensor:
         """Q(w): the weight as the output product sees it (C x D, the weight's dtype), rounded by the training's own q2.
 
-        Raises ValueError where q2 is off or stochastic, since then there is no one quantized weight.
+        Under a rotation, in the basis of W. Raises ValueError where q2 is off, stochastic or rotated with fresh signs,
+        since then there is no one quantized weight.
         """
-        if self.recipe.q2 is None or self.recipe.q2.stochastic:
-            raise ValueError("the weight has no quantized value: q2 is off or stochastic in this layer's recipe")
-        return fake_quantize(self.weight.detach(), self.recipe.q2, shadow=self.shadow)
+        quantized, turn = self.quantized_turned_weight(), self.weight_turn
+        return quantized if turn is None else rotate_back(quantized, turn).to(self.weight.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.recipe}"

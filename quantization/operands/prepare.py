@@ -7,48 +7,55 @@ from torch import Tensor
 from torch.library import Library, impl, register_fake
 
 from quantization.backends.choose import DTYPES, backend_of_job, backend_of_packed
-from quantization.job import DENSE, Dense, Job, Operand, Packed, Prepared
+from quantization.job import DENSE, Dense, Job, Operand, Packed, Prepared, Scaled
 from quantization.noise import Noise
 from quantization.spec import QuantizerSpec
 
 
 def prepare(
-    x: Tensor, job: Job, noise: Noise | None = None, shadow: Tensor | None = None, lost: Tensor | None = None
+    x: Tensor,
+    job: Job,
+    noise: Noise | None = None,
+    shadow: Tensor | None = None,
+    lost: Tensor | None = None,
+    held: Tensor | None = None,
 ) -> Prepared:
     """Quantize a matrix for the two products it enters, reading it once (a carried result needs a second look).
 
     Args:
         x: float32, bfloat16 or float16, (rows, columns).
-        noise: of stochastic rounding.
+        noise: the layer's first stream: of stochastic rounding, fresh signs of rotations and delayed outer scales.
         shadow: shadow weight of x's shape, for the row quantizer.
         lost: int64 scalar to which the number of blocks below the window of carried results is added, or None.
+        held: the largest magnitudes that delayed outer scales hang from, of the row and the column quantizer (2,
+            float32), which are renewed where it is time; or None.
 
     Raises TypeError for another dtype of x.
     """
-    if job.row is None and job.column is None:
+    if job.idle:
         prepared = Prepared(sums=x.sum(0, dtype=torch.float32) if job.sums else None)
     else:
         if x.dtype not in DTYPES:
             raise TypeError(f"quantizers take float32, bfloat16 or float16; got {str(x.dtype).removeprefix('torch.')}")
         if torch.compiler.is_compiling():
             state, stream = (None, 0) if noise is None else noise
-            tensors = torch.ops.mxfp4.prepare(x, shadow, state, stream, lost, job.write())
+            tensors = torch.ops.mxfp4.prepare(x, shadow, state, stream, lost, held, job.write())
             prepared = job.unflatten(tensors, x.shape[1])
         else:
-            prepared = backend_of_job(x, job).prepare(x, job, noise, shadow, lost)
+            prepared = backend_of_job(x, job).prepare(x, job, noise, shadow, lost, held)
     if job.row is not None and job.column is not None:
         return prepared
-    row, column, sums = prepared
-    if job.row is None and job.row_form == DENSE:
+    row, column, sums, inside = prepared
+    if row is None and job.row_form == DENSE:
         row = Dense(x.to(job.dtype))
-    if job.column is None and job.column_form == DENSE:
+    if column is None and job.column is None and job.column_form == DENSE:
         column = row if job.chained else Dense(x.to(job.dtype))
-    return Prepared(row, column, sums)
+    return Prepared(row, column, sums, inside)
 
 
 def values_of(operand: Operand, dtype: torch.dtype) -> Tensor:
-    """The numbers of a Dense or Packed operand in the compute dtype, (rows, columns)."""
-    if isinstance(operand, Dense):
+    """The numbers of a Dense or Packed operand, or those of a Scaled one but for its factor, in the compute dtype."""
+    if isinstance(operand, Dense | Scaled):
         return operand.values
     if torch.compiler.is_compiling():
         codes, scales, spec, columns = operand
@@ -58,25 +65,39 @@ def values_of(operand: Operand, dtype: torch.dtype) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The same as custom ops, which torch.compile does not look into. Jobs and specs travel as text. That `lost` is added to
-# is not declared: nothing else in a graph reads it.
+# and `held` renewed is not declared: nothing else in a graph reads them.
 # ---------------------------------------------------------------------------------------------------------------------
 
 _ops = Library("mxfp4", "DEF")
-_ops.define("prepare(Tensor x, Tensor? shadow, Tensor? state, SymInt stream, Tensor? lost, str job) -> Tensor[]")
+_ops.define(
+    "prepare(Tensor x, Tensor? shadow, Tensor? state, SymInt stream, Tensor? lost, Tensor? held, str job) -> Tensor[]"
+)
 _ops.define("expand(Tensor codes, Tensor scales, str spec, SymInt columns, ScalarType dtype) -> Tensor")
 
 
 @impl(_ops, "prepare", "CompositeExplicitAutograd")
 def _prepare(
-    x: Tensor, shadow: Tensor | None, state: Tensor | None, stream: int, lost: Tensor | None, text: str
+    x: Tensor,
+    shadow: Tensor | None,
+    state: Tensor | None,
+    stream: int,
+    lost: Tensor | None,
+    held: Tensor | None,
+    text: str,
 ) -> list[Tensor]:
     job, noise = Job.parse(text), None if state is None else Noise(state, stream)
-    return job.flatten(backend_of_job(x, job).prepare(x, job, noise, shadow, lost))
+    return job.flatten(backend_of_job(x, job).prepare(x, job, noise, shadow, lost, held))
 
 
 @register_fake("mxfp4::prepare", lib=_ops)
 def _shapes_of_prepare(
-    x: Tensor, shadow: Tensor | None, state: Tensor | None, stream: int, lost: Tensor | None, text: str
+    x: Tensor,
+    shadow: Tensor | None,
+    state: Tensor | None,
+    stream: int,
+    lost: Tensor | None,
+    held: Tensor | None,
+    text: str,
 ) -> list[Tensor]:
     job = Job.parse(text)
     return job.flatten(job.empty(x))

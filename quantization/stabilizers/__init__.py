@@ -44,6 +44,10 @@ def build_stabilizer(cfg: Any, model: nn.Module, plan: Plan) -> Stabilizer:
         for layer in layers.values():
             if layer.recipe.q2 is None or layer.recipe.q2.stochastic:
                 raise ValueError(f"stabilizer {cfg.kind} needs q2 on, with a nearest rounding")
+            if not layer.has_quantized_weight:
+                raise ValueError(f"stabilizer {cfg.kind} needs a weight whose scale and rotation are not drawn anew")
+            if cfg.kind == "freeze" and layer.weight_turn is not None:
+                raise ValueError("stabilizer freeze fixes single weights, and rotated ones are quantized together")
     return STABILIZERS[cfg.kind](cfg, layers, plan)
 
 

@@ -40,9 +40,11 @@ class Freeze(Stabilizer):
     def _codes(self, layer: QuantLinear) -> tuple[Tensor, Tensor]:
         """Signed code indices of Q(w) (int8) and the scale S of each element (float32)."""
         spec = layer.recipe.q2
-        scales = block_scales(layer.weight, spec)
-        latent = layer.quantized_weight().float() / scales
-        index = torch.bucketize(latent.abs(), magnitudes_of(spec.format, latent.device))
+        scales = block_scales(layer.weight, spec, layer.weight_amax)
+        latent = torch.where(scales == 0, 0.0, layer.quantized_weight().float() / scales)
+        magnitudes = magnitudes_of(spec.format, latent.device)
+        # Of the midpoints, since a scale that is no power of two may have been rounded.
+        index = torch.bucketize(latent.abs(), (magnitudes[1:] + magnitudes[:-1]) / 2)
         return torch.where(latent < 0, -index, index).to(torch.int8), scales
 
     def _fresh(self, layer: QuantLinear) -> dict[str, Tensor]:

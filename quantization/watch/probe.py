@@ -9,11 +9,12 @@ A recording covers the last T0 optimizer steps of an epoch:
 | oscillating | weights with R_w > 16 (A.1): count, and share of all | each layer; all |
 | confidence | quantization confidence (A.2) after the last step: mean and histogram | each layer; all |
 | latent | histogram of w / S after the last step | each layer |
+| quantizer | what each quantizer does to what it reads, see quantizers.py (option) | each layer's six |
 | trajectory | latent and quantized value after every step of the run's last epoch | the most oscillating weights |
 
 Layers are the block linears. A quantized weight is what the output product sees: Q(w) of the training's own q2, its
-shadow included; under INT4 both w and Q(w) are taken in the basis that is quantized. Where a layer has no quantized
-weight (full precision, q2 off or stochastic), r_w and r_Y alone are recorded.
+shadow included; under INT4 and a rotation both w and Q(w) are taken in the basis that is quantized. Where a layer has
+no quantized weight (full precision, q2 off or stochastic), r_w and r_Y alone are recorded.
 
 Every process of a run computes the same, from weights that are the same. Nothing waits for the device but the end of a
 recording, and the forward pass of the probe uses a noise position of its own and gives the clock back.
@@ -44,6 +45,7 @@ from quantization.oscillation import (
     signed_grid,
 )
 from quantization.stabilizers.base import Plan
+from quantization.watch.quantizers import quantizer_statistics
 from quantization.watch.recording import Recording
 
 BLOCKS = re.compile(r"(^|\.)blocks\.\d+$")  # of all stages, in the model's order
@@ -75,21 +77,22 @@ class Probe:
 
 
 class _MXWeight:
-    """The weight of a QuantLinear, S the scale of its block."""
+    """The weight of a QuantLinear in the basis that is quantized, S the scale of its block."""
 
     def __init__(self, layer: QuantLinear) -> None:
         self.layer, self.spec = layer, layer.recipe.q2
         fmt = self.spec.format
-        self.limit = fmt.max if self.spec.scale_rule == "truncation_free" else 2.0 ** (fmt.emax + 1)
+        self.limit = 2.0 ** (fmt.emax + 1) if self.spec.saturates else fmt.max
 
     def values(self) -> tuple[Tensor, Tensor]:
         """w and Q(w)."""
-        return self.layer.weight.detach(), self.layer.quantized_weight()
+        return self.layer.turned_weight(), self.layer.quantized_turned_weight()
 
     def latents(self) -> tuple[Tensor, Tensor]:
         """w / S and Q(w) / S."""
-        w, q = self.values()
-        return latent_weight(w, self.spec), q.float() / block_scales(w, self.spec)
+        (w, q), amax = self.values(), self.layer.weight_amax
+        scales = block_scales(w, self.spec, amax)
+        return latent_weight(w, self.spec, amax), torch.where(scales == 0, 0.0, q.float() / scales)
 
     def grid(self) -> Tensor:
         return signed_grid(self.spec.format, self.layer.weight.device)
@@ -124,7 +127,7 @@ def _view(layer: nn.Module) -> _MXWeight | _Int4Weight | None:
     """How to read the layer's weight; None where it has no quantized value."""
     if isinstance(layer, int4.Int4Linear):
         return _Int4Weight(layer)
-    if isinstance(layer, QuantLinear) and layer.recipe.q2 is not None and not layer.recipe.q2.stochastic:
+    if isinstance(layer, QuantLinear) and layer.has_quantized_weight:
         return _MXWeight(layer)
     return None
 
@@ -270,6 +273,10 @@ class OscillationProbe(Probe):
             if self.tracks is not None:
                 arrays |= self.tracks.arrays(ratios)
             self.chosen = self._choose(ratios) if self.cfg.trajectories else None
+        if self.cfg.quantizers:
+            layers = list(self.layers.values())
+            with self._as_it_was(), self.autocast():
+                arrays |= quantizer_statistics(self.model, layers, self.images)
         arrays["layers"] = np.array(list(self.layers))
         arrays["block"] = np.array(self.block_name)
         arrays["epoch"] = np.array(epoch + 1)

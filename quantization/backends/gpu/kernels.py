@@ -136,7 +136,7 @@ def _into_window(
 
 
 @triton.jit
-def _quantize_for_one(
+def quantize_for_one(
     x,  # the tile, float32 in patches
     shadow,
     state_ptr,
@@ -243,7 +243,7 @@ def prepare_kernel(
             tl.store(factor_ptr, power_of_two(127 - shift))
 
     if ROW is not None:
-        y = _quantize_for_one(
+        y = quantize_for_one(
             x, shadow, state_ptr, row_stream, row_values, row_codes, row_scales, row_carried, row_stride, lost_ptr,
             shift, first_row, first_column, rows, columns, ROW, 1, CHAINED, LOWEST, TILE_ROWS, TILE_COLUMNS,
         )  # fmt: skip
@@ -251,7 +251,7 @@ def prepare_kernel(
         if CHAINED:
             x = y
     if COLUMN is not None:
-        _quantize_for_one(
+        quantize_for_one(
             x, shadow, state_ptr, column_stream, column_values, column_codes, column_scales, column_carried,
             column_stride, lost_ptr, shift, first_row, first_column, rows, columns, COLUMN, 0, False, LOWEST,
             TILE_ROWS, TILE_COLUMNS,

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-_SIGN = tl.constexpr(-(2**31))
+SIGN = tl.constexpr(-(2**31))
 MAGNITUDE = tl.constexpr(2**31 - 1)
 _EXPONENT = tl.constexpr(0x7F800000)
 INFINITY = tl.constexpr(0x7F800000)
@@ -86,7 +86,7 @@ def power_of_two(code):
 
 
 @triton.jit
-def _philox(key, c0, c1, c2, c3):
+def philox(key, c0, c1, c2, c3):
     """`noise.philox4x32`: `key` int64, the counter's words uint32. One multiplication gives both halves of a product,
     where tl.philox takes two."""
     k0, k1 = (key & 0xFFFFFFFF).to(tl.uint32), ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -109,17 +109,62 @@ def random_halves(state, stream, first_row, first_column, ROWS: tl.constexpr, CO
     call = first_column // 8 + tl.arange(0, COLUMNS // 8)[None, None, :]
     c0, c1 = tl.broadcast(call.to(tl.uint32), row.to(tl.uint32))
     c2, c3 = (high & 0xFFFFFFFF).to(tl.uint32), ((high >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    w0, w1, w2, w3 = _philox(tl.load(state), c0, c1, c2, c3)
+    w0, w1, w2, w3 = philox(tl.load(state), c0, c1, c2, c3)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (..., 2, 2): word 2i + j at [..., i, j]
     halves = tl.join(words << 7, words >> 9)  # each word's low and high half
     halves = tl.permute((halves & 0x7FFF80).to(tl.int32, bitcast=True), (2, 1, 3, 4, 5, 0))
     return tl.reshape(halves, (COLUMNS // 8, ROWS // PATCH_ROWS, 8, PATCH_ROWS))
 
 
+class DesignSpec(NamedTuple):
+    """A quantizer beyond the paper's, see design.py. The first fields are those of KernelSpec."""
+
+    emax: int
+    carry: int
+    rounding: str
+    mantissa_bits: int
+    bottom: int
+    max: float
+    saturates: bool
+    block: int
+    stochastic: bool
+    square: bool  # blocks of as many rows
+    factor: float  # of results
+    scale: str  # power, rms (a power of two by the standard deviation), coded or fp32
+    rms_carry: int  # added to the bits of what an rms scale is next to, as `carry` is to those of the maximum
+    quarters: bool  # numbers are multiplied by 3/4 first
+    target: int  # 24 bits of the target's significand, and its exponent and itself
+    target_exponent: int
+    target_value: float
+    target_reciprocal: float  # float32's
+    short: bool  # whether the target has four bits at most
+    emin: int  # of a coded scale: exponent of the smallest normal, whether there are subnormal ones, the largest
+    subnormal: bool
+    scale_max: float
+    up: bool  # whether scales are rounded up
+    outer: bool
+    outer_carry: int
+    outer_exponent: int
+
+
+class KernelTurn(NamedTuple):
+    """A rotation in the terms of the kernels."""
+
+    size: int
+    stages: int  # log2 of it
+    signs: str
+    product: int
+    words: tuple[int, int, int, int]  # the fixed signs, as int32
+    norm: float
+
+
 @triton.jit
 def scale_code(block_max, SPEC: tl.constexpr):
     """The E8M0 code of the scale, its exponent + 127, from the bits of the block's largest magnitude; from 0 to 254."""
-    return tl.maximum(((block_max + SPEC.carry) >> 23) - SPEC.emax, 0)
+    code = tl.maximum(((block_max + SPEC.carry) >> 23) - SPEC.emax, 0)
+    if SPEC.emax < 1:  # the largest scale is smaller than what float32 holds
+        code = tl.minimum(code, 254)
+    return code
 
 
 @triton.jit
@@ -129,9 +174,9 @@ def _nearest_integer(n):
 
 
 @triton.jit
-def _round_nearest(latent, shadow, SPEC: tl.constexpr):
+def round_nearest(latent, shadow, SPEC: tl.constexpr):
     """Round x / S to the grid: float32, the sign kept also at zero. `shadow` (over S) as in the reference, or None."""
-    sign = latent.to(tl.int32, bitcast=True) & _SIGN
+    sign = latent.to(tl.int32, bitcast=True) & SIGN
     if SPEC.saturates:
         latent = tl.minimum(tl.maximum(latent, -SPEC.max), SPEC.max)
 
@@ -172,29 +217,29 @@ def _round_nearest(latent, shadow, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _coded(latent, SPEC: tl.constexpr):
+def coded(latent, SPEC: tl.constexpr):
     """Bring x / S down to where the smallest normal number is 2^-126: its bits, int32."""
     return (latent * tl.constexpr(2.0 ** (-126 - SPEC.bottom))).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def decoded(bits, SPEC: tl.constexpr):
-    """Undo `_coded`: float32."""
+    """Undo `coded`: float32."""
     return bits.to(tl.float32, bitcast=True) * tl.constexpr(2.0 ** (126 + SPEC.bottom))
 
 
 @triton.jit
-def _round_stochastic(latent, halves, SPEC: tl.constexpr):
-    """Round x / S up where place + u > 1, u = (half + 1/2) / 2^16; bits as `_coded` has them."""
+def round_stochastic(latent, halves, SPEC: tl.constexpr):
+    """Round x / S up where place + u > 1, u = (half + 1/2) / 2^16; bits as `coded` has them."""
     if SPEC.saturates:
         latent = tl.minimum(tl.maximum(latent, -SPEC.max), SPEC.max)
     PLACE: tl.constexpr = 23 - SPEC.mantissa_bits  # bits of a float32 below the format's
     noise = (halves >> SPEC.mantissa_bits) | ((1 << (PLACE - 17)) - 1)
-    return (_coded(latent, SPEC) + noise) & -(1 << PLACE)
+    return (coded(latent, SPEC) + noise) & -(1 << PLACE)
 
 
 @triton.jit
-def _in_blocks(x, BLOCK: tl.constexpr, AXIS: tl.constexpr):
+def in_blocks(x, BLOCK: tl.constexpr, AXIS: tl.constexpr):
     """A tile in patches, with the dimensions 1 and 4 (AXIS 1) or 2 and 5 (AXIS 0) those inside a block."""
     SIDE: tl.constexpr = x.shape[2] if AXIS == 1 else x.shape[3]
     INNER: tl.constexpr = BLOCK if BLOCK < SIDE else SIDE
@@ -207,8 +252,8 @@ def _in_blocks(x, BLOCK: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _block_max(x, AXIS: tl.constexpr):
-    """Bits of the largest magnitude of each block of what `_in_blocks` returns, a NaN being the largest of all."""
+def largest_of_blocks(x, AXIS: tl.constexpr):
+    """Bits of the largest magnitude of each block of what `in_blocks` returns, a NaN being the largest of all."""
     bits = x.to(tl.int32, bitcast=True) & MAGNITUDE
     if AXIS == 1:
         return tl.max(tl.max(bits, axis=4, keep_dims=True), axis=1, keep_dims=True)
@@ -220,32 +265,32 @@ def _block_max(x, AXIS: tl.constexpr):
 def quantize_tile(x, shadow, halves, SPEC: tl.constexpr, AXIS: tl.constexpr, CODED: tl.constexpr):
     """Quantize a tile of float32 in patches, in blocks along AXIS.
 
-    Returns Q(x) / S, or if CODED its bits as `_coded` has them, the codes of the scales and the bits of each block's
-    largest magnitude, all as `_in_blocks` has them (dimensions inside a block being 1 of what there is one a block).
+    Returns Q(x) / S, or if CODED its bits as `coded` has them, the codes of the scales and the bits of each block's
+    largest magnitude, all as `in_blocks` has them (dimensions inside a block being 1 of what there is one a block).
     """
-    x = _in_blocks(x, SPEC.block, AXIS)
-    block_max = _block_max(x, AXIS)
+    x = in_blocks(x, SPEC.block, AXIS)
+    block_max = largest_of_blocks(x, AXIS)
     largest = block_max
     scale = scale_code(block_max, SPEC)
     to_latent = power_of_two(254 - scale)
     if shadow is not None:
-        shadow = _in_blocks(shadow, SPEC.block, AXIS)
-        largest = tl.maximum(largest, _block_max(shadow, AXIS))
+        shadow = in_blocks(shadow, SPEC.block, AXIS)
+        largest = tl.maximum(largest, largest_of_blocks(shadow, AXIS))
         shadow = shadow * to_latent
     if SPEC.rounding == "stochastic":
-        rounded = _round_stochastic(x * to_latent, _in_blocks(halves, SPEC.block, AXIS), SPEC)
+        rounded = round_stochastic(x * to_latent, in_blocks(halves, SPEC.block, AXIS), SPEC)
         if not CODED:
             rounded = decoded(rounded, SPEC)
     else:
-        rounded = _round_nearest(x * to_latent, shadow, SPEC)
+        rounded = round_nearest(x * to_latent, shadow, SPEC)
         if CODED:
-            rounded = _coded(rounded, SPEC)
+            rounded = coded(rounded, SPEC)
     return rounded, scale, largest
 
 
 @triton.jit
-def _in_patches(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Undo `_in_blocks`."""
+def in_patches(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Undo `in_blocks`."""
     return tl.reshape(x, (COLUMNS // PATCH_COLUMNS, ROWS // PATCH_ROWS, PATCH_COLUMNS, PATCH_ROWS))
 
 
@@ -257,4 +302,4 @@ def dequantize(
     power = tl.where(largest < INFINITY, power_of_two(scale).to(tl.int32, bitcast=True), NAN)
     if CODED:
         rounded = decoded(rounded, SPEC)
-    return _in_patches(rounded * power.to(tl.float32, bitcast=True), ROWS, COLUMNS)
+    return in_patches(rounded * power.to(tl.float32, bitcast=True), ROWS, COLUMNS)

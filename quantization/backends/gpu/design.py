@@ -1,0 +1,396 @@
+"""What the Triton kernels do to a tile beyond the paper: rotations, square blocks, scales that are no powers of two.
+
+Why the bits are those of the reference:
+- quotients by a number t of up to four bits (a target such as 6, the significand of a scale) are rounded correctly:
+  with r = 1 / t and q = x r, two fused operations give e = q t - x and q - e r, which is the quotient's rounding for
+  every x (the interpreter, which fuses nothing, divides). A quotient that is rounded correctly is on the same side of
+  every number of up to five bits as the exact one: so it decides which scale is the nearest to M / 6, and which element
+  to x / S;
+- with another target the code of a scale is computed in integers;
+- x over the power of two in a scale is exact where it matters;
+- stochastic rounding compares x - a s with (1 - u) (b - a) s, both of which are exact;
+- rotations are sums and differences of two numbers each, in the reference's order. Kernels of this file are compiled
+  without contracting products and sums, since a product may be inexact here.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quantization.backends.gpu.tiles import (
+    INFINITY,
+    MAGNITUDE,
+    NAN,
+    PATCH_COLUMNS,
+    PATCH_ROWS,
+    SIGN,
+    coded,
+    column_numbers,
+    decoded,
+    from_float32,
+    in_blocks,
+    in_patches,
+    largest_of_blocks,
+    philox,
+    power_of_two,
+    round_nearest,
+    round_stochastic,
+    row_numbers,
+    scale_code,
+)
+from quantization.backends.scales import FLOAT32_MAX, OUTER_MIN, RMS_TARGET
+
+_FRACTION = tl.constexpr((1 << 23) - 1)
+_ONE = tl.constexpr(127 << 23)
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_RMS_TARGET = tl.constexpr(RMS_TARGET)
+_FLOAT32_MAX = tl.constexpr(FLOAT32_MAX)
+_OUTER_MIN = tl.constexpr(OUTER_MIN)
+
+
+@triton.jit
+def narrowed(x, dtype: tl.constexpr):
+    """Narrow what may not be a number of the dtype, to nearest, ties to even. bfloat16 by its bits."""
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = bits + (0x7FFF + ((bits >> 16) & 1))
+        narrow = (rounded >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        narrow = from_float32(x, dtype)
+    return narrow
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _flipped(x, state_ptr, stream, TURN: tl.constexpr, AXIS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile in patches with the signs of a turn."""
+    place = column_numbers(0, COLUMNS) if AXIS == 1 else row_numbers(0, ROWS)
+    place = place & (TURN.size - 1)
+    if TURN.signs == "fixed":
+        word = tl.where(place < 32, TURN.words[0], TURN.words[1])
+        if TURN.size > 64:
+            word = tl.where(place < 64, word, tl.where(place < 96, TURN.words[2], TURN.words[3]))
+    else:
+        high, key = tl.load(state_ptr + 1) + stream, tl.load(state_ptr) & 0xFFFFFFFF
+        zero = (key & 0).to(tl.uint32)
+        w0, w1, w2, w3 = philox(
+            key, zero, zero + TURN.product, (high & 0xFFFFFFFF).to(tl.uint32), ((high >> 32) & 0xFFFFFFFF).to(tl.uint32)
+        )
+        word = tl.where(place < 32, w0.to(tl.int32, bitcast=True), w1.to(tl.int32, bitcast=True))
+        if TURN.size > 64:
+            late = tl.where(place < 96, w2.to(tl.int32, bitcast=True), w3.to(tl.int32, bitcast=True))
+            word = tl.where(place < 64, word, late)
+    bit = (word >> (place & 31)) & 1
+    return (x.to(tl.int32, bitcast=True) ^ (bit << 31)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _sums_and_differences(x, PAIR: tl.constexpr):
+    """a + b and a - b in the places of a and b, the two along dimension PAIR of six."""
+    shape: tl.constexpr = (1,) * PAIR + (2,) + (1,) * (5 - PAIR)
+    second = tl.reshape(tl.arange(0, 2), shape)
+    if _INTERPRETED:  # to which xor_sum takes long
+        other = tl.sum(tl.where(second == 0, x, 0.0), axis=PAIR, keep_dims=True)
+        other = tl.where(second == 0, tl.sum(tl.where(second == 0, 0.0, x), axis=PAIR, keep_dims=True), other)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        other = (tl.xor_sum(bits, axis=PAIR, keep_dims=True) ^ bits).to(tl.float32, bitcast=True)
+    return other + tl.where(second == 0, x, -x)
+
+
+@triton.jit
+def _butterfly(x, H: tl.constexpr, AXIS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Sums and differences of numbers H apart along AXIS of a tile in patches."""
+    if AXIS == 1:
+        if H < 8:
+            x = _sums_and_differences(tl.reshape(x, (C, R, 4 // H, 2, H, 4)), 3)
+        else:
+            x = _sums_and_differences(tl.reshape(x, (C * 4 // H, 2, H // 8, R, 8, 4)), 1)
+    else:
+        if H < 4:
+            x = _sums_and_differences(tl.reshape(x, (C, R, 8, 2 // H, 2, H)), 4)
+        else:
+            x = _sums_and_differences(tl.reshape(x, (C, R * 2 // H, 2, H // 4, 8, 4)), 2)
+    return tl.reshape(x, (C, R, 8, 4))
+
+
+@triton.jit
+def rotated(x, state_ptr, stream, TURN: tl.constexpr, AXIS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """x T along AXIS for a tile in patches, in which no group is cut."""
+    if TURN.signs != "none":
+        x = _flipped(x, state_ptr, stream, TURN, AXIS, ROWS, COLUMNS)
+    STAGES: tl.constexpr = TURN.stages
+    for stage in tl.static_range(STAGES):
+        x = _butterfly(x, 1 << stage, AXIS, ROWS // PATCH_ROWS, COLUMNS // PATCH_COLUMNS)
+    return x * TURN.norm + 0.0  # which is no -0.0, whichever way the sums were made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scales
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _over_square(largest, SPEC: tl.constexpr, AXIS: tl.constexpr):
+    """The bits of the largest magnitude of square blocks from those of their rows, as `in_blocks` has them."""
+    if AXIS == 1:
+        D0: tl.constexpr = largest.shape[0]
+        D2: tl.constexpr = largest.shape[2]
+        D3: tl.constexpr = largest.shape[3]
+        N: tl.constexpr = SPEC.block // PATCH_ROWS
+        over = tl.reshape(largest, (D0, 1, D2 // N, N, D3, 1, PATCH_ROWS))
+        over = tl.max(tl.max(over, axis=6, keep_dims=True), axis=3, keep_dims=True)
+        return tl.reshape(tl.broadcast_to(over, (D0, 1, D2 // N, N, D3, 1, 1)), (D0, 1, D2, D3, 1, 1))
+    else:
+        D0: tl.constexpr = largest.shape[0]
+        D1: tl.constexpr = largest.shape[1]
+        D4: tl.constexpr = largest.shape[4]
+        N: tl.constexpr = SPEC.block // PATCH_COLUMNS
+        over = tl.reshape(largest, (D0 // N, N, D1, 1, PATCH_COLUMNS, D4, 1))
+        over = tl.max(tl.max(over, axis=4, keep_dims=True), axis=1, keep_dims=True)
+        return tl.reshape(tl.broadcast_to(over, (D0 // N, N, D1, 1, 1, D4, 1)), (D0, D1, 1, 1, D4, 1))
+
+
+@triton.jit
+def _sums_of_pairs(x, PAIR: tl.constexpr):
+    """a + b in the places of a and b, the two along dimension PAIR of six."""
+    return tl.broadcast_to(tl.sum(x, axis=PAIR, keep_dims=True), x.shape)
+
+
+@triton.jit
+def _block_sums(x, AXIS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Sums of blocks of 32 in the places of all their numbers, by pairs of neighbours; of a tile in patches."""
+    for stage in tl.static_range(5):
+        x = _pairs_of_sums(x, 1 << stage, AXIS, R, C)
+    return x
+
+
+@triton.jit
+def _pairs_of_sums(x, H: tl.constexpr, AXIS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    if AXIS == 1:
+        if H < 8:
+            x = _sums_of_pairs(tl.reshape(x, (C, R, 4 // H, 2, H, 4)), 3)
+        else:
+            x = _sums_of_pairs(tl.reshape(x, (C * 4 // H, 2, H // 8, R, 8, 4)), 1)
+    else:
+        if H < 4:
+            x = _sums_of_pairs(tl.reshape(x, (C, R, 8, 2 // H, 2, H)), 4)
+        else:
+            x = _sums_of_pairs(tl.reshape(x, (C, R * 2 // H, 2, H // 4, 8, 4)), 2)
+    return tl.reshape(x, (C, R, 8, 4))
+
+
+@triton.jit
+def _rms_code(x, SPEC: tl.constexpr, AXIS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The E8M0 codes of scales by the standard deviation of blocks of a tile in patches, as `in_blocks` has maxima."""
+    R: tl.constexpr = ROWS // PATCH_ROWS
+    C: tl.constexpr = COLUMNS // PATCH_COLUMNS
+    deviation = x - _block_sums(x, AXIS, R, C) * 0.03125
+    squares = in_blocks(_block_sums(deviation * deviation, AXIS, R, C), SPEC.block, AXIS)
+    square = largest_of_blocks(squares, AXIS).to(tl.float32, bitcast=True)  # of equal ones
+    aim = tl.sqrt_rn(square * 0.03125) * _RMS_TARGET + 1e-8
+    bits = tl.where(aim < _FLOAT32_MAX, aim, _FLOAT32_MAX).to(tl.int32, bitcast=True)
+    return tl.minimum((bits + SPEC.rms_carry) >> 23, 254)
+
+
+@triton.jit
+def outer_exponent(peak, SPEC: tl.constexpr):
+    """p of the outer scale 2^p from the bits of A."""
+    p = ((peak + SPEC.outer_carry) >> 23) - 127 - SPEC.outer_exponent
+    return tl.where(peak > 0, tl.maximum(p, _OUTER_MIN), 0)
+
+
+@triton.jit
+def _quotient(x, s, reciprocal):
+    """x / s for a scale's significand or a target of up to four bits, rounded correctly and with the sign of x."""
+    if _INTERPRETED:
+        q = tl.div_rn(x, s)
+    else:
+        q = x * reciprocal
+        q = tl.fma(tl.fma(q, s, -x), -reciprocal, q)
+    return q
+
+
+@triton.jit
+def _code_by_quotient(largest, p, SPEC: tl.constexpr):
+    """`_coded_scale` for a target of up to four bits, whose quotient is on the right side of every boundary."""
+    m = largest.to(tl.float32, bitcast=True)
+    if SPEC.outer:
+        m = m * power_of_two(127 - p)
+    q = _quotient(m, SPEC.target_value, SPEC.target_reciprocal)
+    if SPEC.subnormal:
+        q = tl.minimum(q, SPEC.scale_max)
+        LOWEST: tl.constexpr = (SPEC.emin + 127) << 23
+        binade = tl.maximum(q.to(tl.int32, bitcast=True) & INFINITY, LOWEST).to(tl.float32, bitcast=True)
+        anchor = binade * (1.5 * 2**20)
+        code = (q + anchor) - anchor
+        if SPEC.up:
+            short = (code < q) | ((code == 0) & (largest > 0))  # also where M / P has become zero
+            code = tl.where(short, code + binade * 0.125, code)
+    else:
+        bits = q.to(tl.int32, bitcast=True)
+        more = (1 << 20) - 1 if SPEC.up else (1 << 19) - 1 + ((bits >> 20) & 1)
+        code = ((bits + more) & -(1 << 20)).to(tl.float32, bitcast=True)
+        reached = largest > 0 if SPEC.up else m > SPEC.target_value * 2.0 ** (SPEC.emin - 1)
+        least = tl.where(reached, 1 << 23, 0).to(tl.float32, bitcast=True)  # the smallest scale, 2^-126
+        code = tl.where(m < SPEC.target_value * 2.0**SPEC.emin, least, code)
+    return tl.minimum(code, SPEC.scale_max)
+
+
+@triton.jit
+def _coded_scale(largest, p, SPEC: tl.constexpr):
+    """The codes of scales, over 2^p, from the bits of blocks' largest magnitudes (finite): float32, zero or normal."""
+    exponent = (largest >> 23) - 127
+    if not SPEC.subnormal:  # whose scales reach so far down that M may be subnormal
+        tiny = largest < (1 << 23)
+        raised = (largest.to(tl.float32, bitcast=True) * 16777216.0).to(tl.int32, bitcast=True)
+        largest = tl.where(tiny, raised, largest)
+        exponent = tl.where(tiny, (largest >> 23) - 127 - 24, exponent)
+    m = (largest & _FRACTION) | (1 << 23)
+    smaller = (m < SPEC.target).to(tl.int32)
+    k = exponent - p - SPEC.target_exponent - smaller
+    m = m << (smaller + 4)  # 16 m / target lies in [16, 32)
+    quotient = m // SPEC.target
+    sticky = (m != quotient * SPEC.target).to(tl.int32)
+    twice = 2 * quotient + sticky  # the code is a sixteenth of it, over 2^(emin - k) below the normal numbers
+    below = tl.minimum(tl.maximum(SPEC.emin - k, 0), 8)
+    if SPEC.up:
+        n = (twice + ((4 << below) - 1)) >> (below + 2)
+        if not SPEC.subnormal:
+            n = tl.where(below > 0, 8, n)
+    else:
+        n = (twice + (2 << below) - 1 + ((twice >> (below + 2)) & 1)) >> (below + 2)
+        if not SPEC.subnormal:
+            n = tl.where(below > 0, tl.where((below == 1) & (twice > 32), 8, 0), n)
+    n = tl.where(largest == 0, 0, n)
+    k = tl.minimum(tl.maximum(k, SPEC.emin), 127)
+    return tl.minimum((n.to(tl.float32) * 0.125) * power_of_two(k + 127), SPEC.scale_max)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantizing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _signed(x, sign_of):
+    bits = (x.to(tl.int32, bitcast=True) & MAGNITUDE) | (sign_of.to(tl.int32, bitcast=True) & SIGN)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _round_between_multiples(x, latent, s, halves, SPEC: tl.constexpr):
+    """Stochastic rounding of x, |x| <= max s, between multiples of s: Q / s. latent: x / s, to some 2^-21 of it.
+
+    That may be on the other side of a number of the grid than x. But so near to one, 1 - u being from 2^-17 to
+    1 - 2^-17, both pairs of neighbours lead to that one.
+    """
+    PLACE: tl.constexpr = 23 - SPEC.mantissa_bits
+    lower = coded(tl.abs(latent), SPEC) & -(1 << PLACE)
+    a, b = decoded(lower, SPEC), decoded(lower + (1 << PLACE), SPEC)
+    # 1 - u with u = (half + 1/2) / 2^16, from 1 + half / 2^16 by its bits. The largest number leaves nothing to round.
+    rest = 1.99999237060546875 - (halves | _ONE).to(tl.float32, bitcast=True)
+    up = tl.fma(-a, s, tl.abs(x)) > rest * ((b - a) * s)
+    return _signed(tl.where(up, b, a), x)
+
+
+@triton.jit
+def quantized_tile(
+    x,  # float32 in patches
+    shadow,
+    halves,
+    peak_ptr,  # bits of A of the outer scale, or None
+    SPEC: tl.constexpr,
+    EXACT: tl.constexpr,  # whether results are numbers of bfloat16
+    AXIS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Quantize and dequantize a tile in blocks along AXIS.
+
+    Returns its numbers, float32 in patches, without the spec's factor; and whether each was inside the range, int1.
+    """
+    tile = x
+    x = in_blocks(x, SPEC.block, AXIS)
+    largest = largest_of_blocks(x, AXIS)
+    if SPEC.square:
+        largest = _over_square(largest, SPEC, AXIS)
+    broken = largest
+    if shadow is not None:
+        shadow = in_blocks(shadow, SPEC.block, AXIS)
+        of_shadow = largest_of_blocks(shadow, AXIS)
+        if SPEC.square:
+            of_shadow = _over_square(of_shadow, SPEC, AXIS)
+        broken = tl.maximum(broken, of_shadow)
+    largest = tl.where(largest < INFINITY, largest, _ONE)
+    if SPEC.stochastic:
+        halves = in_blocks(halves, SPEC.block, AXIS)
+
+    if SPEC.scale == "power" or SPEC.scale == "rms":
+        code = _rms_code(tile, SPEC, AXIS, ROWS, COLUMNS) if SPEC.scale == "rms" else scale_code(largest, SPEC)
+        scale = power_of_two(code)
+        inverse = power_of_two(254 - code)
+        latent = x * inverse
+        if SPEC.quarters:
+            latent = latent * 0.75
+        within = tl.abs(latent) < SPEC.max
+        if SPEC.stochastic:
+            rounded = decoded(round_stochastic(latent, halves, SPEC), SPEC)
+        else:
+            if shadow is not None:
+                shadow = shadow * inverse
+                if SPEC.quarters:
+                    shadow = shadow * 0.75
+            rounded = round_nearest(latent, shadow, SPEC)
+    else:
+        if SPEC.scale == "coded":
+            if SPEC.outer:
+                p = outer_exponent(tl.load(peak_ptr), SPEC)
+                scale = _code_by_quotient(largest, p, SPEC) if SPEC.short else _coded_scale(largest, p, SPEC)
+                scale = scale * power_of_two(p + 127)
+            else:
+                scale = _code_by_quotient(largest, 0, SPEC) if SPEC.short else _coded_scale(largest, 0, SPEC)
+            bits = scale.to(tl.int32, bitcast=True)
+            inverse = power_of_two(254 - (bits >> 23))
+            s = ((bits & _FRACTION) | _ONE).to(tl.float32, bitcast=True)
+            most = s * SPEC.max
+            x = x * inverse
+            within = tl.abs(x) < most
+            x = tl.minimum(tl.maximum(x, -most), most)
+            if SPEC.stochastic:
+                latent = x * (1.0 / s)  # near enough: see _round_between_multiples
+            else:
+                reciprocal = tl.div_rn(1.0, s)
+                latent = _quotient(x, s, reciprocal)
+            if shadow is not None:
+                shadow = tl.minimum(tl.maximum(shadow * inverse, -most), most)
+                shadow = _quotient(shadow, s, reciprocal)
+        else:
+            scale = tl.div_rn(largest.to(tl.float32, bitcast=True), SPEC.target_value)
+            divisor = tl.where(scale == 0, 1.0, scale)
+            latent = tl.div_rn(x, divisor)
+            within = tl.abs(latent) < SPEC.max
+            latent = tl.minimum(tl.maximum(latent, -SPEC.max), SPEC.max)
+            x, s = latent, 1.0
+            if shadow is not None:
+                shadow = tl.minimum(tl.maximum(tl.div_rn(shadow, divisor), -SPEC.max), SPEC.max)
+        if SPEC.stochastic:
+            rounded = _round_between_multiples(x, latent, s, halves, SPEC)
+        else:
+            rounded = round_nearest(latent, shadow, SPEC)
+
+    # A scale of zero leaves zeros with their signs. A number that is none is written as such at last: multiplied by it,
+    # what comes of rounding to bfloat16 by bits might be none.
+    if EXACT:
+        kept = tl.where(broken < INFINITY, scale.to(tl.int32, bitcast=True), NAN)
+        rounded = rounded * kept.to(tl.float32, bitcast=True)
+    else:
+        rounded = tl.where(broken < INFINITY, (rounded * scale).to(tl.int32, bitcast=True), NAN)
+        rounded = rounded.to(tl.float32, bitcast=True)
+    within = within | (broken >= INFINITY)
+    return in_patches(rounded, ROWS, COLUMNS), in_patches(within, ROWS, COLUMNS)

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# DeiT-Base, NVFP4 (2509.25149) (ImageNet-1K, 90 epochs).
+#   DATA_PATH=/path/to/imagenet bash scripts/methods/deit_base_nvfp4.sh [flags of main.py]      # more settings: scripts/run.sh
+root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)"
+exec bash "$root/scripts/run.sh" "$root/configs/methods/deit_base_nvfp4.yaml" "$@"

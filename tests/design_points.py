@@ -1,0 +1,151 @@
+"""Points of the design space, drawn at random but the same each time, and the kernels compared with the reference."""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+import torch
+from test_kernels import DTYPES, awkward, by, noise_on, unequal
+
+from quantization import QuantizerSpec
+from quantization.formats import FORMATS
+from quantization.job import DENSE, NOTHING, PACKED, SCALED, Dense, Job, Packed
+from quantization.noise import Noise
+from quantization.operands import prepare, values_of
+from quantization.operands.forms import dense_form, packable
+from quantization.rotation import SIGNS, SIZES, Rotation
+from quantization.words import ROUNDINGS, SCALE_RULES
+
+NOT_RMS = [rule for rule in SCALE_RULES if not rule.startswith("rms")]
+SHAPES = ((34, 70), (49, 33), (1, 33), (64, 96), (66, 32), (32, 64), (128, 48), (7, 130), (96, 160))
+TARGETS = (None, None, 4.0, 6 * 16 / 17, 6.072, 1.3)
+
+
+class Point(NamedTuple):
+    """What a matrix is quantized by, and the matrix."""
+
+    job: Job
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    shadowed: bool
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.job.text} {self.shape} {self.dtype} shadow {self.shadowed}"
+
+
+def spec_of(draw: random.Random, axis: int) -> QuantizerSpec:
+    """Any quantizer that the kernels have."""
+    name = draw.choice(("e8m0", "e8m0", "e8m3", "e4m3", "e4m3", "ue5m3", "ue5m3_61440", "fp32"))
+    element = draw.choice(("e2m1", "e2m1", "e2m1", *FORMATS))
+    size = draw.choice((16, 16, 32, 32, 8, 64))
+    fields = {"correction": draw.choice((1.0, 1.0, 1.009276))}
+    if name == "e8m0":
+        rules = SCALE_RULES if size == 32 and element == "e2m1" else NOT_RMS
+        fields["scale_rule"] = draw.choice(rules if element == "e2m1" else ("truncation_free", "floor", "even"))
+    else:
+        fields |= {"target": draw.choice(TARGETS), "scale_rounding": draw.choice(("nearest", "nearest", "up"))}
+        if name in ("e4m3", "ue5m3", "ue5m3_61440") and draw.random() < 0.6:
+            fields |= {"outer": "pow2", "target_scale": draw.choice((None, 256.0, 10.0))}
+            fields["outer_delay"] = draw.choice((0, 0, 3))
+    by_deviation = fields.get("scale_rule", "").startswith("rms")
+    rows = size if size in (16, 32) and not by_deviation and draw.random() < 0.25 else 1
+    return QuantizerSpec(
+        element,
+        rounding=draw.choice(ROUNDINGS),
+        axis=axis,
+        block_size=size,
+        block_rows=rows,
+        scale_format=name,
+        **fields,
+    )
+
+
+def form_of(draw: random.Random, spec: QuantizerSpec | None) -> str:
+    if spec is None:
+        return NOTHING
+    return draw.choice((PACKED, DENSE)) if packable(spec) else draw.choice((dense_form(spec), DENSE))
+
+
+def point(number: int) -> Point:
+    draw = random.Random(number)
+    shape, which = draw.choice(SHAPES), draw.choice(("row", "column", "both", "both", "both"))
+    row = spec_of(draw, -1) if which != "column" else None
+    column = spec_of(draw, 0) if which != "row" else None
+    turns = [
+        Rotation(draw.choice(SIZES[1:]), draw.choice(SIGNS)).turn(length, product)
+        if spec is not None and draw.random() < 0.5
+        else None
+        for spec, length, product in ((row, shape[1], 0), (column, shape[0], 2))
+    ]
+    stochastic = row is not None and row.stochastic
+    mask = row is not None and not row.ruled and draw.random() < 0.2
+    return Point(
+        job=Job(
+            row,
+            column,
+            form_of(draw, row),
+            form_of(draw, column),
+            draw.choice((torch.float32, torch.bfloat16)),
+            chained=draw.random() < 0.5,
+            sums=draw.random() < 0.3,
+            row_stream=3,
+            column_stream=5,
+            row_turn=turns[0],
+            column_turn=turns[1],
+            mask=mask,
+        ),
+        shape=shape,
+        dtype=draw.choice(DTYPES),
+        shadowed=row is not None and not stochastic and draw.random() < 0.25,
+        seed=draw.randrange(5),
+    )
+
+
+def matrix_of(it: Point, device: torch.device) -> torch.Tensor:
+    """Awkward numbers, for most points finite ones, else rotations and outer scales would see few others."""
+    x = awkward(it.shape, it.dtype, it.seed)
+    if it.seed % 4:
+        x = torch.where(x.isfinite() & (x.abs() < 1e30), x, torch.ones_like(x))
+    if it.seed % 2:
+        g = torch.Generator().manual_seed(it.seed)
+        x = (torch.randn(it.shape, generator=g) * torch.exp2(torch.randint(-3, 4, (it.shape[0], 1), generator=g))).to(x)
+    return x.to(device)
+
+
+def differing_at(it: Point, device: torch.device) -> int:
+    """How many numbers, scales, factors and held magnitudes of the kernels are not the reference's."""
+    x, job, noise = matrix_of(it, device), it.job, noise_on(device)
+    noise = Noise(noise.state, noise.stream)
+    shadow = None
+    if it.shadowed:
+        shadow = x.float() * (1 + torch.randn(it.shape, generator=torch.Generator().manual_seed(1)).to(device) / 4)
+    results = []
+    for backend in ("triton", "reference"):
+        held = torch.tensor([0.7, 0.0], device=device)
+        with by(backend):
+            results.append((prepare(x, job, noise, shadow, held=held), held))
+    (ours, held), (theirs, expected) = results
+    count = unequal(held, expected)
+    if job.mask:
+        count += int((ours.inside != theirs.inside).sum())
+    for a, b in ((ours.row, theirs.row), (ours.column, theirs.column)):
+        assert type(a) is type(b)
+        if a is None:
+            continue
+        if isinstance(a, Packed):
+            count += unequal(a.scales, b.scales)
+            with by("reference"):
+                count += unequal(*(values_of(operand, job.dtype) for operand in (a, b)))
+            continue
+        count += unequal(a.values, b.values)
+        if not isinstance(a, Dense):
+            count += unequal(a.factor, b.factor)
+    if job.sums and x.isfinite().all():
+        error = (ours.sums.double() - x.double().sum(0)).abs()
+        assert (error <= 1e-6 * x.double().abs().sum(0)).all()
+    return count
+
+
+__all__ = ["SCALED", "Point", "differing_at", "matrix_of", "point", "spec_of"]

@@ -1,0 +1,177 @@
+"""The kernels of the design space against the reference, bit for bit, in Triton's interpreter.
+
+As in test_kernels.py the tests run in a process of their own. There, points of the whole space are drawn at random, the
+same each time: formats, rules, targets, outer scales, square blocks, rotations, shapes, dtypes, forms, shadows. A part
+of them here, all of them on a GPU, in tests/test_gpu_design.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import os
+
+import numpy as np
+import pytest
+import torch
+from interpreter_helpers import Process, assert_passed, interpreting
+
+from quantization import PRESETS, QuantizerSpec, fake_quantize
+from quantization.backends import choose, reference
+from quantization.job import DENSE, NOTHING, Job
+from quantization.rotation import Turn
+from quantization.words import QUANTIZERS, SCALE_RULES
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CPU = torch.device("cpu")
+POINTS = 120
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+if not INTERPRETED:
+
+    @functools.cache
+    def begin() -> Process:
+        """This file in a process with the interpreter. conftest.py begins it before all tests."""
+        return interpreting(__file__)
+
+    def test_in_the_interpreter():
+        pytest.importorskip("triton")
+        assert_passed(begin())
+
+    @pytest.mark.parametrize("eighths", range(8, 16))
+    def test_two_fused_operations_round_a_quotient_as_a_division(eighths):
+        """And lies on the side of every number of five bits that the exact one lies on. On a GPU all numbers."""
+        x = np.arange(2**23, 2**24, 3, dtype=np.int64)
+        t = np.float32(eighths / 8)
+        reciprocal = np.float32(1) / t
+        q = x.astype(np.float32) * reciprocal
+        # float64 holds the product and the sum, so that one rounding to float32 is what a fused operation does.
+        e = (q.astype(np.float64) * float(t) - x).astype(np.float32)
+        ours = (q.astype(np.float64) - e.astype(np.float64) * float(reciprocal)).astype(np.float32)
+        assert (ours == x.astype(np.float32) / t).all()
+        assert (q != ours).any() or eighths == 8  # the control: one multiplication is not enough
+        boundaries = np.arange(2**22, 2**24, 2**18, dtype=np.int64)  # five bits
+        for at in boundaries:
+            exact = np.sign(8 * x - at * eighths)
+            assert (np.sign(ours.astype(np.float64) - at) == exact).all()
+
+else:
+    import fast_interpreter
+
+    fast_interpreter.install()
+    from design_points import differing_at, matrix_of, point
+    from test_kernels import awkward, by, differing, unequal
+    from test_scales import NOISE, maxima
+
+    from quantization.backends.gpu import design_launch
+
+    def test_points_are_of_the_whole_space():
+        jobs = [point(number).job for number in range(2000)]
+        specs = [spec for job in jobs for spec in (job.row, job.column) if spec is not None]
+        assert {s.scale_format for s in specs} == {"e8m0", "e8m3", "e4m3", "ue5m3", "ue5m3_61440", "fp32"}
+        assert {s.scale_rule for s in specs} == set(SCALE_RULES)
+        assert {s.block_size for s in specs if s.block_rows > 1} == {16, 32}
+        for name, many in (("rounding", 4), ("element", 3), ("target", 5), ("target_scale", 3), ("scale_rounding", 2)):
+            assert len({getattr(s, name) for s in specs}) == many
+        turns = [turn for job in jobs for turn in (job.row_turn, job.column_turn) if turn is not None]
+        assert {turn.signs for turn in turns} == {"none", "fixed", "fresh"}
+        assert {turn.size for turn in turns} >= {2, 4, 8, 16, 32, 64, 128}
+        assert {(job.chained, job.sums) for job in jobs} == set(itertools.product((False, True), repeat=2))
+        assert len({job.text for job in jobs}) > 1900
+
+    @pytest.mark.parametrize("start", range(0, POINTS, 40))
+    def test_random_points(start):
+        wrong = [str(point(n)) for n in range(start, start + 40) if differing_at(point(n), CPU)]
+        assert wrong == []
+
+    def test_every_point_is_a_kernel_s():
+        for number in range(400):
+            it = point(number)
+            with by("triton"):
+                assert choose.backend_of_job(matrix_of(it, CPU), it.job) is not reference, str(it)
+
+    @pytest.mark.parametrize("name", ["e8m3", "e4m3", "ue5m3", "ue5m3_61440", "fp32"])
+    def test_scales_at_and_next_to_every_boundary(name):
+        for target, rounding in itertools.product((None, 6 * 16 / 17, 6.072), ("nearest", "up")):
+            spec = QuantizerSpec(block_size=16, scale_format=name, target=target, scale_rounding=rounding)
+            values = maxima(dataclasses.replace(spec, scale_format="e4m3" if name == "fp32" else name))
+            x = torch.zeros(len(values), 16)
+            x[:, 3], x[:, 9] = values, values / 3
+            assert differing(x, spec) == 0
+
+    @pytest.mark.parametrize("element", ["e2m1", "e1m2", "e3m0"])
+    def test_elements_at_and_next_to_every_boundary_under_every_significand(element):
+        g = torch.Generator().manual_seed(0)
+        fmt = QuantizerSpec(element).format
+        grid = torch.tensor(fmt.magnitudes)
+        places = torch.cat([grid, (grid[1:] + grid[:-1]) / 2])
+        scales = (1 + torch.arange(8) / 8).repeat_interleave(8) * torch.exp2(torch.randint(-80, 80, (64,), generator=g))
+        x = places[torch.randint(len(places), (64, 32), generator=g)] * scales[:, None]
+        x = (x.view(torch.int32) + torch.where(x == 0, 0, torch.randint(-1, 2, x.shape, generator=g)).int()).view(
+            x.dtype
+        )
+        x[:, ::16] = fmt.max * scales[:, None]
+        for rounding in ("nearest_even", "nearest_away", "nearest_up", "stochastic"):
+            spec = QuantizerSpec(element, rounding=rounding, block_size=16, scale_format="e8m3")
+            kernel, expected = (fake_quantize(x, spec, seed=NOISE, backend=b) for b in ("triton", "reference"))
+            assert unequal(kernel, expected) == 0
+
+    def test_what_is_not_finite_and_both_ends_of_the_range():
+        for name, rows, outer in itertools.product(("e4m3", "e8m3", "fp32"), (1, 16), ("none", "pow2")):
+            if outer == "none" or name == "e4m3":
+                spec = QuantizerSpec(block_size=16, block_rows=rows, scale_format=name, outer=outer)
+                for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    assert differing(awkward((70, 130), dtype, 3), spec) == 0
+
+    @pytest.mark.parametrize("method", [name for name in PRESETS if name != "full_precision"])
+    def test_a_layer_of_a_method_is_the_same_with_kernels_and_reference(method):
+        from test_linear_fn import by_function, tensors
+
+        results = []
+        for backend in ("triton", "reference"):
+            with by(backend):
+                results.append(by_function(*tensors((64,), 64, 48), PRESETS[method]))
+        for name, value in results[0].items():
+            assert torch.equal(value, results[1][name]), name
+
+    def test_what_has_no_kernel_is_the_reference_s_work():
+        spec = QuantizerSpec(block_size=16, scale_format="e4m3")
+        without = [
+            dataclasses.replace(spec, scale_rounding="stochastic"),
+            dataclasses.replace(spec, outer="fp32", arithmetic="te"),
+            dataclasses.replace(spec, target=0.5),
+            QuantizerSpec(scale_rule="rms_nearest", block_size=16),
+            QuantizerSpec(block_size=64, block_rows=64),
+        ]
+        x = torch.randn(64, 64)
+        with by("triton"):
+            for other in without:
+                assert choose.backend_of_job(x, Job(other, None, DENSE, NOTHING, x.dtype)) is reference
+            alone = Job(None, spec, NOTHING, DENSE, x.dtype, row_turn=Turn(16, "none", 0))
+            assert choose.backend_of_job(x, alone) is reference
+            assert choose.backend_of_job(x, Job(spec, None, DENSE, NOTHING, x.dtype)) is not reference
+        for recipe in PRESETS.values():
+            specs = [spec for q in QUANTIZERS if (spec := getattr(recipe, q)) is not None]
+            assert all(spec.ruled or design_launch.by_design(spec) for spec in specs)
+
+    def rotated_under_an_outer_scale(job: Job) -> bool:
+        row = job.row
+        return row is not None and row.outer == "pow2" and not row.outer_delay and job.row_turn is not None
+
+    @pytest.mark.parametrize("what", ["significand", "sums", "peak"])
+    def test_control_a_change_of_the_reference_is_seen(monkeypatch, what):
+        it = next(p for p in map(point, range(3000)) if p.seed % 2 and rotated_under_an_outer_scale(p.job))
+        assert differing_at(it, CPU) == 0
+        if what == "significand":
+            monkeypatch.setattr(reference, "significand", lambda scale: torch.ones_like(scale))
+        elif what == "peak":
+            monkeypatch.setattr(reference, "largest_of", lambda x: x.abs().amax().float() * 2.0**-20)  # codes end
+        else:
+            rotate = reference.rotate
+
+            def elsewhere(x: torch.Tensor, *arguments) -> torch.Tensor:
+                return (rotate(x, *arguments).view(torch.int32) + 1024).view(torch.float32)
+
+            monkeypatch.setattr(reference, "rotate", elsewhere)
+        assert differing_at(it, CPU) > 0

@@ -1,0 +1,74 @@
+"""The statistics of single quantizers: by themselves, in a model, in a run's recordings."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from test_methods import Blocks
+from torch import nn
+
+from quantization import PRESETS, LinearRecipe, QuantizerSpec, QuantLinear, convert_linears, fake_quantize
+from quantization.backends.reference import amax_of
+from quantization.watch.quantizers import STATISTICS, quantizer_statistics, statistics_of
+
+NVFP4 = QuantizerSpec(block_size=16, scale_format="e4m3")
+
+
+def of(x: torch.Tensor, spec: QuantizerSpec) -> dict[str, float]:
+    found = statistics_of(x, fake_quantize(x, spec, seed=1), spec, amax_of(x, spec))
+    return dict(zip(STATISTICS, found.tolist(), strict=True))
+
+
+def test_errors_and_gains_are_those_of_the_design_space():
+    x = torch.randn(1024, 512, generator=torch.Generator().manual_seed(0))
+    assert of(x, NVFP4)["mse"] == pytest.approx(9.04e-3, rel=0.01)
+    stochastic = dataclasses.replace(NVFP4, rounding="stochastic")
+    assert of(x, stochastic)["gain"] == pytest.approx(1 - 0.0033, abs=3e-4)
+    assert of(x, dataclasses.replace(NVFP4, correction=1.5))["gain"] == pytest.approx(1.5 * of(x, NVFP4)["gain"])
+
+
+def test_underflow_and_saturation_are_counted():
+    x = torch.ones(4, 32)
+    x[0, :16] = 2.0**-12  # a scale of 2^-12 / 6 is none of e4m3's
+    x[1] = 0.0  # blocks of zeros do not count
+    assert of(x, NVFP4)["underflow"] == pytest.approx(1 / 6)
+    assert of(x, dataclasses.replace(NVFP4, scale_format="ue5m3"))["underflow"] == 0
+    x = torch.ones(1, 32)
+    x[0, 3] = 7.0
+    assert of(x, QuantizerSpec(scale_rule="floor"))["saturated"] == pytest.approx(1 / 32)
+    assert of(x, QuantizerSpec())["saturated"] == 0
+
+
+@pytest.mark.parametrize("method", ["tetrajet", "nvfp4", "quartet", "mxfp4_tseng"])
+def test_every_quantizer_of_a_model_has_its_own_and_the_model_is_as_before(method):
+    torch.manual_seed(0)
+    model = Blocks()
+    convert_linears(model, PRESETS[method], seed=1)
+    model.eval()
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear | nn.Linear)]
+    images = torch.randn(64, 32, requires_grad=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = quantizer_statistics(model, layers, images)
+    assert set(found) == {f"quantizer_{name}" for name in STATISTICS}
+    for row, layer in enumerate(layers):
+        active = layer.recipe.active if isinstance(layer, QuantLinear) else ()
+        for place, name in enumerate(("q1", "q2", "q3", "q4", "q5", "q6")):
+            values = [array[row, place] for array in found.values()]
+            assert np.isfinite(values).all() if name in active else np.isnan(values).all()
+        assert layer.weight.grad is None and getattr(layer, "observer", None) is None
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    mse = found["quantizer_mse"]
+    assert np.nanmin(mse[:, [0, 1, 2, 4]], initial=1.0) > 1e-3 and np.nanmax(mse) < 0.1  # q4 and q6 may change nothing
+    assert np.nanmin(found["quantizer_gain"]) > 0.9 and np.nanmax(found["quantizer_gain"]) < 1.1
+
+
+def test_a_layer_tells_what_its_quantizers_read():
+    layer = QuantLinear.from_linear(nn.Linear(32, 48), LinearRecipe(q1=NVFP4, q5=NVFP4))
+    seen = {}
+    layer.observer = lambda role, x, job, noise, shadow: seen.update({role: x})
+    x = torch.randn(16, 32)
+    layer(x).backward(torch.full((16, 48), 2.0))
+    assert torch.equal(seen["X"], x) and torch.equal(seen["W"], layer.weight) and (seen["G"] == 2).all()
