@@ -22,7 +22,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from images import parcel as columns
 from images.decode import open_image
-from images.parcel import JPEG, PIXELS, RESIDENT, Parcel, drawn_of, merge, on_device
+from images.parcel import JPEG, PIXELS, RESIDENT, Parcel, drawn_of, fill, merge, room_for
 from images.replay import erase, normalise, replay
 from images.resident import Resident
 
@@ -60,8 +60,9 @@ class Finisher:
             return self._by_pillow(parcels)
         decoded = self.decode(parcels) if decoded is None else decoded
         merged, sources = merge(parcels)
-        here = on_device(_pinned(merged) if self._device.type == "cuda" else merged, sources, self._device)
-        self._place(here, merged, decoded.images)
+        here = room_for(merged, sources, self._device)
+        self._place(merged, here, decoded.images)
+        fill(here, _pinned(merged) if self._device.type == "cuda" else merged, sources)
         return augment(here, self._levels, self._size), here.targets.clone(), decoded.failed
 
     def _by_pillow(self, parcels: Sequence[Parcel]) -> tuple[Tensor, Tensor, list[int]]:
@@ -120,9 +121,9 @@ class Finisher:
                 f"note: a batch that the GPU cannot decode ({said}) is decoded by Pillow.", file=sys.stderr, flush=True
             )
 
-    def _place(self, here: Parcel, merged: Parcel, decoded: dict[int, Tensor]) -> None:
-        """Addresses into the table of a parcel on the device: where there each image is."""
-        images = merged.images.clone()
+    def _place(self, merged: Parcel, here: Parcel, decoded: dict[int, Tensor]) -> None:
+        """Addresses into the table of a batch: where on the device each image is, or will be."""
+        images = merged.images
         kinds = images[:, columns.KIND]
         images[:, columns.START] += torch.where(kinds == PIXELS, here.memory.data_ptr() + here.layout["source"][0], 0)
         if self._resident is not None:
@@ -133,7 +134,6 @@ class Finisher:
         for row, image in decoded.items():
             strides = image.stride()
             images[row, : columns.CHANNEL + 1] = torch.tensor([image.data_ptr(), strides[1], strides[2], strides[0]])
-        here.images.copy_(images)
 
 
 def _places(parcels: Sequence[Parcel]) -> list[tuple[Parcel, int]]:

@@ -6,7 +6,6 @@ A loader process packs it, so that the main process has one thing to receive, to
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -232,16 +231,20 @@ def merge(parcels: Sequence[Parcel]) -> tuple[Parcel, list[Tensor]]:
     return _write(sections, [], extent, None), [one.source for one in parcels]
 
 
-def on_device(merged: Parcel, sources: Sequence[Tensor], device: torch.device) -> Parcel:
-    """What `merge` has made, on a GPU: on its way there while the program goes on, from pinned memory."""
-    start = merged.layout["source"][0]
-    sizes = [_aligned(source.numel()) for source in sources]
-    memory = torch.empty(start + sum(sizes), dtype=torch.uint8, device=device)
-    memory[:start].copy_(merged.memory[:start], non_blocking=True)
-    for source, end in zip(sources, itertools.accumulate(sizes), strict=True):
-        begin = start + end - _aligned(source.numel())
-        memory[begin : begin + source.numel()].copy_(source, non_blocking=True)
-    return Parcel(memory, {**merged.layout, "source": (start, (sum(sizes),), torch.uint8)}, merged.extent)
+def room_for(merged: Parcel, sources: Sequence[Tensor], device: torch.device) -> Parcel:
+    """Memory on a device for what `merge` has made; nothing is there yet."""
+    start, size = merged.layout["source"][0], sum(_aligned(source.numel()) for source in sources)
+    memory = torch.empty(start + size, dtype=torch.uint8, device=device)
+    return Parcel(memory, {**merged.layout, "source": (start, (size,), torch.uint8)}, merged.extent)
+
+
+def fill(here: Parcel, merged: Parcel, sources: Sequence[Tensor]) -> None:
+    """Copy it there; from pinned memory while the program goes on."""
+    begin = here.layout["source"][0]
+    here.memory[:begin].copy_(merged.memory[:begin], non_blocking=True)
+    for source in sources:
+        here.memory[begin : begin + source.numel()].copy_(source, non_blocking=True)
+        begin += _aligned(source.numel())
 
 
 def _aligned(size: int) -> int:
