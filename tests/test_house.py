@@ -36,7 +36,7 @@ FLOORS = (
     ("quantize", "oscillation"),
     ("operands",),
     ("layers",),
-    ("stabilizers",),
+    ("stabilizers", "export"),
     ("watch",),
 )
 # Imports within functions, and why.
