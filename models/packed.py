@@ -35,6 +35,7 @@ from quantization.export import (
     weight_fault,
 )
 from quantization.job import Packed, codes_shape, scales_shape
+from quantization.recipes import resolve
 from quantization.spec import LinearRecipe
 from record.packed import DTYPES, Images, Info, Model, PackedFile, Trained, read_packed, write_packed, write_tensors
 
@@ -103,9 +104,7 @@ def save_dequantized(model: nn.Module, path: str | Path, dtype: str = "bfloat16"
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_packed(
-    path: str | Path, *, activations: str = "quantized", device: torch.device | str = "cpu"
-) -> nn.Module:
+def load_packed(path: str | Path, *, activations: str = "quantized", device: torch.device | str = "cpu") -> nn.Module:
     """The model of a packed checkpoint, whose forward pass is that of the trained one in evaluation, bit for bit.
 
     activations: `quantized` by q1, as in training, or `plain`, left as they come.
@@ -141,10 +140,15 @@ def dequantized_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def _recipes(info: Info, path: Path) -> list[LinearRecipe]:
+    what = f"{path} cannot be used, what it says of itself is wrong"
     try:
-        return [recipe_of(words) for words in info.recipes]
-    except ValueError as error:
-        raise UserError(f"{path} cannot be used, what it says of itself is wrong: {error}.") from None
+        recipes = [recipe_of(words) for words in info.recipes]
+        quant = load_config(None, [f"quant={json.dumps(info.quant)}"], source="its configuration").quant
+    except (ValueError, UserError) as error:
+        raise UserError(f"{what}: {str(error).rstrip('.')}.") from None
+    if resolve(quant) not in recipes:
+        raise UserError(f"{what}: its configuration, {resolve(quant)}, is that of none of its layers.")
+    return recipes
 
 
 def _make(info: Info, path: Path, tensors: int) -> nn.Module:

@@ -165,7 +165,9 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         activations = "" if self.jobs.recipe.q1 == self.recipe.q1 else ", activations left alone"
         bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.recipe}{activations}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.recipe}{activations}"
+        )
 
 
 def carry(packed: Packed, job: Job) -> Carried:

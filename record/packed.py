@@ -158,7 +158,9 @@ def read_info(path: str | Path) -> Info:
     except (ValueError, RecursionError):
         raise UserError(f"{what}: it is not valid JSON.") from None
     if isinstance(said, dict) and type(said.get("format")) is int and said["format"] > FORMAT:
-        raise UserError(f"{path} has the packed format {said['format']}, and this version reads up to {FORMAT}; update.")
+        raise UserError(
+            f"{path} has the packed format {said['format']}, and this version reads up to {FORMAT}; update."
+        )
     try:
         info = Info.model_validate(said)
     except ValidationError:
