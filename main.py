@@ -218,11 +218,15 @@ def end_stopped(run: Run) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def hand_on(options: argparse.Namespace, overrides: Sequence[str], path: Path | None, device: torch.device) -> None:
+def hand_on(
+    options: argparse.Namespace, overrides: Sequence[str], path: Path | None, cfg: Config, device: torch.device
+) -> None:
     """--export and --predict: the model of a checkpoint written in another form, or asked about images."""
     if path is None:
         flag = "--export" if options.export is not None else "--predict"
         raise UserError(f"{flag} needs a model; pass --resume CHECKPOINT.")
+    if cfg.run.eval or options.smoke:
+        raise UserError("--export and --predict neither train nor evaluate; leave --smoke and --eval away.")
     restored = restore(path, options.config, overrides, device)
     if options.predict is not None:
         predictions = predict(restored, [Path(image) for image in options.predict], device)
@@ -274,7 +278,7 @@ def main(argv: Sequence[str] | None = None, processes: Processes | None = None) 
     output_dir = Path(cfg.run.output_dir or Path("runs") / name)
     if options.export is not None or options.predict is not None:
         if rank == 0:
-            hand_on(options, overrides, resume_path(cfg, output_dir), device)
+            hand_on(options, overrides, resume_path(cfg, output_dir), cfg, device)
         return
     if cfg.run.eval:
         path = resume_path(cfg, output_dir) or (Path(cfg.run.finetune) if cfg.run.finetune else None)

@@ -88,26 +88,31 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_hand_on(parser: argparse.ArgumentParser) -> None:
-    """What is done with the checkpoint of --resume in place of training: written in another form, or asked."""
-    group = parser.add_argument_group("instead of training", "What to do with the model of --resume FILE.")
+    """What is done with the model of --resume in place of training: written in another form, or asked about images."""
     options = {"default": None, "metavar": "FILE"}
-    group.add_argument("--export", help="write it to a safetensors file, its weights packed, and exit", **options)
-    group.add_argument(
+    parser.add_argument(
+        "--export", help="write the model of --resume to a safetensors file, its weights packed, and exit", **options
+    )
+    parser.add_argument(
         "--export-form",
         choices=["packed", "dequantized"],
         default="packed",
         help="packed: codes and scales, for this program; dequantized: for plain timm (default: packed)",
     )
-    group.add_argument(
+    parser.add_argument(
         "--export-dtype",
         choices=["float32", "bfloat16"],
         default=None,
         help="of all that is not packed (default: float32, or that of a packed --resume FILE)",
     )
-    group.add_argument(
-        "--predict", nargs="+", default=None, metavar="IMAGE", help="print what it sees in image files, and exit"
+    parser.add_argument(
+        "--predict",
+        nargs="+",
+        default=None,
+        metavar="IMAGE",
+        help="print what the model of --resume sees in images, and exit",
     )
-    group.add_argument("--png", help="picture of the predictions (default: predictions.png)", **options)
+    parser.add_argument("--png", help="picture of the predictions (default: predictions.png)", **options)
 
 
 def _show(value: Any) -> str:

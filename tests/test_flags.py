@@ -224,7 +224,7 @@ def test_dashes_and_underscores_are_alike(flag: str) -> None:
     body = flag[2:]
     for spelling in (flag, "--" + body.replace("-", "_"), "--" + body.replace("_", "-")):
         assert set(actions()[flag].option_strings) <= set(actions())
-        words = [] if actions()[flag].nargs == 0 else ["0"]
+        words = [] if actions()[flag].nargs == 0 else [(actions()[flag].choices or ["0"])[0]]
         reference, found = parse_flags([flag, *words]), parse_flags([spelling, *words])
         assert vars(found[0]) == vars(reference[0]) and found[1] == reference[1]
 
