@@ -58,16 +58,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     for column in options.models:
         models, size = variants(column, options.quick, device)
         for batch in options.batches:
-            images = torch.randn(min(batch, 2) if options.quick else batch, 3, size, size, device=device).bfloat16()
+            count = min(batch, 2) if options.quick else batch
+            images = torch.randn(count, 3, size, size, device=device).bfloat16()
             passes = {name: pass_of(net, images) for name, net in models.items()}
             samples = take_turns(passes, device, options, kernels=False)
             own = {name: [list(net.parameters()), list(net.buffers()), images] for name, net in models.items()}
             results.add(
-                f"{column} batch {batch}",
-                f"{len(images)}x3x{size}x{size}",
+                f"{column} batch {count}",
+                f"{count}x3x{size}x{size}",
                 samples,
                 dict.fromkeys(samples, BASELINE),
-                rate=lambda _, seconds, n=len(images): n / seconds,
+                rate=lambda _, seconds, n=count: n / seconds,
                 rate_unit="images/s",
                 peaks={name: peak_gib(passes[name], own[name], device) for name in models},
             )

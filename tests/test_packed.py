@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,19 @@ def test_a_loaded_model_computes_the_bits_of_the_trained_one(model: str, tmp_pat
     assert not torch.equal(load_packed(path, activations="plain")(x), expected)  # the control
     save_packed(loaded, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("carrier", ["bf16", "fp8"])
+@torch.no_grad()
+def test_it_does_on_a_gpu(carrier: str, tmp_path: Path) -> None:
+    net, cfg = trained_model(SMALL, f"quant.carrier={carrier}")
+    x = images_for(cfg, 16).cuda()
+    path = packed_file(tmp_path / "file.safetensors", copy.deepcopy(net), cfg)
+    net, loaded = net.cuda(), load_packed(path, device="cuda")
+    assert torch.equal(loaded(x), net(x))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert torch.equal(loaded(x), net(x))
 
 
 @torch.no_grad()
