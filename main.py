@@ -5,6 +5,7 @@ Configuration -> run (data, model, optimizer) -> epochs of training and evaluati
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 import tempfile
@@ -24,13 +25,17 @@ from models import PATCHES, quantizer_table
 from quantization.layers.convert import unquantized_in_blocks
 from record.checkpoint import BEST, LAST, find_last, load_checkpoint
 from record.manifest import manifest
+from record.packed import is_packed
 from record.runlog import RunLog, check_new, complete, mend_best
 from record.weights import load_weights, saved_classes
+from results.predictions import draw_predictions
 from training.build import build_evaluation, build_run, pick_device
+from training.export import export, predict, restore
 from training.given import as_trained, fit
 from training.processes import Processes, leave, say
 
 SMOKE_STEPS, SMOKE_BATCH = 2, 2
+PICTURE = "predictions.png"
 
 
 def resume_path(cfg: Config, output_dir: Path) -> Path | None:
@@ -45,11 +50,14 @@ def evaluate_only(
 ) -> None:
     """--eval: print loss and accuracy of a checkpoint's weights and, with --model-ema, of their moving average; writes
     nothing. own: the checkpoint's configuration, if it has one."""
-    run = build_evaluation(cfg, rank=processes.rank, world_size=processes.world_size, device=device)
+    packed = path if is_packed(path) else None
+    run = build_evaluation(cfg, rank=processes.rank, world_size=processes.world_size, device=device, packed=packed)
     check_classes(path, saved_classes(path), run.data.classes)
     figures: dict[str, float] = {}
     for prefix in ["", "ema_"] if cfg.model_ema.enabled else [""]:
-        resampled = fit(run.model, load_weights(path, average=bool(prefix)), path, own, cfg.model.img_size)
+        resampled = packed is None and fit(
+            run.model, load_weights(path, average=bool(prefix)), path, own, cfg.model.img_size
+        )
         if resampled and not prefix and run.rank == 0:
             print(f"note: {path} is resampled to images of {cfg.model.img_size} pixels.", file=sys.stderr)
         figures |= {f"{prefix}{name}": value for name, value in evaluate(run, run.model).items()}
@@ -210,6 +218,27 @@ def end_stopped(run: Run) -> NoReturn:
     raise SystemExit(128 + number)
 
 
+def hand_on(
+    options: argparse.Namespace, overrides: Sequence[str], path: Path | None, cfg: Config, device: torch.device
+) -> None:
+    """--export and --predict: the model of a checkpoint written in another form, or asked about images."""
+    if path is None:
+        flag = "--export" if options.export is not None else "--predict"
+        raise UserError(f"{flag} needs a model; pass --resume CHECKPOINT.")
+    if cfg.run.eval or options.smoke:
+        raise UserError("--export and --predict neither train nor evaluate; leave --smoke and --eval away.")
+    restored = restore(path, options.config, overrides, device)
+    if options.predict is not None:
+        predictions = predict(restored, [Path(image) for image in options.predict], device)
+        for prediction in predictions:
+            say(str(prediction))
+        picture = Path(options.png or PICTURE)
+        draw_predictions(predictions, picture)
+        say(f"{picture}: the picture of {'it' if len(predictions) == 1 else 'them'}")
+    if options.export is not None:
+        say(export(restored, path, Path(options.export), options.export_form, options.export_dtype))
+
+
 def smoke_overrides(cfg: Config, world_size: int) -> list[str]:
     """What --smoke changes: a few generated images in the smallest batches, no worker processes."""
     images = 4 * SMOKE_STEPS * SMOKE_BATCH * world_size
@@ -247,6 +276,10 @@ def main(argv: Sequence[str] | None = None, processes: Processes | None = None) 
     device = pick_device(cfg)
     name = run_name(options.config) if options.config else cfg.model.name
     output_dir = Path(cfg.run.output_dir or Path("runs") / name)
+    if options.export is not None or options.predict is not None:
+        if rank == 0:
+            hand_on(options, overrides, resume_path(cfg, output_dir), cfg, device)
+        return
     if cfg.run.eval:
         path = resume_path(cfg, output_dir) or (Path(cfg.run.finetune) if cfg.run.finetune else None)
         if path is None:

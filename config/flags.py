@@ -20,6 +20,9 @@ from config.deit import without_deits_own
 from config.explain import Parser
 from config.schema import Config, iter_keys, sections_in
 
+# What the namespace of a command line has beside the configuration's keys.
+_OWN = ("config", "print_config", "smoke", "export", "export_form", "export_dtype", "predict", "png")
+
 
 class _HelpFormatter(argparse.HelpFormatter):
     """Writes `--lr, --optim.lr VALUE` where argparse would repeat VALUE after every name."""
@@ -57,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=False,
         help="2 training steps and 1 evaluation batch on generated images, then exit; writes nothing",
     )
+    _add_hand_on(parser)
     keys: dict[str, list[FieldInfo]] = {}  # a tag has a field in each of its section's classes
     for dotted, field in iter_keys():
         keys.setdefault(dotted, []).append(field)
@@ -83,6 +87,34 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_hand_on(parser: argparse.ArgumentParser) -> None:
+    """What is done with the model of --resume in place of training: written in another form, or asked about images."""
+    options = {"default": None, "metavar": "FILE"}
+    parser.add_argument(
+        "--export", help="write the model of --resume to a safetensors file, its weights packed, and exit", **options
+    )
+    parser.add_argument(
+        "--export-form",
+        choices=["packed", "dequantized"],
+        default="packed",
+        help="packed: codes and scales, for this program; dequantized: for plain timm (default: packed)",
+    )
+    parser.add_argument(
+        "--export-dtype",
+        choices=["float32", "bfloat16"],
+        default=None,
+        help="of all that is not packed (default: float32, or that of a packed --resume FILE)",
+    )
+    parser.add_argument(
+        "--predict",
+        nargs="+",
+        default=None,
+        metavar="IMAGE",
+        help="print what the model of --resume sees in images, and exit",
+    )
+    parser.add_argument("--png", help="picture of the predictions (default: predictions.png)", **options)
+
+
 def _show(value: Any) -> str:
     return yaml.safe_dump(
         list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=1000
@@ -96,7 +128,7 @@ def _metavar(*fields: FieldInfo) -> str:
 
 
 def parse_flags(argv: Sequence[str], *, notes: bool = True) -> tuple[argparse.Namespace, list[str]]:
-    """(namespace with config, print_config and smoke; the other flags as "section.key=value" overrides).
+    """(namespace with _OWN; the other flags as "section.key=value" overrides).
 
     `-` and `_` are alike in the names of flags. Lists are given as in YAML, [q1,q3], or as several words, q1 q3.
     Flags that only DeiT needs are left out, with a line on stderr from the first process, where `notes` are wanted.
@@ -111,7 +143,7 @@ def parse_flags(argv: Sequence[str], *, notes: bool = True) -> tuple[argparse.Na
         name, equals, value = word.partition("=")
         words.append(canonical.get(name.replace("_", "-"), name) + equals + value if word.startswith("--") else word)
     flags = vars(parser.parse_args(words))
-    own = {name: flags.pop(name) for name in ("config", "print_config", "smoke")}
+    own = {name: flags.pop(name) for name in _OWN}
     keys = dict(iter_keys())
     return argparse.Namespace(**own), [f"{dotted}={_as_yaml(value, keys[dotted])}" for dotted, value in flags.items()]
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from config import UserError
 from record.checkpoint import EXPECTED, read_file
+from record.packed import config_of, is_packed, read_info
 from record.schema import WithConfig, check, tensor_fault
 
 _PLAIN = ("model", "state_dict")
@@ -57,7 +58,12 @@ def load_weights(path: str | Path, *, average: bool = False) -> dict[str, Tensor
 
 
 def saved_config(path: str | Path) -> dict[str, Any] | None:
-    """The configuration that a checkpoint of ours was trained with; None for the files of others. Raises UserError."""
+    """The configuration that a checkpoint of ours was trained with; None for the files of others.
+
+    Of a packed checkpoint: the sections it stands for, model among them. Raises UserError.
+    """
+    if is_packed(path):
+        return config_of(read_info(path))
     held = read_file(Path(path))
     text = held.get("config") if isinstance(held, Mapping) else None
     if not isinstance(text, str):
@@ -68,6 +74,8 @@ def saved_config(path: str | Path) -> dict[str, Any] | None:
 
 def saved_classes(path: str | Path) -> list[str]:
     """The classes that a checkpoint of ours tells apart, by label; empty for the files of others. Raises UserError."""
+    if is_packed(path):
+        return read_info(path).classes
     held = read_file(Path(path))
     classes = held.get("classes", []) if isinstance(held, Mapping) else []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):

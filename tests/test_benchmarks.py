@@ -14,6 +14,7 @@ from typing import Any
 import bench_design
 import bench_linear
 import bench_operands
+import bench_packed
 import bench_probe
 import bench_quantize
 import bench_scaling
@@ -33,6 +34,7 @@ BENCHMARKS = {
     "design": (bench_design.main, ["--dtypes", "bfloat16", "--points", "nvfp4", "square"]),
     "linear": (bench_linear.main, ["--models", "deit_base", "--layers", "qkv", "fc2"]),
     "operands": (bench_operands.main, ["--layers", "fc2"]),
+    "packed": (bench_packed.main, ["--models", "deit_tiny"]),
     "probe": (bench_probe.main, []),
     "quantize": (bench_quantize.main, ["--dtypes", "bfloat16"]),
     "stabilizers": (bench_stabilizers.main, []),
@@ -43,6 +45,7 @@ CASES = {  # the variants of every case, the baseline of each
     "design": [["copy", "nvfp4", "nvfp4 H16", "square", "square H16"]] * 4,
     "linear": [["bf16", "tetrajet", "microscaling"]] * 2,
     "operands": [["copy", "bf16", "fp8"]] * 3 + [["copy", "bf16"]] + [["bf16", "fp8"]] * 3,
+    "packed": [["bf16", "packed", "packed, plain activations"]] * 2,
     "probe": [["off", "on", "on, last epoch", "ending"]],
     "quantize": [
         ["copy", "ours"]

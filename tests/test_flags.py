@@ -233,7 +233,7 @@ def test_dashes_and_underscores_are_alike(flag: str) -> None:
     body = flag[2:]
     for spelling in (flag, "--" + body.replace("-", "_"), "--" + body.replace("_", "-")):
         assert set(actions()[flag].option_strings) <= set(actions())
-        words = [] if actions()[flag].nargs == 0 else ["0"]
+        words = [] if actions()[flag].nargs == 0 else [(actions()[flag].choices or ["0"])[0]]
         reference, found = parse_flags([flag, *words]), parse_flags([spelling, *words])
         assert vars(found[0]) == vars(reference[0]) and found[1] == reference[1]
 
@@ -326,10 +326,11 @@ def test_the_order_of_a_scheme_and_its_keys_does_not_matter() -> None:
 
 def test_what_is_no_key_is_kept_apart() -> None:
     options, overrides = parse_flags(["--print_config", "--config", "a_b-c.yaml", "--lr", "1"])
-    assert vars(options) == {"config": "a_b-c.yaml", "print_config": True, "smoke": False}
+    others = {"export": None, "export_form": "packed", "export_dtype": None, "predict": None, "png": None}
+    assert vars(options) == {"config": "a_b-c.yaml", "print_config": True, "smoke": False, **others}
     assert overrides == ["optim.lr=1"]
     options, overrides = parse_flags([])
-    assert vars(options) == {"config": None, "print_config": False, "smoke": False} and overrides == []
+    assert vars(options) == {"config": None, "print_config": False, "smoke": False, **others} and overrides == []
     assert parse_flags(["--smoke"])[0].smoke
 
 

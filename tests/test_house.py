@@ -21,7 +21,7 @@ ALLOWED = {
     "images": ("config",),
     "record": ("config", "quantization.watch.recording"),
     "timm_patches": ("quantization",),
-    "models": ("config", "quantization", "timm_patches"),
+    "models": ("config", "quantization", "record", "timm_patches"),  # record: the file of a packed model
     "results": ("config", "record", "quantization", "studies.grid", "studies.questions"),
     "studies": ("config", "record"),
     "training": ("config", "datasets", "images", "models", "quantization", "record"),
@@ -36,7 +36,7 @@ FLOORS = (
     ("quantize", "oscillation"),
     ("operands",),
     ("layers",),
-    ("stabilizers",),
+    ("stabilizers", "export"),
     ("watch",),
 )
 # Imports within functions, and why.

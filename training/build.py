@@ -26,9 +26,9 @@ from quantization.layers.clock import clock_of
 from quantization.stabilizers import Plan, Stabilizer, build_stabilizer
 from quantization.watch.probe import OscillationProbe, Probe
 from record.runlog import RunLog
-from record.weights import finetune_from, load_weights, saved_classes
+from record.weights import finetune_from, saved_classes
 from training.compilers import check_compilers
-from training.given import load_rest
+from training.given import load_rest, packed_model, start_weights
 from training.graphs import GraphedPasses, leave_default_stream
 from training.losses import build_loss
 from training.passes import PROBE_POSITION
@@ -203,14 +203,22 @@ def autocast_dtype(cfg: Config, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if cfg.run.amp == "bfloat16" or (cfg.run.amp == "auto" and device.type == "cuda") else None
 
 
-def build_evaluation(cfg: Config, *, rank: int, world_size: int, device: torch.device) -> EvaluationState:
-    """The evaluation set and the model, with random weights: what --eval needs, and no more of the recipe."""
+def build_evaluation(
+    cfg: Config, *, rank: int, world_size: int, device: torch.device, packed: Path | None = None
+) -> EvaluationState:
+    """The evaluation set and the model, with random weights: what --eval needs, and no more of the recipe.
+
+    packed: a packed checkpoint, from which the model comes whole.
+    """
     check_carrier(cfg, device)
     check_compilers(cfg, device)
     batch_size = cfg.data.batch_size or max(1, min(MAX_BATCH, cfg.optim.global_batch // world_size))
     data = build_data(cfg, rank=rank, world_size=world_size, batch_size=batch_size, device=device)
-    model = build_model(cfg, data.num_classes, rank=rank, device=device)
-    stabilize(cfg, model, Plan(1, 1))
+    if packed is None:
+        model = build_model(cfg, data.num_classes, rank=rank, device=device)
+        stabilize(cfg, model, Plan(1, 1))
+    else:
+        model = packed_model(cfg, packed, device)
     if cfg.run.compile:
         model.compile()
     setup = Setup(cfg, rank, world_size, device, autocast_dtype(cfg, device), batch_size, 1, 1)
@@ -243,7 +251,7 @@ def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, devi
     model = build_model(cfg, data.num_classes, rank=rank, device=device)
     weights, not_loaded = {}, []
     if cfg.run.finetune:
-        weights = load_weights(cfg.run.finetune, average=cfg.run.use_ema)
+        weights = start_weights(cfg.run.finetune, average=cfg.run.use_ema)
         difference = class_difference(saved_classes(cfg.run.finetune), data.classes)
         if difference is not None and rank == 0:
             print(f"note: {cfg.run.finetune} has {difference}.", file=sys.stderr)

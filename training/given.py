@@ -8,11 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from config import Config, UserError, load_config, recipe_differences
-from record.weights import finetune_from, restore_model, saved_config
+from models.packed import dequantized_weights, load_packed
+from quantization import LinearRecipe, resolve
+from record.packed import is_packed
+from record.weights import finetune_from, load_weights, restore_model, saved_config
 
+_OF_THE_MODEL = ("name", "img_size", "patch_size", "num_classes", "kwargs")
 # What decides how given weights score, beside the model itself.
 _SCORED_BY = {"quant": None, "stabilizer": None, "data": ("mean", "std", "eval_crop_ratio")}
 
@@ -23,14 +28,14 @@ def as_trained(
     """The command's configuration (its file and overrides) for evaluating the weights in `path`.
 
     A checkpoint of ours is evaluated by its own quantizers, shadows, means, deviations and crop, but for what the
-    overrides say. Returns also the checkpoint's whole configuration, if it has one, and a sentence for each way in
-    which the result is not the command's or not the checkpoint's. Raises UserError.
+    overrides say; a packed one by its own model too. Returns also the checkpoint's whole configuration, if it has one,
+    and a sentence for each way in which the result is not the command's or not the checkpoint's. Raises UserError.
     """
     asked = load_config(config, overrides, source=source)
     own = saved_config(path)
     if own is None:
         return asked, None, []
-    kept = _overrides_of(own)
+    kept = overrides_of(own, whole=is_packed(path))
     try:
         trained, used = (load_config(config, [*kept, *more], source=str(path)) for more in ([], overrides))
     except UserError as error:
@@ -63,10 +68,10 @@ def _other_images(path: Path, own: Mapping[str, Any], used: Config) -> list[str]
     return [f"{path} was trained with --val-split {theirs}, of whose images --val-split {ours} takes a part."]
 
 
-def _overrides_of(own: Mapping[str, Any]) -> list[str]:
-    """The part of a configuration that decides how weights score, as overrides of another."""
+def overrides_of(own: Mapping[str, Any], whole: bool = False) -> list[str]:
+    """The part of a configuration that decides how weights score, as overrides of another; `whole`: and the model."""
     found = []
-    for section, keys in _SCORED_BY.items():
+    for section, keys in (_SCORED_BY | ({"model": _OF_THE_MODEL} if whole else {})).items():
         held = own.get(section)
         if keys is None and held is not None:
             found.append(f"{section}={json.dumps(held)}")
@@ -111,3 +116,50 @@ def load_rest(model: nn.Module, weights: Mapping[str, Tensor], names: Sequence[s
     fit = [name for name in names if name in own and name in weights and own[name].shape == weights[name].shape]
     model.load_state_dict({name: weights[name] for name in fit}, strict=False)
     return [name for name in names if name not in fit]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def start_weights(path: str | Path, *, average: bool) -> dict[str, Tensor]:
+    """What --finetune starts from: weights of any file that load_weights reads, or of a packed checkpoint, expanded.
+
+    average: the moving average of the weights. Raises UserError.
+    """
+    if not is_packed(path):
+        return load_weights(path, average=average)
+    _no_average(path, average)
+    return dequantized_weights(path)
+
+
+def packed_model(cfg: Config, path: Path, device: torch.device) -> nn.Module:
+    """The model of a packed checkpoint, to be evaluated as the configuration says.
+
+    Its activations are quantized as in training, or left alone where the configuration has q1 off. Raises UserError
+    where the configuration asks for another model, other quantizers, or a moving average.
+    """
+    _no_average(path, cfg.model_ema.enabled)
+    own = load_config(None, overrides_of(saved_config(path) or {}, whole=True), source=str(path))
+    for key in _OF_THE_MODEL:
+        asked, given = getattr(cfg.model, key), getattr(own.model, key)
+        if asked != given:
+            raise UserError(f"{path} was made with model.{key} {given}, and the command says {asked}; leave it away.")
+    wanted, trained = resolve(cfg.quant), resolve(own.quant)
+    if not isinstance(wanted, LinearRecipe) or not isinstance(trained, LinearRecipe):
+        raise UserError(
+            f"{path} holds weights in a microscaling format, and quant.scheme int4 is another; leave it away."
+        )
+    plain = wanted.q1 is None and trained.q1 is not None
+    if wanted.q2 != trained.q2 or (wanted.q1 != trained.q1 and not plain) or wanted.carrier != trained.carrier:
+        raise UserError(
+            f"{path} holds weights that are quantized already, by {trained}: they are evaluated so, or with their "
+            "activations left alone (--quant.scheme mx --quant.active q2)."
+        )
+    return load_packed(path, activations="plain" if plain else "quantized", device=device)
+
+
+def _no_average(path: str | Path, average: bool) -> None:
+    if average:
+        raise UserError(f"{path} is packed and holds no moving average; leave --use-ema and --model-ema away.")

@@ -1,0 +1,198 @@
+"""main.py --export and --predict, and packed files in the other commands: from training to a prediction."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from helpers import METHODS, exit_code, metrics, tiny, train
+from PIL import Image
+
+from config import load_config
+from models import load_packed
+from quantization.stabilizers import Plan
+from record.checkpoint import load_checkpoint, save_checkpoint
+from record.packed import read_info
+from record.weights import saved_config
+from training.build import build_model, stabilize
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
+MX = ["--quant.scheme", "mx"]
+FREEZE = [*METHODS["freeze"], "--stabilizer.threshold_end", "0.01", "--stabilizer.start", "0"]
+KINDS = {**METHODS, "none": [], "freeze": FREEZE}
+DATA = ["--device", "cpu", "--data-set", "generated", "--data.num_images", "64", "--num_workers", "0"]
+Say = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a short run, by the kind of its stabilizer, `int4` or `fp`; trained once."""
+    folder, made = tmp_path_factory.mktemp("runs"), {}
+
+    def run(kind: str) -> Path:
+        if kind not in made:
+            flags = [] if kind == "fp" else KINDS[kind] if kind == "int4" else [*MX, *KINDS[kind]]
+            made[kind] = train(folder / kind, *flags, "--data.mean", "0.4", "0.5", "0.6", "--epochs", "1")
+        return made[kind]
+
+    return run
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Say:
+    """What a command that has to end with `code` prints, on stdout and on stderr."""
+
+    def run(*argv: object, code: int = 0) -> tuple[str, str]:
+        capsys.readouterr()
+        assert exit_code([str(word) for word in argv]) == code
+        return capsys.readouterr()
+
+    return run
+
+
+def refusal(say: Say, *argv: object) -> str:
+    """The one sentence that a mistake gets, after notes if there are any."""
+    out, err = say(*argv, code=2)
+    *notes, said = err.splitlines()
+    assert out == "" and said.startswith("error: ") and all(line.startswith("note: ") for line in notes)
+    return said.removeprefix("error: ")
+
+
+def photograph(path: Path) -> Path:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["none", "qema", "qramping", "dampen", "freeze"])
+def test_what_is_exported_of_a_run_computes_its_bits(kind: str, runs: Callable, tmp_path: Path, say: Say) -> None:
+    checkpoint, path = runs(kind) / "last.pt", tmp_path / "file.safetensors"
+    out, err = say("--device", "cpu", "--export", path, "--resume", checkpoint)
+    size = f"{path.stat().st_size / 1e6:.2f} MB"
+    assert out == f"{path}: deit_tiny_patch16_224, 8 layers packed, the rest in float32, {size}\n" and err == ""
+
+    own = saved_config(checkpoint)
+    cfg = load_config(None, [f"{key}={json.dumps(own[key])}" for key in ("model", "quant", "stabilizer")])
+    net = build_model(cfg, 4, rank=0, device=torch.device("cpu"))
+    stabilize(cfg, net, Plan(1, 1))
+    net.load_state_dict(load_checkpoint(checkpoint)["model"])
+    x = torch.randn(6, 3, 8, 8)
+    packed = load_packed(path)
+    with torch.no_grad():
+        assert torch.equal(packed(x), net.eval()(x))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(packed(x), net(x))
+    logged = metrics(runs(kind))[-2]["data"]
+    assert read_info(path).trained.top1 == logged["eval.top1"] and read_info(path).trained.data_set == "generated"
+
+
+def test_an_exported_file_is_exported_again_to_the_same_bytes(runs: Callable, tmp_path: Path, say: Say) -> None:
+    files = [runs("qema") / "last.pt", *(tmp_path / f"{n}.safetensors" for n in range(2))]
+    for source, target in itertools.pairwise(files):
+        say(
+            "--device",
+            "cpu",
+            "--export",
+            target,
+            "--resume",
+            source,
+            *["--export-dtype", "bfloat16"][: 2 * (source == files[0])],
+        )
+    assert files[1].read_bytes() == files[2].read_bytes()
+    assert read_info(files[1]).dtype == "bfloat16"
+
+
+def test_evaluation_of_a_packed_file_gives_the_runs_own_top1(runs: Callable, tmp_path: Path, say: Say) -> None:
+    path, logged = tmp_path / "file.safetensors", metrics(runs("qema"))[-2]["data"]
+    say("--device", "cpu", "--export", path, "--resume", runs("qema") / "last.pt")
+    figures = f"loss {logged['eval.loss']:.4f}, top1 {logged['eval.top1']:.2f} %, top5 {logged['eval.top5']:.2f} %"
+    out, err = say(*DATA, "--eval", "--resume", path)
+    assert out == f"{path}: {figures} on 6 images, quant.scheme mx\n" and "by its own configuration" in err
+    out, _ = say(*DATA, "--eval", "--resume", path, *MX, "--quant.active", "q2")  # activations left alone
+    assert figures not in out
+    said = refusal(say, *DATA, "--eval", "--resume", path, *MX, "--quant.scale_rule", "floor")
+    assert "holds weights that are quantized already" in said
+    assert "model.img_size 8, and the command says 16" in refusal(
+        say, *DATA, "--eval", "--resume", path, "--input-size", "16"
+    )
+    assert "holds no moving average" in refusal(say, *DATA, "--eval", "--resume", path, "--model-ema")
+
+
+def test_training_starts_from_a_packed_file(runs: Callable, tmp_path: Path, say: Say) -> None:
+    path = tmp_path / "file.safetensors"
+    say("--device", "cpu", "--export", path, "--resume", runs("none") / "last.pt")
+    train(tmp_path / "tuned", *MX, "--finetune", str(path), "--lr", "1e-30", "--min-lr", "0", "--epochs", "1")
+    weights = load_checkpoint(tmp_path / "tuned" / "last.pt")["model"]
+    expected = load_packed(path).blocks[0].attn.qkv.quantized_weight()
+    assert torch.allclose(weights["blocks.0.attn.qkv.weight"], expected, rtol=0, atol=1e-12)
+    assert "--finetune" in refusal(say, *tiny(tmp_path / "none", *MX, "--resume", str(path)))
+
+
+def test_the_dequantized_form_and_the_moving_average(tmp_path: Path, say: Say) -> None:
+    run = train(tmp_path / "run", *MX, "--model-ema", "--model-ema-decay", "0.5", "--epochs", "1")
+    for form, name in (("packed", "packed"), ("dequantized", "plain")):
+        target = tmp_path / f"{name}.safetensors"
+        say("--device", "cpu", "--export", target, "--export-form", form, "--use-ema", "--resume", run / "last.pt")
+    plain = safetensors.torch.load_file(tmp_path / "plain.safetensors")
+    packed = load_packed(tmp_path / "packed.safetensors")
+    assert torch.equal(plain["blocks.1.mlp.fc1.weight"], packed.blocks[1].mlp.fc1.quantized_weight())
+    logged = metrics(run)[-2]["data"]
+    assert packed.packed_info.trained.top1 == logged["eval.ema_top1"]
+    assert torch.equal(plain["norm.weight"], load_checkpoint(run / "last.pt")["ema"]["norm.weight"])
+
+
+def test_a_prediction_is_the_models_and_is_drawn(runs: Callable, tmp_path: Path, say: Say) -> None:
+    state = load_checkpoint(runs("qema") / "last.pt")
+    save_checkpoint(tmp_path / "named.pt", {**state, "classes": ["ant", "bee", "cat", "dog"]})
+    image = photograph(tmp_path / "photo, one.png")
+    files = {kind: tmp_path / name for kind, name in {"packed": "file.safetensors", "checkpoint": "named.pt"}.items()}
+    say("--device", "cpu", "--export", files["packed"], "--resume", files["checkpoint"])
+    lines = {}
+    for kind, file in files.items():
+        picture = tmp_path / f"{kind}.png"
+        out, err = say("--device", "cpu", "--predict", image, image, "--resume", file, "--png", picture)
+        lines[kind] = out.splitlines()[:2]
+        assert err == "" and out.endswith(f"{picture}: the picture of them\n")
+        assert Image.open(picture).format == "PNG" and Image.open(picture).size[0] > 500
+    assert lines["packed"] == lines["checkpoint"] and len(set(lines["packed"])) == 1
+    names = [word for word in lines["packed"][0].replace(",", "").split() if word in ("ant", "bee", "cat", "dog")]
+    shares = [float(word) for word in lines["packed"][0].split() if word.replace(".", "").isdigit()]
+    assert sorted(names) == ["ant", "bee", "cat", "dog"] and shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(100, abs=0.3)
+
+
+def test_a_model_without_quantizers_predicts_too(runs: Callable, tmp_path: Path, say: Say) -> None:
+    image, picture = photograph(tmp_path / "a.png"), tmp_path / "p.png"
+    out, _ = say("--device", "cpu", "--predict", image, "--resume", runs("fp") / "last.pt", "--png", picture)
+    assert out.startswith(f"{image}: ") and picture.is_file()
+
+
+def test_mistakes_get_one_sentence(runs: Callable, tmp_path: Path, say: Say) -> None:
+    target, checkpoint, cpu = tmp_path / "file.safetensors", runs("none") / "last.pt", ("--device", "cpu")
+    assert refusal(say, *cpu, "--export", target).startswith("--export needs a model; pass --resume")
+    assert refusal(say, *cpu, "--predict", "a.png").startswith("--predict needs a model; pass --resume")
+    assert "neither train nor evaluate" in refusal(say, *cpu, "--export", target, "--resume", checkpoint, "--eval")
+    said = refusal(say, *cpu, "--export", tmp_path / "file.pt", "--resume", checkpoint)
+    assert said.endswith("give it a name that ends in .safetensors.")
+    said = refusal(say, *cpu, "--export", target, "--resume", runs("int4") / "last.pt")
+    assert "cannot be packed: blocks.0.attn.qkv is an INT4 layer" in said
+    said = refusal(say, *cpu, "--export", target, "--resume", runs("fp") / "last.pt")
+    assert said.endswith("cannot be packed: the model has no layer in MXFP4.")
+    assert "There is no checkpoint" in refusal(say, *cpu, "--export", target, "--resume", tmp_path / "none.pt")
+    assert not target.exists()
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    for image, reason in ((text, "not an image"), (tmp_path / "none.png", "No such file")):
+        said = refusal(say, *cpu, "--predict", image, "--resume", checkpoint)
+        assert said.startswith(f"The image {image} cannot be read: ") and reason in said
+    image, nowhere = photograph(tmp_path / "a.png"), tmp_path / "no" / "p.png"
+    _, err = say(*cpu, "--predict", image, "--resume", checkpoint, "--png", nowhere, code=2)
+    assert f"The picture {nowhere} cannot be written: No such file" in err and err.count("\n") == 1
+    target.write_bytes(b"\x10")
+    assert "is truncated, damaged" in refusal(say, *cpu, "--predict", text, "--resume", target)
