@@ -23,11 +23,14 @@ from quantization.job import CARRIED, NOTHING, PACKED, Carried, Dense, Job, Oper
 from quantization.layers.int4 import Int4Linear
 from quantization.layers.linear import QuantLinear
 from quantization.operands import COLUMNS, LinearJobs, W, X, forms_of, multiply, prepare, values_of
+from quantization.policy import Policy
 from quantization.spec import QUANTIZERS, LinearRecipe, QuantizerSpec
+from quantization.words import PRODUCTS
 
 CODES, SCALES = "codes", "scales"  # the names of a packed layer's tensors, in a model and in a file
 BEHIND_A_NIBBLE = 8  # magnitudes that three bits tell apart
 LARGEST_BLOCK = 1024
+_OF_NO_PACKED_LAYER = ("policy", *(f"rotate_{product}" for product in PRODUCTS))  # at their defaults: see unpackable
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -41,6 +44,16 @@ def unpackable(recipe: LinearRecipe) -> str | None:
         return "its weights are not quantized in the forward pass (q2 is off)"
     if any(spec is not None and spec.stochastic for spec in (recipe.q1, recipe.q2)):
         return "its forward pass rounds stochastically, so that it is another one at every call"
+    if any(recipe.rotation(product) is not None for product in PRODUCTS):
+        return "its products are rotated, which packed weights are not"
+    if recipe.policy != Policy():
+        return "its recipe leaves layers or products in high precision, which a packed file cannot say"
+    if any(
+        spec is not None and (spec.scale_format != "e8m0" or spec.block_rows > 1) for spec in (recipe.q1, recipe.q2)
+    ):
+        return "packed weights have E8M0 scales of blocks in a row, and its forward quantizers have others"
+    if recipe.q2.factor != 1 or recipe.q2.scale_rule.startswith("rms"):
+        return f"codes and scales alone do not say what its weights' quantizer ({recipe.q2}) gives"
     if len(recipe.q2.format.magnitudes) > BEHIND_A_NIBBLE:
         return f"its weights in {recipe.q2.element} need more than 4 bits"
     return None
@@ -66,7 +79,8 @@ def weight_fault(packed: Packed) -> str | None:
 
 def recipe_words(recipe: LinearRecipe) -> dict[str, str | None]:
     """A recipe as words, which `recipe_of` reads back."""
-    values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    names = [field.name for field in dataclasses.fields(recipe) if field.name not in _OF_NO_PACKED_LAYER]
+    values = {name: getattr(recipe, name) for name in names}
     return {name: value.text if isinstance(value, QuantizerSpec) else value for name, value in values.items()}
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,8 +18,10 @@ from quantization.export import (
     packed_state,
     recipe_of,
     recipe_words,
+    unpackable,
     weight_fault,
 )
+from quantization.spec import SCALE_RULES
 
 RECIPES = {
     "tetrajet": build_recipe(),
@@ -205,3 +210,31 @@ def test_torchao_reads_codes_and_scales_as_they_are(rule: str) -> None:
     assert torch.equal(read(packed.codes), layer.quantized_weight())
     swapped = (packed.codes << 4) | (packed.codes >> 4)  # the control: the other nibble first
     assert not torch.equal(read(swapped), layer.quantized_weight())
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "full_precision"])
+def test_every_method_is_packed_right_or_refused(name: str) -> None:
+    assert_right_or_refused(PRESETS[name])
+
+
+@pytest.mark.parametrize("change", [{"scale_rule": rule} for rule in SCALE_RULES] + [{"correction": 1.25}])
+@pytest.mark.parametrize("which", [("q1",), ("q2",), ("q1", "q2")])
+def test_every_scale_rule_is_packed_right_or_refused(change: dict, which: tuple[str, ...]) -> None:
+    recipe = PRESETS["tetrajet"]
+    try:
+        specs = {name: dataclasses.replace(getattr(recipe, name), **change) for name in which}
+        recipe = dataclasses.replace(recipe, **specs)
+    except ValueError:
+        return  # there is no such quantizer
+    assert_right_or_refused(recipe)
+
+
+def assert_right_or_refused(recipe: LinearRecipe) -> None:
+    torch.manual_seed(0)
+    layer = QuantLinear.from_linear(nn.Linear(64, 96), recipe).eval()
+    if unpackable(recipe) is not None:
+        with pytest.raises(ValueError, match=re.escape(unpackable(recipe))):
+            PackedLinear.from_quantized(layer)
+        return
+    x = torch.randn(5, 64)
+    assert torch.equal(PackedLinear.from_quantized(layer)(x), layer(x))
