@@ -266,6 +266,7 @@ SWITCHES = """
 def test_the_flags_are_these() -> None:
     """A flag that comes, goes or changes its name is a change for everyone's scripts: note it in CHANGELOG.md."""
     own = ["-h", "--help", "--config", "--print-config", "--smoke"]
+    own += ["--export", "--export-form", "--export-dtype", "--predict", "--png"]
     expected = {*own, *DEIT_FLAGS.split(), *KEY_FLAGS.split(), *(f"--no-{name[2:]}" for name in SWITCHES.split())}
     assert set(build_parser()._option_string_actions) == expected
 
