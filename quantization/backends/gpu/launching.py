@@ -126,7 +126,7 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def stream_of(device: torch.device) -> int:
-    return 0 if INTERPRETED else triton.runtime.driver.active.get_currentstream_of(device.index)
+    return 0 if INTERPRETED else triton.runtime.driver.active.get_current_stream(device.index)
 
 
 class Outputs(NamedTuple):
