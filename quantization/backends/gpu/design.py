@@ -8,7 +8,7 @@ Why the bits are those of the reference:
   to x / S;
 - with another target the code of a scale is computed in integers;
 - x over the power of two in a scale is exact where it matters;
-- stochastic rounding compares x - a s with (1 - u) (b - a) s, both of which are exact;
+- stochastic rounding compares |x| with s (a + (1 - u) (b - a)), both of which are exact;
 - rotations are sums and differences of two numbers each, in the reference's order. Kernels of this file are compiled
   without contracting products and sums, since a product may be inexact here.
 """
@@ -206,6 +206,15 @@ def outer_exponent(peak, SPEC: tl.constexpr):
 
 
 @triton.jit
+def _reciprocal(s):
+    """1 / s for the significand of a scale, rounded correctly: by a step of Newton's method."""
+    r = 1.0 / s
+    if not _INTERPRETED:  # which rounds the quotient correctly, but not the fused operations
+        r = tl.fma(tl.fma(-s, r, 1.0), r, r)
+    return r
+
+
+@triton.jit
 def _quotient(x, s, reciprocal):
     """x / s for a scale's significand or a target of up to four bits, rounded correctly and with the sign of x."""
     if _INTERPRETED:
@@ -284,19 +293,21 @@ def _signed(x, sign_of):
 
 
 @triton.jit
-def _round_between_multiples(x, latent, s, halves, SPEC: tl.constexpr):
-    """Stochastic rounding of x, |x| <= max s, between multiples of s: Q / s. latent: x / s, to some 2^-21 of it.
+def _round_between_multiples(x, s, halves, SPEC: tl.constexpr):
+    """Stochastic rounding of x between multiples of s, at most the largest of them: Q / s.
 
-    That may be on the other side of a number of the grid than x. But so near to one, 1 - u being from 2^-17 to
-    1 - 2^-17, both pairs of neighbours lead to that one.
+    The lower one a comes of |x| / s, to some 2^-20 of it, so it may be a's neighbour where |x| is that close to one. But
+    1 - u being from 2^-17 to 1 - 2^-17, both pairs of neighbours lead to the same one then. What decides is exact:
+    whether |x| > s (a + (1 - u) (b - a)), where 1 - u is the place between the codes of a and b, as `coded` has them.
     """
     PLACE: tl.constexpr = 23 - SPEC.mantissa_bits
-    lower = coded(tl.abs(latent), SPEC) & -(1 << PLACE)
-    a, b = decoded(lower, SPEC), decoded(lower + (1 << PLACE), SPEC)
-    # 1 - u with u = (half + 1/2) / 2^16, from 1 + half / 2^16 by its bits. The largest number leaves nothing to round.
-    rest = 1.99999237060546875 - (halves | _ONE).to(tl.float32, bitcast=True)
-    up = tl.fma(-a, s, tl.abs(x)) > rest * ((b - a) * s)
-    return _signed(tl.where(up, b, a), x)
+    inverse = (1.0 / s) * tl.constexpr(2.0 ** (-126 - SPEC.bottom))
+    lower = (tl.abs(x) * inverse).to(tl.int32, bitcast=True) & -(1 << PLACE)
+    # 1 - u = (2^16 - half - 1/2) / 2^16 in the bits below PLACE.
+    rest = (halves >> SPEC.mantissa_bits) ^ ((1 << PLACE) - (1 << (PLACE - 17)))
+    threshold = (lower | rest).to(tl.float32, bitcast=True) * (s * tl.constexpr(2.0 ** (126 + SPEC.bottom)))
+    code = tl.where(tl.abs(x) > threshold, lower + (1 << PLACE), lower)
+    return _signed(tl.minimum(decoded(code, SPEC), SPEC.max), x)
 
 
 @triton.jit
@@ -361,12 +372,9 @@ def quantized_tile(
             most = s * SPEC.max
             x = x * inverse
             within = tl.abs(x) < most
-            x = tl.minimum(tl.maximum(x, -most), most)
-            if SPEC.stochastic:
-                latent = x * (1.0 / s)  # near enough: see _round_between_multiples
-            else:
-                reciprocal = tl.div_rn(1.0, s)
-                latent = _quotient(x, s, reciprocal)
+            if not SPEC.stochastic:
+                reciprocal = _reciprocal(s)
+                latent = _quotient(tl.minimum(tl.maximum(x, -most), most), s, reciprocal)
             if shadow is not None:
                 shadow = tl.minimum(tl.maximum(shadow * inverse, -most), most)
                 shadow = _quotient(shadow, s, reciprocal)
@@ -376,11 +384,11 @@ def quantized_tile(
             latent = tl.div_rn(x, divisor)
             within = tl.abs(latent) < SPEC.max
             latent = tl.minimum(tl.maximum(latent, -SPEC.max), SPEC.max)
-            x, s = latent, 1.0
+            x, s = latent, tl.full(divisor.shape, 1.0, tl.float32)
             if shadow is not None:
                 shadow = tl.minimum(tl.maximum(tl.div_rn(shadow, divisor), -SPEC.max), SPEC.max)
         if SPEC.stochastic:
-            rounded = _round_between_multiples(x, latent, s, halves, SPEC)
+            rounded = _round_between_multiples(x, s, halves, SPEC)
         else:
             rounded = round_nearest(latent, shadow, SPEC)
 

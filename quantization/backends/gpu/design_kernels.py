@@ -112,9 +112,12 @@ def design_kernel(
 ):
     """One tile, in which no block and no group of a rotation is cut; what lies outside the matrix counts as zero."""
     tiles_across = tl.cdiv(columns, TILE_COLUMNS)
-    tile_row = tl.program_id(0) // tiles_across
+    tile = tl.program_id(0)
+    if (row_peak is not None or column_peak is not None) and not (PEAKS[0] or PEAKS[1]):
+        tile = tl.num_programs(0) - 1 - tile  # what was read last is most likely still in the cache
+    tile_row = tile // tiles_across
     first_row = tile_row * TILE_ROWS
-    first_column = tl.program_id(0) % tiles_across * TILE_COLUMNS
+    first_column = tile % tiles_across * TILE_COLUMNS
     row, column = row_numbers(first_row, TILE_ROWS), column_numbers(first_column, TILE_COLUMNS)
     inside = (row < rows) & (column < columns)
     offset = row.to(tl.int64) * columns + column
