@@ -25,7 +25,6 @@ from quantization.backends.gpu.tiles import (
     PATCH_COLUMNS,
     PATCH_ROWS,
     SIGN,
-    coded,
     column_numbers,
     decoded,
     from_float32,
