@@ -295,7 +295,7 @@ def _signed(x, sign_of):
 def _round_between_multiples(x, s, halves, SPEC: tl.constexpr):
     """Stochastic rounding of x between multiples of s, at most the largest of them: Q / s.
 
-    The lower one a comes of |x| / s, to some 2^-20 of it, so it may be a's neighbour where |x| is that close to one. But
+    The lower one a comes of |x| / s, to some 2^-20 of it, so it may be a neighbour of a where |x| is so close. But
     1 - u being from 2^-17 to 1 - 2^-17, both pairs of neighbours lead to the same one then. What decides is exact:
     whether |x| > s (a + (1 - u) (b - a)), where 1 - u is the place between the codes of a and b, as `coded` has them.
     """
