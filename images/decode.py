@@ -18,6 +18,10 @@ EpsImagePlugin.gs_binary = False  # as if it were not installed: for packages th
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 
 
+class Unreadable(OSError):  # noqa: N818
+    """An image cannot be read; the text is why."""
+
+
 def open_image(source: str | Path | IO[bytes]) -> Image.Image:
     """The RGB image in a file or stream. Raises whatever Pillow does where it cannot be decoded, which is a lot."""
     if not hasattr(source, "read"):

@@ -129,7 +129,7 @@ class Finisher:
         if self._resident is not None:
             resident = kinds == RESIDENT
             places = images[resident, columns.START]
-            images[resident, columns.START] = self._resident.on_device.data_ptr() + self._resident.starts[places]
+            images[resident, columns.START] = self._resident.addresses[places]
             images[resident, columns.ROW] = 3 * self._resident.widths[places]
         for row, image in decoded.items():
             strides = image.stride()

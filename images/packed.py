@@ -105,7 +105,7 @@ class Draws:
     def _image(self, opened: Opened) -> Image.Image:
         if opened.kind == JPEG:
             return open_image(io.BytesIO(opened.place))
-        return Image.fromarray(self.resident.array(opened.place) if opened.kind == RESIDENT else opened.place)
+        return self.resident.again(opened.place) if opened.kind == RESIDENT else Image.fromarray(opened.place)
 
 
 def _seeded(seed: int, *key: int) -> contextlib.AbstractContextManager[None]:

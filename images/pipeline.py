@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
-import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,17 +14,17 @@ from config import Config, UserError
 from images.draws import CannotDraw
 from images.feed import AHEAD, Feed
 from images.gpu import Finisher
+from images.memory import available_bytes, processes_here
 from images.order import Pieces
 from images.packed import Collate, Draws, PackedImages, PackedStream, Pixels
 from images.resident import Resident, keep
 from images.samples import Images, Stream, collate
 from images.slots import Slots, can_share
-from images.workers import Leash
+from images.workers import Leash, told
 
 PIECE = 32  # samples that a loader process makes at a time: a batch is made by several
 IN_HAND = 4  # pieces that each has in hand
 PIECE_BYTES = 2**20 * PIECE  # of a slot, which takes memory as it is filled; 32 images of 500x375 have 18 MB
-KEPT_BATCH = 256  # images that a loader process decodes at a time for a set that is kept
 
 
 class FeedMaker:
@@ -39,7 +38,9 @@ class FeedMaker:
     def feed(self, images: Images | Stream, size: int, order: Any, *, training: bool) -> Feed:
         """The batches of `size` images, in that order."""
         cfg, whole = self._cfg, order if order is not None else images
-        maker, resident = self._maker(images, training)
+        # Every epoch shuffles all of the training set anew; a process evaluates the same share of the other each time.
+        kept = range(len(images)) if training and not isinstance(images, Stream) else [key[0] for key in order or ()]
+        maker, resident = self._maker(images, kept, training)
         if maker is None:
             loader = self._loader(images, collate, batch_size=size, sampler=order, drop_last=training)
             return Feed(loader, self._device, None, self._leash, whole)
@@ -53,7 +54,10 @@ class FeedMaker:
         loader = self._loader(images.packed(PackedImages, maker), collate_pieces, batch_sampler=pieces)
         return Feed(loader, self._device, finisher, self._leash, order)
 
-    def _maker(self, images: Images | Stream, training: bool) -> tuple[Pixels | Draws | None, Resident | None]:
+    def _maker(
+        self, images: Images | Stream, kept: Sequence[int], training: bool
+    ) -> tuple[Pixels | Draws | None, Resident | None]:
+        """kept: numbers of the images that are to stay on the device, if they fit."""
         cfg, size = self._cfg, self._cfg.model.img_size
         if self._name == "cpu":
             return (Pixels(images.transform, size) if self._device.type == "cuda" and _has_triton() else None), None
@@ -67,22 +71,27 @@ class FeedMaker:
             self.described["pipeline"] = "cpu"
             return Pixels(images.transform, size), None
         part = "training" if training else "evaluation"
-        draws.resident = None if isinstance(images, Stream) else self._kept(images)
+        draws.resident = None if isinstance(images, Stream) else self._kept(images, kept)
         if draws.resident is not None:
             self.described[f"{part}_set_kept"] = {"images": len(draws.resident), "bytes": draws.resident.nbytes}
         elif training and self._device.type == "cuda":
             draws.share = self.described["decoded_by_gpu"] = cfg.data.gpu_decode
         return draws, draws.resident
 
-    def _kept(self, images: Images) -> Resident | None:
+    def _kept(self, images: Images, indices: Sequence[int]) -> Resident | None:
+        """Raises UserError where a loader process fails."""
         if not self._cfg.data.resident:
             return None
         limit = self._cfg.data.resident * _free_bytes(self._device)
 
-        def loader(decoding: Dataset, collate: Any) -> DataLoader:
-            return self._loader(decoding, collate, batch_size=KEPT_BATCH, once=True)
+        def load(decoding: Dataset, collate: Any, size: int) -> Iterator[Any]:
+            with told(self._leash):
+                loaded = iter(self._loader(decoding, collate, batch_size=size, once=True))
+                if self._leash is not None:
+                    self._leash.started()
+                yield from loaded
 
-        return keep(images, limit, self._device, loader)
+        return keep(images, indices, limit, self._device, load)
 
     def _slots(self, size: int) -> Slots | None:
         """Memory for the pieces that loader processes have in hand, and for those of the batches that are ahead."""
@@ -123,7 +132,8 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _free_bytes(device: torch.device) -> int:
+def _free_bytes(device: torch.device) -> float:
+    """The memory of a device that this process may count on."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if sys.platform == "linux" else 2**30
+    return available_bytes() / processes_here()

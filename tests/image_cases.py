@@ -97,9 +97,12 @@ def batch_of(
         changed = torch.from_numpy(np.array(replay(Image.fromarray(pixels), one, size))).permute(2, 0, 1)
         expected.append(normalise(changed, MEAN, STD))
         erase(expected[-1], one.boxes)
-    heights, widths = (torch.tensor([pixels.shape[axis] for pixels in kept]) for axis in (0, 1))
-    flat = torch.from_numpy(np.concatenate([pixels.reshape(-1) for pixels in kept]))
-    resident = Resident(Decoded(flat, heights, widths, torch.zeros(len(kept), dtype=torch.int64), {}), device)
+    resident = Resident(kept, device)
+    for number, pixels in enumerate(kept):
+        resident.add([number], Decoded(pixels.reshape(-1), np.array([pixels.shape[:2]]), np.zeros(1, np.int64), {}))
+        if number % 5 == 4:
+            resident.flush()
+    resident.flush()
     return Batch(samples, torch.stack(expected), resident)
 
 

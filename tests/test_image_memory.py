@@ -1,0 +1,116 @@
+"""What images may take: memory of the host by all that limits it, sets that are kept, photographs of any size."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import make_data
+from torch.utils.data import DataLoader
+
+from images.memory import available_bytes
+from images.resident import keep
+
+GIB = 2**30
+UNLIMITED = 2**63 - 4096
+
+
+def system(root: Path, available: int, groups: str, files: dict[str, int | str]) -> Path:
+    """A file system that says so much."""
+    files = {
+        "proc/meminfo": f"MemTotal: 9 kB\nMemAvailable: {available // 1024} kB\n",
+        "proc/self/cgroup": groups,
+    } | files
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{content}")
+    return root
+
+
+V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/\n", {}, 64 * GIB),
+        ("0::/\n", {f"{V2}/memory.max": "max", f"{V2}/memory.current": GIB}, 64 * GIB),
+        ("0::/\n", {f"{V2}/memory.max": 8 * GIB, f"{V2}/memory.current": GIB}, 7 * GIB),
+        (
+            "0::/\n",
+            {
+                f"{V2}/memory.max": 8 * GIB,
+                f"{V2}/memory.current": 6 * GIB,
+                f"{V2}/memory.stat": f"file 9\ninactive_file {3 * GIB}\n",
+            },
+            5 * GIB,
+        ),
+        (
+            "0::/jobs/one\n",  # the job may have more than its queue
+            {
+                f"{V2}/jobs/one/memory.max": 16 * GIB,
+                f"{V2}/jobs/one/memory.current": GIB,
+                f"{V2}/jobs/memory.max": 8 * GIB,
+                f"{V2}/jobs/memory.current": 6 * GIB,
+            },
+            2 * GIB,
+        ),
+        (
+            "5:cpu:/x\n4:cpu,memory:/docker/abc\n0::/\n",  # which a container does not see
+            {
+                f"{V1}/memory.limit_in_bytes": 4 * GIB,
+                f"{V1}/memory.usage_in_bytes": 2 * GIB,
+                f"{V1}/memory.stat": f"inactive_file 7\ntotal_inactive_file {GIB}\n",
+            },
+            3 * GIB,
+        ),
+        ("4:memory:/\n", {f"{V1}/memory.limit_in_bytes": UNLIMITED, f"{V1}/memory.usage_in_bytes": GIB}, 64 * GIB),
+        ("0::/\n", {f"{V2}/memory.max": GIB, f"{V2}/memory.current": 2 * GIB}, 0),
+    ],
+)
+def test_memory_is_what_the_machine_and_its_groups_leave(tmp_path, groups, files, expected):
+    assert available_bytes(system(tmp_path, 64 * GIB, groups, files)) == expected
+
+
+def test_a_system_that_says_nothing_has_some_memory(tmp_path):
+    assert 0 < available_bytes(tmp_path) <= 2**31
+
+
+def kept(monkeypatch, available: int, *overrides: str, **where: int) -> dict:
+    monkeypatch.setattr("images.pipeline.available_bytes", lambda: available)
+    return make_data("data.pipeline=gpu", "data.resident=0.5", *overrides, **where).pipeline
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch):
+    needed = 40 * 16 * 16 * 3
+    assert "training_set_kept" in kept(monkeypatch, 2 * needed + 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "training_set_kept" not in kept(monkeypatch, 4 * needed - 2)
+    assert "training_set_kept" in kept(monkeypatch, 4 * needed + 2)
+
+
+def test_a_process_keeps_its_share_of_what_is_evaluated(monkeypatch):
+    counts = [
+        kept(monkeypatch, 2**30, "data.num_images=70", rank=rank, world_size=3, batch_size=2) for rank in range(3)
+    ]
+    assert [made["evaluation_set_kept"]["images"] for made in counts] == [3, 2, 2]
+    assert [made["training_set_kept"]["images"] for made in counts] == [70] * 3
+
+
+def test_a_device_with_its_own_memory_has_the_only_pixels(monkeypatch):
+    """Loader processes read an image's file again where they need it."""
+    images = make_data().train_loader.dataset
+
+    def load(decoding, collate, size):
+        return DataLoader(decoding, batch_size=size, collate_fn=collate)
+
+    monkeypatch.setattr("images.resident._BLOCK_BYTES", 1000)
+    here, there = (keep(images, range(40), 1e9, torch.device(name), load) for name in ("cpu", "meta"))
+    assert len(here) == len(there) == 40 and there.nbytes == here.nbytes == 40 * 16 * 16 * 3
+    assert all(block.is_meta for block in there._blocks) and not there._gathered
+    for index in range(40):
+        assert np.array_equal(here.array(index), there.again(index)) and here.size(index) == there.size(index)
+    assert len(pickle.dumps(here)) < here.nbytes / 2
