@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from images.gpu import Decoded, Finisher
 from images.order import Pieces
+from images.packed import Told
 from images.parcel import Parcel
 from images.slots import Slot
 from images.workers import Leash
@@ -121,11 +122,14 @@ class Feed:
         loaded = finished.loaded
         if not finished.failed:
             return loaded
-        keys, lost, unreadable = batch.keys, [], list(loaded.unreadable)
+        told, lost = list(batch.told), []
+        places = [place for place, sample in enumerate(told) if sample.found]  # of the parcels' rows
         labels = loaded.labels.clone()
         for row in finished.failed:
-            image, label, problem = self.loader.dataset.whole(keys[row])
-            unreadable += [problem] if problem else []
+            sample = told[places[row]]
+            # The search starts anew: it meets what the loader process has replaced already, and that is said.
+            image, label, problem = self.loader.dataset.whole(sample.key)
+            told[places[row]] = sample._replace(problem=sample.problem or problem, found=image is not None)
             if image is None:
                 lost.append(row)
             else:
@@ -133,28 +137,33 @@ class Feed:
                 labels[row] = label
         kept = torch.tensor([row for row in range(len(labels)) if row not in lost], dtype=torch.int64)
         images = loaded.images[kept.to(self._device)] if lost else loaded.images
-        labels = labels[kept]
-        return Loaded(images, labels.to(self._device), unreadable, loaded.missing + len(lost), labels)
+        batch = _Batch(batch.parcels, told)
+        return Loaded(images, labels[kept].to(self._device), batch.unreadable, batch.missing, labels[kept])
 
 
 class _Batch(NamedTuple):
     """The pieces of a batch, as loader processes have made them."""
 
     parcels: list[Parcel]
-    unreadable: list[str]
-    missing: int
-    keys: list[Any]
+    told: list[Told]
+
+    @property
+    def unreadable(self) -> list[str]:
+        return [sample.problem for sample in self.told if sample.problem]
+
+    @property
+    def missing(self) -> int:
+        return sum(not sample.found for sample in self.told)
 
 
 def _whole(pieces: Iterator[Any], sampler: Any) -> Iterator[_Batch]:
     """Batches from their pieces, where a sampler has cut them up."""
-    batch = _Batch([], [], 0, [])
-    for parcel, unreadable, missing, keys in pieces:
-        found = batch.parcels if parcel is None else [*batch.parcels, parcel]
-        batch = _Batch(found, batch.unreadable + unreadable, batch.missing + missing, batch.keys + keys)
+    batch = _Batch([], [])
+    for parcel, told in pieces:
+        batch = _Batch(batch.parcels if parcel is None else [*batch.parcels, parcel], batch.told + told)
         if not isinstance(sampler, Pieces) or sampler.ends.popleft():
             yield batch
-            batch = _Batch([], [], 0, [])
+            batch = _Batch([], [])
 
 
 class _Finished(NamedTuple):

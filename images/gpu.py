@@ -98,27 +98,36 @@ class Finisher:
             places += [(before + row, parcel, row) for row in rows]
             before += len(parcel)
         files = [_file(parcel, row) for _, parcel, row in places]
-        if files and self._device.type == "cuda":
-            try:
-                images = decode_jpeg(files, mode=ImageReadMode.RGB, device=self._device)
-                return Decoded({number: image for (number, *_), image in zip(places, images, strict=True)}, [])
-            except (RuntimeError, torch.OutOfMemoryError) as error:  # of one file, whichever, or of the decoder
-                self._say_once(error)
+        images = self._by_gpu(files) if self._device.type == "cuda" else [None] * len(files)
         decoded, failed = {}, []
-        for (number, parcel, row), file in zip(places, files, strict=True):
-            try:
-                image = np.array(open_image(io.BytesIO(file.numpy().tobytes())))
-            except Exception:  # as for all images
-                image, failed = np.zeros((*_box_end(parcel, row), 3), np.uint8), [*failed, number]
-            decoded[number] = torch.from_numpy(image).to(self._device).permute(2, 0, 1)
+        for (number, parcel, row), file, image in zip(places, files, images, strict=True):
+            if image is None:
+                try:
+                    pixels = np.array(open_image(io.BytesIO(file.numpy().tobytes())))
+                except Exception:  # as for all images
+                    pixels, failed = np.zeros((*_box_end(parcel, row), 3), np.uint8), [*failed, number]
+                image = torch.from_numpy(pixels).to(self._device).permute(2, 0, 1)
+            decoded[number] = image
         return Decoded(decoded, failed)
+
+    def _by_gpu(self, files: list[Tensor]) -> list[Tensor | None]:
+        """(3, height, width) uint8 of JPEG files; None of those that the GPU refuses, whatever else is in the batch."""
+        if not files:
+            return []
+        try:
+            return decode_jpeg(files, mode=ImageReadMode.RGB, device=self._device)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            if len(files) == 1:
+                self._say_once(error)
+                return [None]
+        return [image for file in files for image in self._by_gpu([file])]
 
     def _say_once(self, error: Exception) -> None:
         if not self._said:
             self._said = True
             said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             print(
-                f"note: a batch that the GPU cannot decode ({said}) is decoded by Pillow.", file=sys.stderr, flush=True
+                f"note: files that the GPU cannot decode ({said}) are decoded by Pillow.", file=sys.stderr, flush=True
             )
 
     def _place(self, merged: Parcel, here: Parcel, decoded: dict[int, Tensor]) -> None:

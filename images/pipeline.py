@@ -16,7 +16,7 @@ from images.feed import AHEAD, Feed
 from images.gpu import Finisher
 from images.memory import available_bytes, processes_here
 from images.order import Pieces
-from images.packed import Collate, Draws, PackedImages, PackedStream, Pixels
+from images.packed import Collate, Draws, PackedImages, PackedStream, Pixels, most_bytes
 from images.resident import Resident, keep
 from images.samples import Images, Stream, collate
 from images.slots import Slots, can_share
@@ -24,7 +24,6 @@ from images.workers import Leash, told
 
 PIECE = 32  # samples that a loader process makes at a time: a batch is made by several
 IN_HAND = 4  # pieces that each has in hand
-PIECE_BYTES = 2**20 * PIECE  # of a slot, which takes memory as it is filled; 32 images of 500x375 have 18 MB
 
 
 class FeedMaker:
@@ -99,7 +98,8 @@ class FeedMaker:
             return None
         try:
             count = IN_HAND * self._workers + (2 * AHEAD + 4) * -(-size // PIECE)
-            return Slots(count, PIECE_BYTES, pinned=self._cfg.data.pin_mem)
+            # A slot takes memory as it is filled; 32 images of 500x375 have 18 MB.
+            return Slots(count, PIECE * most_bytes(self._cfg.model.img_size), pinned=self._cfg.data.pin_mem)
         except OSError:  # they go one by one then
             return None
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import assert_same, folder_config, make_data, stack, user_error_of
-from image_cases import CASES, drawn_batch, every_operation, extreme_batch, finished, unequal
+from image_cases import CASES, drawn_batch, every_operation, extreme_batch, finished, smallest_batch, unequal
 from PIL import Image
 from test_draws import photograph
 from test_pipeline import FILES, folder  # noqa: F401 (a fixture)
@@ -34,6 +34,11 @@ def test_kernels_give_pillows_bits(case, size):
 @pytest.mark.parametrize("size", [17, 32, 100])
 def test_kernels_give_pillows_bits_of_extreme_images(size):
     assert unequal(extreme_batch(size, GPU, every_operation()), size, GPU) == []
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_kernels_give_pillows_bits_of_images_of_a_few_pixels(size):
+    assert unequal(smallest_batch(size, 100, GPU), size, GPU) == []
 
 
 def test_the_gpus_decoder_is_within_a_few_levels():

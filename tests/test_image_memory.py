@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data_helpers import make_data
+from data_helpers import make_config, make_data
+from test_draws import photograph
 from torch.utils.data import DataLoader
 
+from images.decode import open_image
+from images.gpu import Finisher
 from images.memory import available_bytes
+from images.order import AUGMENT, seeded
+from images.packed import Draws, most_bytes
+from images.parcel import JPEG, PIXELS, RESIDENT, Sample, pack
 from images.resident import keep
+from images.samples import Images
+from images.transforms import eval_transform, train_transform
 
 GIB = 2**30
 UNLIMITED = 2**63 - 4096
@@ -100,12 +109,13 @@ def test_a_process_keeps_its_share_of_what_is_evaluated(monkeypatch):
     assert [made["training_set_kept"]["images"] for made in counts] == [70] * 3
 
 
+def load(decoding, collate, size):
+    return DataLoader(decoding, batch_size=size, collate_fn=collate)
+
+
 def test_a_device_with_its_own_memory_has_the_only_pixels(monkeypatch):
     """Loader processes read an image's file again where they need it."""
     images = make_data().train_loader.dataset
-
-    def load(decoding, collate, size):
-        return DataLoader(decoding, batch_size=size, collate_fn=collate)
 
     monkeypatch.setattr("images.resident._BLOCK_BYTES", 1000)
     here, there = (keep(images, range(40), 1e9, torch.device(name), load) for name in ("cpu", "meta"))
@@ -114,3 +124,53 @@ def test_a_device_with_its_own_memory_has_the_only_pixels(monkeypatch):
     for index in range(40):
         assert np.array_equal(here.array(index), there.again(index)) and here.size(index) == there.size(index)
     assert len(pickle.dumps(here)) < here.nbytes / 2
+
+
+# --- Photographs of any size ------------------------------------------------------------------------------------------
+
+
+def jpeg(height: int, width: int) -> bytes:
+    stream = io.BytesIO()
+    photograph(1, height, width).save(stream, "JPEG", quality=80)
+    return stream.getvalue()
+
+
+def finished(sample: Sample, cfg) -> torch.Tensor:
+    images, _, failed = Finisher(cfg.model.img_size, cfg.data.mean, cfg.data.std, torch.device("cpu"))([pack([sample])])
+    assert not failed
+    return images[0]
+
+
+@pytest.mark.parametrize(("height", "width"), [(3000, 4000), (12000, 9)])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_large_photographs_are_made_smaller_before_they_are_sent(height, width, share):
+    """A batch has room for its pixels and the kernels for its lines; the bits are the same."""
+    cfg = make_config("model.img_size=64", "data.mean=[0.4,0.5,0.6]")
+    content = jpeg(height, width)
+    image = open_image(io.BytesIO(content))
+    for transform in (train_transform(cfg), eval_transform(cfg)):
+        maker = Draws(transform, 64, share)
+        opened = maker.open(content, 0)
+        assert (opened.kind == JPEG) == (share == 1 and 3 * height * width < 2**22)
+        for number in range(2):
+            sample = maker.make(opened, 0, AUGMENT, 0, number)
+            assert sample.drawn.crop.height <= 8192
+            assert sample.kind == JPEG or sample.place.nbytes <= most_bytes(64) == 2**20
+            with seeded(0, AUGMENT, 0, number):
+                assert torch.equal(finished(sample, cfg), transform(image))
+
+
+def test_large_images_get_more_room():
+    """So that those of a recipe with large images are not all made by Pillow."""
+    assert most_bytes(224) == 2**20 and most_bytes(1024) == 2 * 3 * 1024**2
+
+
+def test_a_kept_image_that_is_too_long_is_pillows():
+    source = [(photograph(1, 9000, 3), 0), (photograph(2, 40, 50), 1)]
+    cfg = make_config()
+    images = Images(source, eval_transform(cfg), 0, 1)
+    resident = keep(images, [0, 1], 1e9, torch.device("cpu"), load)
+    maker = Draws(images.transform, 16, 0.0, resident)
+    long, other = (maker.make(maker.kept(index), 0, AUGMENT, 0, 0) for index in (0, 1))
+    assert (long.kind, long.place.shape, other.kind) == (PIXELS, (16, 16, 3), RESIDENT)
+    assert torch.equal(finished(long, cfg), images[0, 0, 0][0])
