@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 
 from config import Config, UserError
 from images.classes import check_splits, class_names, count_classes
-from images.feed import Feed, Loaded
+from images.feed import PATIENCE, Feed, Loaded
 from images.memory import processes_here
 from images.order import Key, Order
 from images.pipeline import FeedMaker
@@ -97,11 +97,13 @@ class Data:
 
     def close(self) -> None:
         """End the loaders' processes and threads, if any; there are no more batches."""
-        for feed in (self.train, self.eval):
-            if feed is not None:
-                feed.stop()
+        feeds = [feed for feed in (self.train, self.eval) if feed is not None]
+        for feed in feeds:
+            feed.stop(PATIENCE)
         if self.leash is not None:
             self.leash.close()
+        for feed in feeds:
+            feed.stop(2 * PATIENCE)  # what waited for a process hears of its end from torch, which looks every 5 s
 
     def _batches(self, feed: Feed, what: str) -> Iterator[Batch]:
         """What the workers sent, judged here: an exception out of a worker would reach the user with a traceback in it.
@@ -193,7 +195,8 @@ def build_data(cfg: Config, *, rank: int, world_size: int, batch_size: int, devi
     num_classes = count_classes(cfg, classes)
     workers = _num_workers(cfg)
     leash = Leash() if workers else None
-    maker = FeedMaker(cfg, torch.device(device), workers, leash)
+    largest = eval_batch_size if train_set is None else max(batch_size, eval_batch_size)
+    maker = FeedMaker(cfg, torch.device(device), workers, leash, largest)
 
     eval_images, eval_order, eval_size = _ordered_eval(cfg, eval_set, rank, world_size)
     train, samples = None, 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -21,6 +23,7 @@ from images.slots import Slot
 from images.workers import Leash
 
 AHEAD = 2  # finished batches that wait for the model
+PATIENCE = 5.0  # seconds for a thread to end that may wait for a file
 PRIORITY = -1  # of the stream: its small kernels go in between the model's, which are waiting for them
 
 
@@ -60,7 +63,7 @@ class Feed:
             self._leash.started()
         if self._finisher is None:
             for images, targets, unreadable, missing in loaded:
-                yield Loaded(images, targets, unreadable, missing, targets)
+                yield Loaded(images.to(self._device), targets.to(self._device), unreadable, missing, targets)
             return
         batches = _whole(loaded, self.loader.batch_sampler)
         if self._device.type == "cpu" or not self.loader.num_workers:
@@ -80,13 +83,23 @@ class Feed:
                     finished.loaded.targets.record_stream(current)
                 yield self._mend(finished, batch)
         finally:
-            finishing.stop()
+            if self._thread is finishing:  # and not that of a later pass
+                self.stop(PATIENCE)
 
-    def stop(self) -> None:
-        """End the thread of an earlier pass, if there is one."""
-        if self._thread is not None:
-            self._thread.stop()
+    def stop(self, patience: float = math.inf) -> None:
+        """End the threads of an earlier pass, if there are any, and wait for their copies out of slots.
+
+        patience: seconds to wait for threads that wait for a loader process; then they end when they hear of it.
+        """
+        if self._thread is not None and self._thread.stop(patience):
             self._thread = None
+        if self._thread is None:
+            while self._copied:
+                copied, slot = self._copied.popleft()
+                if copied is not None:
+                    with contextlib.suppress(RuntimeError):  # of a device that fails: nothing is copied any more
+                        copied.synchronize()
+                slot.free()
 
     def _decode(self, batch: _Batch) -> tuple[_Batch, Decoded]:
         return batch, self._finisher.decode(batch.parcels)
@@ -105,9 +118,11 @@ class Feed:
         for parcel in batch.parcels:
             if parcel.slot is not None and self._device.type == "cuda":
                 parcel.slot.pin(parcel.memory.numel())
-        images, targets, failed = self._finisher(batch.parcels, decoded)
-        labels = torch.cat([parcel.targets for parcel in batch.parcels])
-        self._free(batch.parcels)
+        try:
+            images, targets, failed = self._finisher(batch.parcels, decoded)
+            labels = torch.cat([parcel.targets for parcel in batch.parcels])
+        finally:
+            self._free(batch.parcels)  # copies may be under way even where it has failed
         return _Finished(Loaded(images, targets, batch.unreadable, batch.missing, labels), failed)
 
     def _free(self, parcels: list[Parcel]) -> None:
@@ -193,16 +208,20 @@ class _Ahead:
                 raise item
             yield item
 
-    def stop(self) -> None:
-        """End the thread and the one before it; what they have in hand is dropped."""
+    def stop(self, patience: float) -> bool:
+        """End the thread and the one before it; what they have in hand is dropped. Whether they ended.
+
+        patience: seconds to wait for each.
+        """
         self._stopped.set()
-        if self._before is not None:
-            self._before.stop()
-        while self._thread.is_alive():
+        ended = self._before is None or self._before.stop(patience)
+        end = time.monotonic() + patience
+        while self._thread.is_alive() and time.monotonic() < end:
             with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.05)  # it may be waiting for room
         with contextlib.suppress(queue.Full):
             self._ready.put_nowait(None)  # and whoever waits for it, for this
+        return ended and not self._thread.is_alive()
 
     def _work(self) -> None:
         try:

@@ -38,7 +38,10 @@ class Decoded(NamedTuple):
 
 
 class Finisher:
-    """From parcels to batches on a device, by the kernels on a GPU and by Pillow on a CPU."""
+    """From parcels to batches on a device, by the kernels on a GPU and by Pillow on a CPU.
+
+    pin: whether memory is pinned for copies to a GPU.
+    """
 
     def __init__(
         self,
@@ -47,10 +50,12 @@ class Finisher:
         std: tuple[float, ...],
         device: torch.device,
         resident: Resident | None = None,
+        *,
+        pin: bool = True,
     ) -> None:
         self._size, self._mean, self._std, self._device, self._resident = size, mean, std, device, resident
         every_level = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
-        self._said = False
+        self._pin, self._said = pin, False
         self._levels = normalise(every_level, mean, std).reshape(3, 256).to(device)
 
     def __call__(self, parcels: Sequence[Parcel], decoded: Decoded | None = None) -> tuple[Tensor, Tensor, list[int]]:
@@ -62,7 +67,7 @@ class Finisher:
         merged, sources = merge(parcels)
         here = room_for(merged, sources, self._device)
         self._place(merged, here, decoded.images)
-        fill(here, _pinned(merged) if self._device.type == "cuda" else merged, sources)
+        fill(here, _pinned(merged) if self._device.type == "cuda" and self._pin else merged, sources)
         return augment(here, self._levels, self._size), here.targets.clone(), decoded.failed
 
     def _by_pillow(self, parcels: Sequence[Parcel]) -> tuple[Tensor, Tensor, list[int]]:

@@ -27,37 +27,44 @@ IN_HAND = 4  # pieces that each has in hand
 
 
 class FeedMaker:
-    """Makes the feeds of a run from its configuration; `described` says how, for the manifest."""
+    """Makes the feeds of a run from its configuration.
 
-    def __init__(self, cfg: Config, device: torch.device, workers: int, leash: Leash | None) -> None:
+    largest: images of a batch. described: how training and evaluation get theirs, for the manifest.
+    """
+
+    def __init__(self, cfg: Config, device: torch.device, workers: int, leash: Leash | None, largest: int) -> None:
         self._cfg, self._device, self._workers, self._leash = cfg, device, workers, leash
         self._name = choose_pipeline(cfg, device)
-        self.described: dict[str, Any] = {"pipeline": self._name}
+        self._pieces = -(-largest // PIECE)
+        self.described: dict[str, dict[str, Any]] = {}
 
     def feed(self, images: Images | Stream, size: int, order: Any, *, training: bool) -> Feed:
         """The batches of `size` images, in that order."""
         cfg, whole = self._cfg, order if order is not None else images
         # Every epoch shuffles all of the training set anew; a process evaluates the same share of the other each time.
         kept = range(len(images)) if training and not isinstance(images, Stream) else [key[0] for key in order or ()]
-        maker, resident = self._maker(images, kept, training)
+        part = "training" if training else "evaluation"
+        self.described[part] = {"pipeline": self._name}
+        maker, resident = self._maker(images, kept, part)
         if maker is None:
             loader = self._loader(images, collate, batch_size=size, sampler=order, drop_last=training)
             return Feed(loader, self._device, None, self._leash, whole)
-        finisher = Finisher(cfg.model.img_size, cfg.data.mean, cfg.data.std, self._device, resident)
+        pixels = cfg.model.img_size, cfg.data.mean, cfg.data.std
+        finisher = Finisher(*pixels, self._device, resident, pin=cfg.data.pin_mem)
         if isinstance(images, Stream):
             packed = images.packed(PackedStream, maker)
             loader = self._loader(packed, Collate(), batch_size=size, drop_last=training)
             return Feed(loader, self._device, finisher, self._leash, packed)
         pieces = Pieces(order, size, drop_last=training, size=PIECE if resident is None else size)
-        collate_pieces = Collate(None if resident is not None else self._slots(size))
+        collate_pieces = Collate(None if resident is not None else self._slots)
         loader = self._loader(images.packed(PackedImages, maker), collate_pieces, batch_sampler=pieces)
         return Feed(loader, self._device, finisher, self._leash, order)
 
     def _maker(
-        self, images: Images | Stream, kept: Sequence[int], training: bool
+        self, images: Images | Stream, kept: Sequence[int], part: str
     ) -> tuple[Pixels | Draws | None, Resident | None]:
         """kept: numbers of the images that are to stay on the device, if they fit."""
-        cfg, size = self._cfg, self._cfg.model.img_size
+        cfg, size, described = self._cfg, self._cfg.model.img_size, self.described[part]
         if self._name == "cpu":
             return (Pixels(images.transform, size) if self._device.type == "cuda" and _has_triton() else None), None
         try:
@@ -67,14 +74,13 @@ class FeedMaker:
                 raise UserError(
                     f"data.pipeline is gpu, and it has no {error}: set data.pipeline=cpu (--pipeline cpu) or auto."
                 ) from None
-            self.described["pipeline"] = "cpu"
+            described["pipeline"] = "cpu"
             return Pixels(images.transform, size), None
-        part = "training" if training else "evaluation"
         draws.resident = None if isinstance(images, Stream) else self._kept(images, kept)
         if draws.resident is not None:
-            self.described[f"{part}_set_kept"] = {"images": len(draws.resident), "bytes": draws.resident.nbytes}
-        elif training and self._device.type == "cuda":
-            draws.share = self.described["decoded_by_gpu"] = cfg.data.gpu_decode
+            described["kept"] = {"images": len(draws.resident), "bytes": draws.resident.nbytes}
+        elif part == "training" and self._device.type == "cuda":
+            draws.share = described["decoded_by_gpu"] = cfg.data.gpu_decode
         return draws, draws.resident
 
     def _kept(self, images: Images, indices: Sequence[int]) -> Resident | None:
@@ -92,12 +98,16 @@ class FeedMaker:
 
         return keep(images, indices, limit, self._device, load)
 
-    def _slots(self, size: int) -> Slots | None:
-        """Memory for the pieces that loader processes have in hand, and for those of the batches that are ahead."""
+    @functools.cached_property
+    def _slots(self) -> Slots | None:
+        """Memory for the pieces that loader processes have in hand, and for those of the batches that are ahead.
+
+        Training and evaluation take turns with it: pinned memory is not the system's to take back.
+        """
         if not self._workers or not can_share():
             return None
         try:
-            count = IN_HAND * self._workers + (2 * AHEAD + 4) * -(-size // PIECE)
+            count = IN_HAND * self._workers + (2 * AHEAD + 4) * self._pieces
             # A slot takes memory as it is filled; 32 images of 500x375 have 18 MB.
             return Slots(count, PIECE * most_bytes(self._cfg.model.img_size), pinned=self._cfg.data.pin_mem)
         except OSError:  # they go one by one then

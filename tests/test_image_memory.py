@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import make_config, make_data
+from PIL import Image
 from test_draws import photograph
 from torch.utils.data import DataLoader
 
@@ -19,7 +20,7 @@ from images.memory import available_bytes
 from images.order import AUGMENT, seeded
 from images.packed import Draws, most_bytes
 from images.parcel import JPEG, PIXELS, RESIDENT, Sample, pack
-from images.resident import keep
+from images.resident import keep, mean_bytes
 from images.samples import Images
 from images.transforms import eval_transform, train_transform
 
@@ -95,18 +96,18 @@ def kept(monkeypatch, available: int, *overrides: str, **where: int) -> dict:
 
 def test_processes_of_a_machine_share_its_memory(monkeypatch):
     needed = 40 * 16 * 16 * 3
-    assert "training_set_kept" in kept(monkeypatch, 2 * needed + 2)
+    assert "kept" in kept(monkeypatch, 2 * needed + 2)["training"]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert "training_set_kept" not in kept(monkeypatch, 4 * needed - 2)
-    assert "training_set_kept" in kept(monkeypatch, 4 * needed + 2)
+    assert "kept" not in kept(monkeypatch, 4 * needed - 2)["training"]
+    assert "kept" in kept(monkeypatch, 4 * needed + 2)["training"]
 
 
 def test_a_process_keeps_its_share_of_what_is_evaluated(monkeypatch):
     counts = [
         kept(monkeypatch, 2**30, "data.num_images=70", rank=rank, world_size=3, batch_size=2) for rank in range(3)
     ]
-    assert [made["evaluation_set_kept"]["images"] for made in counts] == [3, 2, 2]
-    assert [made["training_set_kept"]["images"] for made in counts] == [70] * 3
+    assert [made["evaluation"]["kept"]["images"] for made in counts] == [3, 2, 2]
+    assert [made["training"]["kept"]["images"] for made in counts] == [70] * 3
 
 
 def load(decoding, collate, size):
@@ -174,3 +175,21 @@ def test_a_kept_image_that_is_too_long_is_pillows():
     long, other = (maker.make(maker.kept(index), 0, AUGMENT, 0, 0) for index in (0, 1))
     assert (long.kind, long.place.shape, other.kind) == (PIXELS, (16, 16, 3), RESIDENT)
     assert torch.equal(finished(long, cfg), images[0, 0, 0][0])
+
+
+def test_a_gpu_decodes_neither_large_photographs_nor_large_files():
+    def kind(image: Image.Image, more: bytes = b"") -> int:
+        stream = io.BytesIO()
+        image.save(stream, "JPEG", comment=more)
+        content = stream.getvalue() + bytes(2**20) * bool(more) + b"\xff\xd9" * bool(more)
+        return Draws(train_transform(make_config()), 16, 1.0).open(content, 0).kind
+
+    assert kind(Image.new("RGB", (1000, 1000))) == kind(Image.new("RGB", (60, 60))) == JPEG
+    assert kind(Image.new("RGB", (2000, 1000))) == kind(Image.new("RGB", (60, 60)), b"long") == PIXELS
+
+
+def test_images_that_cannot_be_read_say_nothing_of_a_sets_size():
+    source = [(photograph(number, 20, 30), 0) if number % 4 == 0 else (None, 0) for number in range(400)]
+    images = Images(source, eval_transform(make_config()), 0, 1)
+    assert mean_bytes(images, range(400)) == 20 * 30 * 3
+    assert mean_bytes(images, [1, 2, 3]) == 0

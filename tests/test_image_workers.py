@@ -100,7 +100,7 @@ def keep(count: int) -> Data:
 def keep_with_few_files() -> None:
     """However many parts a set comes in."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 24,) * 2)
-    sys.exit(keep(3000).pipeline["training_set_kept"]["images"] != 3000)
+    sys.exit(keep(3000).pipeline["training"]["kept"]["images"] != 3000)
 
 
 def lose_a_worker_that_decodes() -> None:
@@ -120,7 +120,7 @@ def keep_too_much() -> None:
     data = keep(3000)
     pipeline.available_bytes = memory
     next(data.train_batches(0))
-    sys.exit("training_set_kept" in data.pipeline or data.leash.exit_code() is not None)
+    sys.exit("kept" in data.pipeline["training"] or data.leash.exit_code() is not None)
 
 
 def outlive_signals() -> None:

@@ -64,7 +64,7 @@ def save(image: Image.Image, path: Path, how: str) -> None:
 def assert_pipelines_agree(*overrides: str, base: list[str], batch_size: int = 4) -> None:
     one = make_data("data.pipeline=cpu", *overrides, base=base, batch_size=batch_size)
     other = make_data(GPU, *overrides, base=base, batch_size=batch_size)
-    assert other.pipeline["pipeline"] == "gpu"
+    assert other.pipeline["evaluation"]["pipeline"] == other.pipeline["training"]["pipeline"] == "gpu"
     for epoch in range(2):
         assert_same(*(itertools.islice(data.train_batches(epoch), 7) for data in (one, other)))
         assert_same(*(itertools.islice(data.eval_batches(), 5) for data in (one, other)))
@@ -334,8 +334,8 @@ def test_a_batch_is_made_in_pieces(folder, monkeypatch):
 
 def test_a_set_that_is_too_large_is_not_kept(folder):
     data = make_data(GPU, "data.resident=1e-9", base=folder_config(folder), batch_size=4)
-    assert "training_set_kept" not in data.pipeline
-    kept = make_data(GPU, base=folder_config(folder), batch_size=4).pipeline["training_set_kept"]
+    assert "kept" not in data.pipeline["training"]
+    kept = make_data(GPU, base=folder_config(folder), batch_size=4).pipeline["training"]["kept"]
     assert kept["images"] == 28 and kept["bytes"] > 28 * 18 * 18
 
 
