@@ -32,14 +32,15 @@ from torch.utils.data import DataLoader
 
 from config import Config, UserError
 from images.classes import check_splits, class_names, count_classes
-from images.feed import Feed, Loaded
+from images.feed import PATIENCE, Feed, Loaded
+from images.memory import processes_here
 from images.order import Key, Order
 from images.pipeline import FeedMaker
 from images.policies import check_policy
 from images.samples import MAX_IN_A_ROW, BrokenStream, Images, Stream
 from images.sets import open_sets
 from images.transforms import eval_transform, train_transform
-from images.workers import CUT_OFF, Leash, failure_of_workers
+from images.workers import Leash, told
 
 MAX_WORKERS = 16  # loader processes of one process, where data.num_workers does not say
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W) float32, labels (B,) int64
@@ -96,11 +97,13 @@ class Data:
 
     def close(self) -> None:
         """End the loaders' processes and threads, if any; there are no more batches."""
-        for feed in (self.train, self.eval):
-            if feed is not None:
-                feed.stop()
+        feeds = [feed for feed in (self.train, self.eval) if feed is not None]
+        for feed in feeds:
+            feed.stop(PATIENCE)
         if self.leash is not None:
             self.leash.close()
+        for feed in feeds:
+            feed.stop(2 * PATIENCE)  # what waited for a process hears of its end from torch, which looks every 5 s
 
     def _batches(self, feed: Feed, what: str) -> Iterator[Batch]:
         """What the workers sent, judged here: an exception out of a worker would reach the user with a traceback in it.
@@ -133,16 +136,11 @@ class Data:
 
     def _loaded(self, feed: Feed) -> Iterator[Loaded]:
         try:
-            yield from feed
+            with told(self.leash):
+                yield from feed
         except BrokenStream as error:
             what = str(error).strip().splitlines()[-1].removeprefix(f"{BrokenStream.__module__}.BrokenStream: ")
             raise UserError(f"The stream {what}: check data.set and data.path.") from None
-        except (RuntimeError, OSError, EOFError) as error:
-            exit_code = self.leash and self.leash.exit_code(wait=5.0 if isinstance(error, CUT_OFF) else 0.0)
-            said = failure_of_workers(error, loading=self.leash is not None, exit_code=exit_code)
-            if said is None:
-                raise
-            raise UserError(said) from None
 
     def _tell_skipped(self) -> None:
         """Say what the last pass through a set has gone without."""
@@ -197,7 +195,8 @@ def build_data(cfg: Config, *, rank: int, world_size: int, batch_size: int, devi
     num_classes = count_classes(cfg, classes)
     workers = _num_workers(cfg)
     leash = Leash() if workers else None
-    maker = FeedMaker(cfg, torch.device(device), workers, leash)
+    largest = eval_batch_size if train_set is None else max(batch_size, eval_batch_size)
+    maker = FeedMaker(cfg, torch.device(device), workers, leash, largest)
 
     eval_images, eval_order, eval_size = _ordered_eval(cfg, eval_set, rank, world_size)
     train, samples = None, 0
@@ -258,7 +257,7 @@ def _num_workers(cfg: Config) -> int:
     if cfg.data.num_workers is not None:
         return cfg.data.num_workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(MAX_WORKERS, cores // processes_here())
 
 
 def _mixes(cfg: Config) -> bool:

@@ -18,6 +18,10 @@ EpsImagePlugin.gs_binary = False  # as if it were not installed: for packages th
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 
 
+class Unreadable(OSError):  # noqa: N818
+    """An image cannot be read; the text is why."""
+
+
 def open_image(source: str | Path | IO[bytes]) -> Image.Image:
     """The RGB image in a file or stream. Raises whatever Pillow does where it cannot be decoded, which is a lot."""
     if not hasattr(source, "read"):
@@ -33,7 +37,8 @@ def open_image(source: str | Path | IO[bytes]) -> Image.Image:
 
 
 def plain_jpeg(content: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG file that all decoders read: RGB as YCbCr of 8 bits, not progressive, complete.
+    """(height, width) of a JPEG file that all decoders read: YCbCr of 8 bits, and said to be that, not progressive,
+    complete.
 
     None for everything else, which is Pillow's to read.
     """
@@ -45,6 +50,7 @@ def plain_jpeg(content: bytes) -> tuple[int, int] | None:
         return None
     info = image.info
     plain = image.mode == "RGB" and image.layers == 3 and image.bits == 8 and info.get("adobe_transform", 1) == 1
+    plain &= "jfif" in info or [number for number, *_ in image.layer] == [1, 2, 3]  # "R", "G", "B": not converted
     samplings = [(horizontal, vertical) for _, horizontal, vertical, _ in image.layer]
     plain &= samplings[1:] == [(1, 1), (1, 1)] and samplings[0] in ((1, 1), (2, 1), (2, 2), (1, 2))
     return (image.height, image.width) if plain and not info.get("progressive") else None

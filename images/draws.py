@@ -2,7 +2,7 @@
 
 `Drawing` runs the very transforms that `transforms.py` makes, on a stand-in that has a size and no pixels, so every
 draw is timm's own, in timm's order. What the draws mean for pixels is in replay.py (by Pillow, image by image) and in
-gpu/ (for a whole batch, on the device); both give Pillow's bits.
+kernels.py (for a whole batch, on the device); both give Pillow's bits.
 """
 
 from __future__ import annotations
@@ -183,6 +183,8 @@ def _run(step: Any, sheet: _Sheet) -> None:
     """What a step of the transform would do to an image, on a sheet."""
     if isinstance(step, RandomResizedCropAndInterpolation):
         top, left, height, width = step.get_params(sheet, step.scale, step.ratio)
+        if not height or not width:  # of a tiny image; Pillow makes something of nothing
+            raise CannotDraw
         mode = step.interpolation
         if isinstance(mode, (tuple, list)):
             mode = random.choice(mode)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,11 +17,13 @@ from torch.utils.data import DataLoader
 
 from images.gpu import Decoded, Finisher
 from images.order import Pieces
+from images.packed import Told
 from images.parcel import Parcel
 from images.slots import Slot
 from images.workers import Leash
 
 AHEAD = 2  # finished batches that wait for the model
+PATIENCE = 5.0  # seconds for a thread to end that may wait for a file
 PRIORITY = -1  # of the stream: its small kernels go in between the model's, which are waiting for them
 
 
@@ -59,7 +63,7 @@ class Feed:
             self._leash.started()
         if self._finisher is None:
             for images, targets, unreadable, missing in loaded:
-                yield Loaded(images, targets, unreadable, missing, targets)
+                yield Loaded(images.to(self._device), targets.to(self._device), unreadable, missing, targets)
             return
         batches = _whole(loaded, self.loader.batch_sampler)
         if self._device.type == "cpu" or not self.loader.num_workers:
@@ -79,13 +83,23 @@ class Feed:
                     finished.loaded.targets.record_stream(current)
                 yield self._mend(finished, batch)
         finally:
-            finishing.stop()
+            if self._thread is finishing:  # and not that of a later pass
+                self.stop(PATIENCE)
 
-    def stop(self) -> None:
-        """End the thread of an earlier pass, if there is one."""
-        if self._thread is not None:
-            self._thread.stop()
+    def stop(self, patience: float = math.inf) -> None:
+        """End the threads of an earlier pass, if there are any, and wait for their copies out of slots.
+
+        patience: seconds to wait for threads that wait for a loader process; then they end when they hear of it.
+        """
+        if self._thread is not None and self._thread.stop(patience):
             self._thread = None
+        if self._thread is None:
+            while self._copied:
+                copied, slot = self._copied.popleft()
+                if copied is not None:
+                    with contextlib.suppress(RuntimeError):  # of a device that fails: nothing is copied any more
+                        copied.synchronize()
+                slot.free()
 
     def _decode(self, batch: _Batch) -> tuple[_Batch, Decoded]:
         return batch, self._finisher.decode(batch.parcels)
@@ -104,9 +118,11 @@ class Feed:
         for parcel in batch.parcels:
             if parcel.slot is not None and self._device.type == "cuda":
                 parcel.slot.pin(parcel.memory.numel())
-        images, targets, failed = self._finisher(batch.parcels, decoded)
-        labels = torch.cat([parcel.targets for parcel in batch.parcels])
-        self._free(batch.parcels)
+        try:
+            images, targets, failed = self._finisher(batch.parcels, decoded)
+            labels = torch.cat([parcel.targets for parcel in batch.parcels])
+        finally:
+            self._free(batch.parcels)  # copies may be under way even where it has failed
         return _Finished(Loaded(images, targets, batch.unreadable, batch.missing, labels), failed)
 
     def _free(self, parcels: list[Parcel]) -> None:
@@ -121,11 +137,14 @@ class Feed:
         loaded = finished.loaded
         if not finished.failed:
             return loaded
-        keys, lost, unreadable = batch.keys, [], list(loaded.unreadable)
+        told, lost = list(batch.told), []
+        places = [place for place, sample in enumerate(told) if sample.found]  # of the parcels' rows
         labels = loaded.labels.clone()
         for row in finished.failed:
-            image, label, problem = self.loader.dataset.whole(keys[row])
-            unreadable += [problem] if problem else []
+            sample = told[places[row]]
+            # The search starts anew: it meets what the loader process has replaced already, and that is said.
+            image, label, problem = self.loader.dataset.whole(sample.key)
+            told[places[row]] = sample._replace(problem=sample.problem or problem, found=image is not None)
             if image is None:
                 lost.append(row)
             else:
@@ -133,28 +152,33 @@ class Feed:
                 labels[row] = label
         kept = torch.tensor([row for row in range(len(labels)) if row not in lost], dtype=torch.int64)
         images = loaded.images[kept.to(self._device)] if lost else loaded.images
-        labels = labels[kept]
-        return Loaded(images, labels.to(self._device), unreadable, loaded.missing + len(lost), labels)
+        batch = _Batch(batch.parcels, told)
+        return Loaded(images, labels[kept].to(self._device), batch.unreadable, batch.missing, labels[kept])
 
 
 class _Batch(NamedTuple):
     """The pieces of a batch, as loader processes have made them."""
 
     parcels: list[Parcel]
-    unreadable: list[str]
-    missing: int
-    keys: list[Any]
+    told: list[Told]
+
+    @property
+    def unreadable(self) -> list[str]:
+        return [sample.problem for sample in self.told if sample.problem]
+
+    @property
+    def missing(self) -> int:
+        return sum(not sample.found for sample in self.told)
 
 
 def _whole(pieces: Iterator[Any], sampler: Any) -> Iterator[_Batch]:
     """Batches from their pieces, where a sampler has cut them up."""
-    batch = _Batch([], [], 0, [])
-    for parcel, unreadable, missing, keys in pieces:
-        found = batch.parcels if parcel is None else [*batch.parcels, parcel]
-        batch = _Batch(found, batch.unreadable + unreadable, batch.missing + missing, batch.keys + keys)
+    batch = _Batch([], [])
+    for parcel, told in pieces:
+        batch = _Batch(batch.parcels if parcel is None else [*batch.parcels, parcel], batch.told + told)
         if not isinstance(sampler, Pieces) or sampler.ends.popleft():
             yield batch
-            batch = _Batch([], [], 0, [])
+            batch = _Batch([], [])
 
 
 class _Finished(NamedTuple):
@@ -184,16 +208,20 @@ class _Ahead:
                 raise item
             yield item
 
-    def stop(self) -> None:
-        """End the thread and the one before it; what they have in hand is dropped."""
+    def stop(self, patience: float) -> bool:
+        """End the thread and the one before it; what they have in hand is dropped. Whether they ended.
+
+        patience: seconds to wait for each.
+        """
         self._stopped.set()
-        if self._before is not None:
-            self._before.stop()
-        while self._thread.is_alive():
+        ended = self._before is None or self._before.stop(patience)
+        end = time.monotonic() + patience
+        while self._thread.is_alive() and time.monotonic() < end:
             with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.05)  # it may be waiting for room
         with contextlib.suppress(queue.Full):
             self._ready.put_nowait(None)  # and whoever waits for it, for this
+        return ended and not self._thread.is_alive()
 
     def _work(self) -> None:
         try:

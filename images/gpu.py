@@ -38,7 +38,10 @@ class Decoded(NamedTuple):
 
 
 class Finisher:
-    """From parcels to batches on a device, by the kernels on a GPU and by Pillow on a CPU."""
+    """From parcels to batches on a device, by the kernels on a GPU and by Pillow on a CPU.
+
+    pin: whether memory is pinned for copies to a GPU.
+    """
 
     def __init__(
         self,
@@ -47,10 +50,12 @@ class Finisher:
         std: tuple[float, ...],
         device: torch.device,
         resident: Resident | None = None,
+        *,
+        pin: bool = True,
     ) -> None:
         self._size, self._mean, self._std, self._device, self._resident = size, mean, std, device, resident
         every_level = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
-        self._said = False
+        self._pin, self._said = pin, False
         self._levels = normalise(every_level, mean, std).reshape(3, 256).to(device)
 
     def __call__(self, parcels: Sequence[Parcel], decoded: Decoded | None = None) -> tuple[Tensor, Tensor, list[int]]:
@@ -62,7 +67,7 @@ class Finisher:
         merged, sources = merge(parcels)
         here = room_for(merged, sources, self._device)
         self._place(merged, here, decoded.images)
-        fill(here, _pinned(merged) if self._device.type == "cuda" else merged, sources)
+        fill(here, _pinned(merged) if self._device.type == "cuda" and self._pin else merged, sources)
         return augment(here, self._levels, self._size), here.targets.clone(), decoded.failed
 
     def _by_pillow(self, parcels: Sequence[Parcel]) -> tuple[Tensor, Tensor, list[int]]:
@@ -98,27 +103,36 @@ class Finisher:
             places += [(before + row, parcel, row) for row in rows]
             before += len(parcel)
         files = [_file(parcel, row) for _, parcel, row in places]
-        if files and self._device.type == "cuda":
-            try:
-                images = decode_jpeg(files, mode=ImageReadMode.RGB, device=self._device)
-                return Decoded({number: image for (number, *_), image in zip(places, images, strict=True)}, [])
-            except (RuntimeError, torch.OutOfMemoryError) as error:  # of one file, whichever, or of the decoder
-                self._say_once(error)
+        images = self._by_gpu(files) if self._device.type == "cuda" else [None] * len(files)
         decoded, failed = {}, []
-        for (number, parcel, row), file in zip(places, files, strict=True):
-            try:
-                image = np.array(open_image(io.BytesIO(file.numpy().tobytes())))
-            except Exception:  # as for all images
-                image, failed = np.zeros((*_box_end(parcel, row), 3), np.uint8), [*failed, number]
-            decoded[number] = torch.from_numpy(image).to(self._device).permute(2, 0, 1)
+        for (number, parcel, row), file, image in zip(places, files, images, strict=True):
+            if image is None:
+                try:
+                    pixels = np.array(open_image(io.BytesIO(file.numpy().tobytes())))
+                except Exception:  # as for all images
+                    pixels, failed = np.zeros((*_box_end(parcel, row), 3), np.uint8), [*failed, number]
+                image = torch.from_numpy(pixels).to(self._device).permute(2, 0, 1)
+            decoded[number] = image
         return Decoded(decoded, failed)
+
+    def _by_gpu(self, files: list[Tensor]) -> list[Tensor | None]:
+        """(3, height, width) uint8 of JPEG files; None of those that the GPU refuses, whatever else is in the batch."""
+        if not files:
+            return []
+        try:
+            return decode_jpeg(files, mode=ImageReadMode.RGB, device=self._device)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            if len(files) == 1:
+                self._say_once(error)
+                return [None]
+        return [image for file in files for image in self._by_gpu([file])]
 
     def _say_once(self, error: Exception) -> None:
         if not self._said:
             self._said = True
             said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             print(
-                f"note: a batch that the GPU cannot decode ({said}) is decoded by Pillow.", file=sys.stderr, flush=True
+                f"note: files that the GPU cannot decode ({said}) are decoded by Pillow.", file=sys.stderr, flush=True
             )
 
     def _place(self, merged: Parcel, here: Parcel, decoded: dict[int, Tensor]) -> None:
@@ -129,7 +143,7 @@ class Finisher:
         if self._resident is not None:
             resident = kinds == RESIDENT
             places = images[resident, columns.START]
-            images[resident, columns.START] = self._resident.on_device.data_ptr() + self._resident.starts[places]
+            images[resident, columns.START] = self._resident.addresses[places]
             images[resident, columns.ROW] = 3 * self._resident.widths[places]
         for row, image in decoded.items():
             strides = image.stride()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from torch.utils.data import get_worker_info
 from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from images.decode import open_image, plain_jpeg
+from images.decode import Unreadable, open_image, plain_jpeg, reason
 from images.draws import TENSOR_STEPS, CannotDraw, Crop, Drawing, Drawn, Erasing
 from images.order import Key, reseed, seeded
 from images.parcel import JPEG, PIXELS, RESIDENT, Parcel, Sample, pack
@@ -28,7 +29,16 @@ from images.resident import Resident
 from images.samples import Images, Stream
 from images.slots import Slots
 
+MOST_BYTES = 2**20  # of the pixels that are sent to a device for one small image
+_MOST_BYTES_OF_A_FILE = 2**22  # of the pixels of a file that a device decodes, which it does for whole batches
+_LONGEST = 2**13  # side of a box that a device resizes: its kernels have memory for each line of a batch
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly
+
+
+def most_bytes(size: int) -> int:
+    """Of the pixels that are sent to a device for one image of that side: what is cut from larger photographs is made
+    smaller first."""
+    return max(MOST_BYTES, 2 * 3 * size * size)
 
 
 class Opened(NamedTuple):
@@ -69,7 +79,7 @@ class Draws:
         self, transform: transforms.Compose, size: int, share: float, resident: Resident | None = None
     ) -> None:
         self._pixels, self.share, self.resident = Pixels(transform, size), share, resident
-        self._drawing = Drawing(transform)
+        self._drawing, self._most_bytes = Drawing(transform), most_bytes(size)
 
     def kept(self, index: int) -> Opened:
         """Image number `index`, where all are kept. Raises Unreadable."""
@@ -79,7 +89,8 @@ class Draws:
         """An image from its file. Raises whatever Pillow does."""
         if isinstance(content, bytes):
             size = plain_jpeg(content) if content.startswith(b"\xff\xd8") else None
-            if size is not None and position * _GOLDEN % 1 < self.share:
+            small = size is not None and 3 * math.prod(size) <= _MOST_BYTES_OF_A_FILE
+            if small and len(content) <= self._most_bytes and position * _GOLDEN % 1 < self.share:
                 return Opened(JPEG, content, *size)
             pixels = _decoded(content) if size is not None else np.asarray(open_image(io.BytesIO(content)))
         else:
@@ -87,25 +98,34 @@ class Draws:
         return Opened(PIXELS, pixels, *pixels.shape[:2])
 
     def make(self, opened: Opened, seed: int, *key: int) -> Sample:
-        """The sample of an image, under the seed of that key."""
+        """The sample of an image, under the seed of that key: all of it by Pillow, where the device has no operation
+        for it, or no room. Raises Unreadable where only then a file proves to be damaged."""
         kind, place, height, width = opened
         try:
             with _seeded(seed, *key):
                 drawn = self._drawing.draw(height, width)
         except CannotDraw:  # a rotation by 180 degrees, say
+            drawn = None
+        if drawn is None or self._too_large(kind, drawn.crop):
             return self._pixels.make(self._image(opened), seed, *key)
         if kind == PIXELS:
             crop = drawn.crop
-            place = place[
-                crop.top : crop.top + crop.height, crop.left : crop.left + crop.width
-            ].copy()  # lets go of all
+            box = place[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+            place = box.copy()  # lets go of all
             drawn = drawn._replace(crop=crop._replace(top=0, left=0))
         return Sample(place, kind, drawn)
 
+    def _too_large(self, kind: int, crop: Crop) -> bool:
+        sent = 3 * crop.height * crop.width if kind == PIXELS else 0
+        return sent > self._most_bytes or max(crop.height, crop.width) > _LONGEST
+
     def _image(self, opened: Opened) -> Image.Image:
-        if opened.kind == JPEG:
-            return open_image(io.BytesIO(opened.place))
-        return Image.fromarray(self.resident.array(opened.place) if opened.kind == RESIDENT else opened.place)
+        if opened.kind == PIXELS:
+            return Image.fromarray(opened.place)
+        try:
+            return open_image(io.BytesIO(opened.place)) if opened.kind == JPEG else self.resident.again(opened.place)
+        except Exception as error:  # as for all images
+            raise Unreadable(reason(error)) from None
 
 
 def _seeded(seed: int, *key: int) -> contextlib.AbstractContextManager[None]:
@@ -123,6 +143,14 @@ def _decoded(content: bytes) -> np.ndarray:
         return decode_jpeg(data, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
     except RuntimeError:
         return np.asarray(open_image(io.BytesIO(content)))
+
+
+class Told(NamedTuple):
+    """What the main process is told of a sample."""
+
+    key: Key | None  # None: of a stream
+    problem: str | None  # what could not be read for it
+    found: bool  # whether it is in the parcel
 
 
 class PackedImages(Images):
@@ -160,22 +188,23 @@ class PackedStream(Stream):
         return ((*sample, None) for sample in super().__iter__())
 
     def _made(self, image: Image.Image, *key: int) -> Sample:
-        with seeded(self._seed, *key):  # the readers of a stream may draw too
+        # In a loader process the maker does not put the generators back; a stream's readers, which may draw from them
+        # between two images, find them as they were.
+        with seeded(self._seed, *key):
             return self._maker.make(self._maker.open(image, 0), self._seed, *key)
 
 
 class Collate:
-    """Samples to (parcel or None of nothing, what could not be read, how many images are missing, the others' keys)."""
+    """Samples to (parcel or None of nothing, what is told of each of them)."""
 
     def __init__(self, slots: Slots | None = None) -> None:
         self._slots = slots
 
     def __call__(
         self, samples: list[tuple[Sample | None, int, str | None, Key | None]]
-    ) -> tuple[Parcel | None, list[str], int, list[Key | None]]:
-        found = [(sample, target, key) for sample, target, _, key in samples if sample is not None]
-        problems = [problem for _, _, problem, _ in samples if problem]
+    ) -> tuple[Parcel | None, list[Told]]:
+        found = [(sample, target) for sample, target, *_ in samples if sample is not None]
         parcel = None
         if found:
-            parcel = pack([sample for sample, *_ in found], [target for _, target, _ in found], self._slots)
-        return parcel, problems, len(samples) - len(found), [key for *_, key in found]
+            parcel = pack([sample for sample, _ in found], [target for _, target in found], self._slots)
+        return parcel, [Told(key, problem, sample is not None) for sample, _, problem, key in samples]

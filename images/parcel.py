@@ -108,6 +108,7 @@ def pack(samples: Sequence[Sample], targets: Sequence[int] = (), slots: Slots | 
             if operation.kind == BLUR:
                 numbers = *numbers, *box_blur(*numbers)
             values[turn, row, : len(numbers)] = numbers
+    assert images[:, HEIGHT : WIDTH + 1].min(initial=1) > 0, "kernels would read beside a box of nothing"
     images[:, COLUMNS_FIRST] = _columns_first(images)
     lines = np.where(images[:, COLUMNS_FIRST], images[:, WIDTH], images[:, HEIGHT])
     images[:, BETWEEN] = np.cumsum(lines) - lines  # of the half-resized images before this one
@@ -269,7 +270,6 @@ def drawn_of(parcel: Parcel, row: int) -> Drawn:
     return Drawn(crop, bool(image[FLIP]), tuple(operations), tuple(boxes))
 
 
-@functools.lru_cache(maxsize=1024)
 def box_blur(radius: float) -> tuple[int, int, int]:
     """(radius, inner weight, edge weight) of the box whose three passes are Pillow's Gaussian blur; its float32 steps.
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
-import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,46 +14,57 @@ from config import Config, UserError
 from images.draws import CannotDraw
 from images.feed import AHEAD, Feed
 from images.gpu import Finisher
+from images.memory import available_bytes, processes_here
 from images.order import Pieces
-from images.packed import Collate, Draws, PackedImages, PackedStream, Pixels
+from images.packed import Collate, Draws, PackedImages, PackedStream, Pixels, most_bytes
 from images.resident import Resident, keep
 from images.samples import Images, Stream, collate
 from images.slots import Slots, can_share
-from images.workers import Leash
+from images.workers import Leash, told
 
 PIECE = 32  # samples that a loader process makes at a time: a batch is made by several
 IN_HAND = 4  # pieces that each has in hand
-PIECE_BYTES = 2**20 * PIECE  # of a slot, which takes memory as it is filled; 32 images of 500x375 have 18 MB
-KEPT_BATCH = 256  # images that a loader process decodes at a time for a set that is kept
 
 
 class FeedMaker:
-    """Makes the feeds of a run from its configuration; `described` says how, for the manifest."""
+    """Makes the feeds of a run from its configuration.
 
-    def __init__(self, cfg: Config, device: torch.device, workers: int, leash: Leash | None) -> None:
+    largest: images of a batch. described: how training and evaluation get theirs, for the manifest.
+    """
+
+    def __init__(self, cfg: Config, device: torch.device, workers: int, leash: Leash | None, largest: int) -> None:
         self._cfg, self._device, self._workers, self._leash = cfg, device, workers, leash
         self._name = choose_pipeline(cfg, device)
-        self.described: dict[str, Any] = {"pipeline": self._name}
+        self._pieces = -(-largest // PIECE)
+        self.described: dict[str, dict[str, Any]] = {}
 
     def feed(self, images: Images | Stream, size: int, order: Any, *, training: bool) -> Feed:
         """The batches of `size` images, in that order."""
         cfg, whole = self._cfg, order if order is not None else images
-        maker, resident = self._maker(images, training)
+        # Every epoch shuffles all of the training set anew; a process evaluates the same share of the other each time.
+        kept = range(len(images)) if training and not isinstance(images, Stream) else [key[0] for key in order or ()]
+        part = "training" if training else "evaluation"
+        self.described[part] = {"pipeline": self._name}
+        maker, resident = self._maker(images, kept, part)
         if maker is None:
             loader = self._loader(images, collate, batch_size=size, sampler=order, drop_last=training)
             return Feed(loader, self._device, None, self._leash, whole)
-        finisher = Finisher(cfg.model.img_size, cfg.data.mean, cfg.data.std, self._device, resident)
+        pixels = cfg.model.img_size, cfg.data.mean, cfg.data.std
+        finisher = Finisher(*pixels, self._device, resident, pin=cfg.data.pin_mem)
         if isinstance(images, Stream):
             packed = images.packed(PackedStream, maker)
             loader = self._loader(packed, Collate(), batch_size=size, drop_last=training)
             return Feed(loader, self._device, finisher, self._leash, packed)
         pieces = Pieces(order, size, drop_last=training, size=PIECE if resident is None else size)
-        collate_pieces = Collate(None if resident is not None else self._slots(size))
+        collate_pieces = Collate(None if resident is not None else self._slots)
         loader = self._loader(images.packed(PackedImages, maker), collate_pieces, batch_sampler=pieces)
         return Feed(loader, self._device, finisher, self._leash, order)
 
-    def _maker(self, images: Images | Stream, training: bool) -> tuple[Pixels | Draws | None, Resident | None]:
-        cfg, size = self._cfg, self._cfg.model.img_size
+    def _maker(
+        self, images: Images | Stream, kept: Sequence[int], part: str
+    ) -> tuple[Pixels | Draws | None, Resident | None]:
+        """kept: numbers of the images that are to stay on the device, if they fit."""
+        cfg, size, described = self._cfg, self._cfg.model.img_size, self.described[part]
         if self._name == "cpu":
             return (Pixels(images.transform, size) if self._device.type == "cuda" and _has_triton() else None), None
         try:
@@ -64,33 +74,42 @@ class FeedMaker:
                 raise UserError(
                     f"data.pipeline is gpu, and it has no {error}: set data.pipeline=cpu (--pipeline cpu) or auto."
                 ) from None
-            self.described["pipeline"] = "cpu"
+            described["pipeline"] = "cpu"
             return Pixels(images.transform, size), None
-        part = "training" if training else "evaluation"
-        draws.resident = None if isinstance(images, Stream) else self._kept(images)
+        draws.resident = None if isinstance(images, Stream) else self._kept(images, kept)
         if draws.resident is not None:
-            self.described[f"{part}_set_kept"] = {"images": len(draws.resident), "bytes": draws.resident.nbytes}
-        elif training and self._device.type == "cuda":
-            draws.share = self.described["decoded_by_gpu"] = cfg.data.gpu_decode
+            described["kept"] = {"images": len(draws.resident), "bytes": draws.resident.nbytes}
+        elif part == "training" and self._device.type == "cuda":
+            draws.share = described["decoded_by_gpu"] = cfg.data.gpu_decode
         return draws, draws.resident
 
-    def _kept(self, images: Images) -> Resident | None:
+    def _kept(self, images: Images, indices: Sequence[int]) -> Resident | None:
+        """Raises UserError where a loader process fails."""
         if not self._cfg.data.resident:
             return None
         limit = self._cfg.data.resident * _free_bytes(self._device)
 
-        def loader(decoding: Dataset, collate: Any) -> DataLoader:
-            return self._loader(decoding, collate, batch_size=KEPT_BATCH, once=True)
+        def load(decoding: Dataset, collate: Any, size: int) -> Iterator[Any]:
+            with told(self._leash):
+                loaded = iter(self._loader(decoding, collate, batch_size=size, once=True))
+                if self._leash is not None:
+                    self._leash.started()
+                yield from loaded
 
-        return keep(images, limit, self._device, loader)
+        return keep(images, indices, limit, self._device, load)
 
-    def _slots(self, size: int) -> Slots | None:
-        """Memory for the pieces that loader processes have in hand, and for those of the batches that are ahead."""
+    @functools.cached_property
+    def _slots(self) -> Slots | None:
+        """Memory for the pieces that loader processes have in hand, and for those of the batches that are ahead.
+
+        Training and evaluation take turns with it: pinned memory is not the system's to take back.
+        """
         if not self._workers or not can_share():
             return None
         try:
-            count = IN_HAND * self._workers + (2 * AHEAD + 4) * -(-size // PIECE)
-            return Slots(count, PIECE_BYTES, pinned=self._cfg.data.pin_mem)
+            count = IN_HAND * self._workers + (2 * AHEAD + 4) * self._pieces
+            # A slot takes memory as it is filled; 32 images of 500x375 have 18 MB.
+            return Slots(count, PIECE * most_bytes(self._cfg.model.img_size), pinned=self._cfg.data.pin_mem)
         except OSError:  # they go one by one then
             return None
 
@@ -123,7 +142,8 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _free_bytes(device: torch.device) -> int:
+def _free_bytes(device: torch.device) -> float:
+    """The memory of a device that this process may count on."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if sys.platform == "linux" else 2**30
+    return available_bytes() / processes_here()

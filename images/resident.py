@@ -1,80 +1,109 @@
-"""A small set decoded once and for all: its pixels in memory that loader processes share, and on the device."""
+"""A small set decoded once and for all: its pixels on the device, and nowhere else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from images.decode import reason
+from images.decode import Unreadable, reason
 from images.samples import Images
 
 _ASKED = 64  # images whose sizes tell how large a set is
-
-
-class Unreadable(OSError):  # noqa: N818
-    """An image of a kept set could not be read; the text is why."""
-
-
-class Resident:
-    """The images of a set as (height, width, 3) uint8, one after the other; what could not be read has no pixels."""
-
-    def __init__(self, decoded: Decoded, device: torch.device) -> None:
-        self._decoded = decoded
-        sizes = 3 * decoded.heights * decoded.widths
-        self.widths, self.starts = decoded.widths, sizes.cumsum(0) - sizes
-        self.on_device = decoded.pixels.to(device)
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    @property
-    def nbytes(self) -> int:
-        return self.on_device.nbytes
-
-    def size(self, index: int) -> tuple[int, int]:
-        """(height, width) of an image. Raises Unreadable."""
-        if index in self._decoded.problems:
-            raise Unreadable(self._decoded.problems[index])
-        return int(self._decoded.heights[index]), int(self._decoded.widths[index])
-
-    def label(self, index: int) -> int:
-        return int(self._decoded.labels[index])
-
-    def array(self, index: int) -> np.ndarray:
-        """An image (height, width, 3)."""
-        height, width = self.size(index)
-        start = int(self.starts[index])
-        return self._decoded.pixels[start : start + 3 * height * width].view(height, width, 3).numpy()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "on_device": None}  # for loader processes that are not forked
+_PART, _PART_BYTES = 256, 2**23  # images that a loader process decodes at a time, and about the most bytes of them
+_BLOCK_BYTES = 2**26  # that are gathered in the host's memory before they go to the device
 
 
 class Decoded(NamedTuple):
-    """A set, or a part of one: pixels (bytes,) uint8; heights, widths, labels (images,) int64; why some have none."""
+    """A part of a set, as a loader process sends it: as bytes, since each tensor would hold a file open here."""
 
-    pixels: Tensor
-    heights: Tensor
-    widths: Tensor
-    labels: Tensor
-    problems: dict[int, str]
+    pixels: np.ndarray  # (bytes,) uint8, the images in a row
+    sizes: np.ndarray  # (images, 2) int64: heights and widths
+    labels: np.ndarray  # (images,) int64
+    problems: dict[int, str]  # why some have no pixels, by their place in the part
+
+
+class Resident:
+    """Images of a set as (height, width, 3) uint8 in blocks on the device; what could not be read has no pixels.
+
+    All is by an image's number in the set; of numbers that are not kept nothing is known.
+    """
+
+    def __init__(self, images: Images, device: torch.device) -> None:
+        self._images, self._device = images, device
+        count = len(images)
+        self.widths, self._heights, self._labels = (torch.zeros(count, dtype=torch.int64) for _ in range(3))
+        self.addresses = torch.zeros(count, dtype=torch.int64)  # of an image's first byte on the device
+        self._places = torch.full((count, 2), -1)  # its block, and its first byte there
+        self._blocks: list[Tensor] = []
+        self._gathered: list[np.ndarray] = []  # of the next block
+        self._problems: dict[int, str] = {}
+        self._count = self.nbytes = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, indices: Sequence[int], decoded: Decoded) -> None:
+        """Keep these images of the set."""
+        before = sum(pixels.size for pixels in self._gathered)
+        numbers, sizes = torch.tensor(indices), torch.from_numpy(decoded.sizes)
+        lengths = 3 * sizes.prod(dim=1)
+        self._heights[numbers], self.widths[numbers] = sizes.unbind(dim=1)
+        self._labels[numbers] = torch.from_numpy(decoded.labels)
+        self._places[numbers, 0], self._places[numbers, 1] = len(self._blocks), before + lengths.cumsum(0) - lengths
+        self._problems |= {indices[place]: why for place, why in decoded.problems.items()}
+        self._gathered.append(decoded.pixels)
+        self._count, self.nbytes = self._count + len(indices), self.nbytes + decoded.pixels.size
+        if before + decoded.pixels.size >= _BLOCK_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring to the device what has been gathered for it."""
+        if self._gathered:
+            block = torch.from_numpy(np.concatenate(self._gathered)).to(self._device)
+            here = self._places[:, 0] == len(self._blocks)
+            self.addresses[here] = block.data_ptr() + self._places[here, 1]
+            self._blocks.append(block)
+            self._gathered.clear()
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of an image. Raises Unreadable."""
+        if index in self._problems:
+            raise Unreadable(self._problems[index])
+        return int(self._heights[index]), int(self.widths[index])
+
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
+
+    def array(self, index: int) -> np.ndarray:
+        """An image (height, width, 3), where the device is the CPU."""
+        height, width = self.size(index)
+        block, start = self._places[index].tolist()
+        return self._blocks[block][start : start + 3 * height * width].view(height, width, 3).numpy()
+
+    def again(self, index: int) -> Image.Image:
+        """An image, from its file: loader processes have no other pixels of it. Raises whatever Pillow does."""
+        return self._images.read(index)[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_blocks": []}  # for loader processes that are not forked
 
 
 class _Decoding(Dataset[tuple[np.ndarray, int, str | None]]):
-    def __init__(self, images: Images) -> None:
-        self._images = images
+    def __init__(self, images: Images, indices: Sequence[int]) -> None:
+        self._images, self._indices = images, indices
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._indices)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int, str | None]:
+    def __getitem__(self, place: int) -> tuple[np.ndarray, int, str | None]:
         try:
-            image, label = self._images.read(index)
+            image, label = self._images.read(self._indices[place])
         except Exception as error:  # as in Images
             return np.zeros((0, 0, 3), np.uint8), -1, reason(error)
         return np.asarray(image), label, None
@@ -83,39 +112,39 @@ class _Decoding(Dataset[tuple[np.ndarray, int, str | None]]):
 def _collate(decoded: list[tuple[np.ndarray, int, str | None]]) -> Decoded:
     arrays, labels, reasons = zip(*decoded, strict=True)
     return Decoded(
-        torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays])),
-        torch.tensor([array.shape[0] for array in arrays]),
-        torch.tensor([array.shape[1] for array in arrays]),
-        torch.tensor(labels),
+        np.concatenate([array.reshape(-1) for array in arrays]),
+        np.array([array.shape[:2] for array in arrays], np.int64),
+        np.array(labels, np.int64),
         {place: why for place, why in enumerate(reasons) if why is not None},
     )
 
 
-def decoded_bytes(images: Images) -> float:
-    """About how many bytes the pixels of a set take, by the sizes of some of its images."""
-    decoding = _Decoding(images)
-    indices = {n * len(images) // _ASKED for n in range(_ASKED)}
-    sizes = [decoding[index][0].nbytes for index in sorted(indices)]
-    return len(images) * sum(sizes) / max(1, len(sizes))
+def mean_bytes(images: Images, indices: Sequence[int]) -> float:
+    """About how many bytes the pixels of one of these images take, by the sizes of some that can be read."""
+    decoding = _Decoding(images, indices)
+    asked = [decoding[place] for place in sorted({n * len(indices) // _ASKED for n in range(_ASKED)})]
+    sizes = [pixels.nbytes for pixels, _, why in asked if why is None]
+    return sum(sizes) / max(1, len(sizes))
 
 
 def keep(
-    images: Images, limit: float, device: torch.device, loader: Callable[[Dataset, Any], DataLoader]
+    images: Images,
+    indices: Sequence[int],
+    limit: float,
+    device: torch.device,
+    load: Callable[[Dataset, Any, int], Iterable[Decoded]],
 ) -> Resident | None:
-    """All images of a set, decoded and on the device; None where they would take more than `limit` bytes of it.
+    """These images of a set, decoded and on the device; None where they would take more than `limit` bytes of it.
 
-    loader: makes a loader of a set, for that collate function.
+    load: the batches of a set by a collate function, so many images each. Of the host's memory it takes little more
+    than the loader processes have in hand, where the device has memory of its own.
     """
-    if not len(images) or decoded_bytes(images) > limit:
+    if not indices or (mean := mean_bytes(images, indices)) * len(indices) > limit:
         return None
-    parts, filled, bytes_so_far = [], 0, 0
-    for part in loader(_Decoding(images), _collate):
-        problems = {filled + place: why for place, why in part.problems.items()}
-        parts.append(part._replace(problems=problems))
-        filled += len(part.labels)
-        bytes_so_far += part.pixels.nbytes
-        if bytes_so_far > limit:
+    resident = Resident(images, device)
+    for part in load(_Decoding(images, indices), _collate, max(1, min(_PART, int(_PART_BYTES // max(1.0, mean))))):
+        resident.add(indices[len(resident) : len(resident) + len(part.labels)], part)
+        if resident.nbytes > limit:
             return None
-    pixels, heights, widths, labels = (torch.cat(tensors) for tensors in list(zip(*parts, strict=True))[:4])
-    problems = {index: why for part in parts for index, why in part.problems.items()}
-    return Resident(Decoded(pixels, heights, widths, labels, problems), device)
+    resident.flush()
+    return resident

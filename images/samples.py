@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from images.decode import open_image, reason, to_rgb
+from images.decode import Unreadable, open_image, reason, to_rgb
 from images.order import AUGMENT, STREAM, Key, seeded
 from images.tars import ImageTar
 
@@ -51,9 +51,12 @@ class Images(Dataset[Sample]):
             try:
                 image, target = self._read(index, position)
             except Exception as error:  # Pillow has no list of what it raises for a damaged file
-                problem = problem or f"{self._name(index)} cannot be read ({reason(error)})"
+                problem = problem or self._problem(index, error)
                 continue
-            return self._made(image, AUGMENT, epoch, position), target, problem
+            try:
+                return self._made(image, AUGMENT, epoch, position), target, problem
+            except Unreadable as error:
+                problem = problem or self._problem(index, error)
         return None, -1, problem
 
     def __len__(self) -> int:
@@ -86,9 +89,13 @@ class Images(Dataset[Sample]):
         return self.read(index)
 
     def _made(self, image: Any, *key: int) -> Any:
-        """What the sample is of an image that has been read, under the seed of that key."""
+        """What the sample is of an image that has been read, under the seed of that key. Raises Unreadable where only
+        a look at its header had been taken."""
         with seeded(self._seed, *key):
             return self._transform(image)
+
+    def _problem(self, index: int, error: Exception) -> str:
+        return f"{self._name(index)} cannot be read ({reason(error)})"
 
     def _name(self, index: int) -> str:
         if isinstance(self._source, ImageFolder):

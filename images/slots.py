@@ -13,33 +13,37 @@ import mmap
 import multiprocessing
 import os
 import struct
+import sys
 import weakref
 
 import numpy as np
 import torch
 from torch import Tensor
 
+MOST = 1024  # slots: a pipe, in which the numbers of all must have room, may have no more than a page
 _NUMBER = struct.Struct("<H")
 _ids = itertools.count()
 _open: weakref.WeakValueDictionary[int, Slots] = weakref.WeakValueDictionary()  # by id, for slots that are received
 
 
 class Slots:
-    """`count` stretches of shared memory of `size` bytes each, which loader processes are forked with.
+    """`count` stretches of shared memory of `size` bytes each, MOST at most, which loader processes are forked with.
 
     pinned: whether a GPU may copy from them while the program goes on. Raises OSError where there is no room for them.
     """
 
     def __init__(self, count: int, size: int, *, pinned: bool) -> None:
         flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        self._maps = [np.frombuffer(mmap.mmap(-1, size, flags=flags), np.uint8) for _ in range(count)]
-        self._pinned = pinned
+        self._maps = [np.frombuffer(mmap.mmap(-1, size, flags=flags), np.uint8) for _ in range(min(count, MOST))]
+        self.pinned = pinned
         self._registered: dict[int, int] = {}  # bytes of a slot that a GPU knows
         self._read, self._write = os.pipe()  # of the numbers of free slots: a killed reader can leave no lock behind
         ends = self._read, self._write, self._maps, self._registered
         self._close = weakref.finalize(self, _close, os.getpid(), *ends)
-        os.set_blocking(self._read, False)
-        for number in range(count):
+        self._close.atexit = False  # a thread may still be copying then; all of it goes with the process
+        for end in (self._read, self._write):
+            os.set_blocking(end, False)
+        for number in range(len(self._maps)):
             self.free(number)
         self.id = next(_ids)
         _open[self.id] = self
@@ -59,17 +63,30 @@ class Slots:
         return torch.from_numpy(self._maps[number][:size])
 
     def pin(self, number: int, size: int) -> None:
-        """Let a GPU copy so many bytes of a slot while the program goes on."""
+        """Let a GPU copy so many bytes of a slot while the program goes on; else it copies them without.
+
+        All or nothing: a copy from memory that is registered in part is refused. Nothing is waited for, since a slot
+        comes back only when it has been copied, and the device may be recording the training step's graph.
+        """
         known = self._registered.get(number, 0)
-        if known >= size or not self._pinned:
+        if known >= size or not self.pinned:
             return
         pointer, runtime = self._maps[number].ctypes.data, torch.cuda.cudart()
         if known:
-            torch.cuda.synchronize()
+            del self._registered[number]
             runtime.cudaHostUnregister(pointer)
         size = min(size + size // 4, self._maps[number].size)
-        if int(runtime.cudaHostRegister(pointer, size, 0)) == 0:
+        error = runtime.cudaHostRegister(pointer, size, 0)
+        if int(error) == 0:
             self._registered[number] = size
+        else:
+            self.pinned = False  # by ulimit -l, say, and not to be asked for with every batch
+            _forget_error()
+            print(
+                f"note: images are copied from memory that is not pinned, which is slower (CUDA error {int(error)}).",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 class Slot:
@@ -109,6 +126,13 @@ def _close(pid: int, read: int, write: int, maps: list[np.ndarray], registered: 
             torch.cuda.cudart().cudaHostUnregister(maps[number].ctypes.data)
 
 
+def _forget_error() -> None:
+    """Take back the runtime's last error in this thread, which would be reported of the next kernel."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
+
+
 def can_share() -> bool:
-    """Whether loader processes are forked, and so have the slots."""
-    return multiprocessing.get_start_method() == "fork"
+    """Whether loader processes are forked, and so have the slots. The first of all ways to start one is the default."""
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    return method == "fork"

@@ -15,6 +15,9 @@ import signal
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
+
+from config import UserError
 
 CUT_OFF = ConnectionError, EOFError  # in the midst of a batch that a worker was sending
 _OPEN_FILES = "Too many open files"
@@ -92,6 +95,19 @@ def _cannot_send(error: Exception, _batch: object) -> None:
     if _OPEN_FILES in text:
         os._exit(errno.EMFILE)
     os._exit(errno.ENOSPC if _SHARED_MEMORY.search(text) or os.strerror(errno.ENOSPC) in text else 1)
+
+
+@contextlib.contextmanager
+def told(leash: Leash | None) -> Iterator[None]:
+    """While batches are waited for: what is about the worker processes becomes a UserError, one sentence of it."""
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        exit_code = leash and leash.exit_code(wait=5.0 if isinstance(error, CUT_OFF) else 0.0)
+        said = failure_of_workers(error, loading=leash is not None, exit_code=exit_code)
+        if said is None:
+            raise
+        raise UserError(said) from None
 
 
 def failure_of_workers(error: BaseException, *, loading: bool = False, exit_code: int | None = None) -> str | None:

@@ -29,6 +29,7 @@ from images.draws import (
 )
 from images.gpu import Finisher
 from images.order import AUGMENT, seeded
+from images.packed import Draws
 from images.parcel import JPEG, PIXELS, RESIDENT, Sample, pack
 from images.replay import erase, normalise, replay
 from images.resident import Decoded, Resident
@@ -97,9 +98,12 @@ def batch_of(
         changed = torch.from_numpy(np.array(replay(Image.fromarray(pixels), one, size))).permute(2, 0, 1)
         expected.append(normalise(changed, MEAN, STD))
         erase(expected[-1], one.boxes)
-    heights, widths = (torch.tensor([pixels.shape[axis] for pixels in kept]) for axis in (0, 1))
-    flat = torch.from_numpy(np.concatenate([pixels.reshape(-1) for pixels in kept]))
-    resident = Resident(Decoded(flat, heights, widths, torch.zeros(len(kept), dtype=torch.int64), {}), device)
+    resident = Resident(kept, device)
+    for number, pixels in enumerate(kept):
+        resident.add([number], Decoded(pixels.reshape(-1), np.array([pixels.shape[:2]]), np.zeros(1, np.int64), {}))
+        if number % 5 == 4:
+            resident.flush()
+    resident.flush()
     return Batch(samples, torch.stack(expected), resident)
 
 
@@ -140,3 +144,16 @@ def extreme_batch(size: int, device: torch.device, operations: list[Operation]) 
         for number, (image, operation) in enumerate(pairs)
     ]
     return batch_of([image for image, _ in pairs], drawn, size, device)
+
+
+def smallest_batch(size: int, count: int, device: torch.device) -> Batch:
+    """Images of a few pixels, some of them with a box of none to be cropped to, as loader processes leave them."""
+    cfg = load_config(None, [f"model.img_size={size}", "aug.scale=[0.001,0.3]", "aug.aa=null", "aug.reprob=0.5"])
+    transform = train_transform(cfg)
+    maker, samples, expected = Draws(transform, size, 0.0), [], []
+    for number in range(count):
+        image = photograph(number, *((1, 1), (2, 2), (1, 9), (9, 1), (3, 5))[number % 5])
+        with seeded(0, AUGMENT, 1, number):
+            expected.append(transform(image))
+        samples.append(maker.make(maker.open(image, number), 0, AUGMENT, 1, number))
+    return Batch(samples, torch.stack(expected), Resident([], device))

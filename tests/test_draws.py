@@ -78,6 +78,19 @@ def test_evaluation_is_drawn_too():
         assert torch.equal(normalise(pixels, cfg.data.mean, cfg.data.std), transform(image))
 
 
+def test_a_box_of_nothing_is_pillows():
+    drawing, empty = Drawing(train_transform(config("aug.scale=[0.001,0.3]"))), 0
+    for number in range(40):
+        with seeded(0, AUGMENT, 1, number):
+            try:
+                crop = drawing.draw(1, 1).crop
+            except CannotDraw:
+                empty += 1
+            else:
+                assert (crop.height, crop.width) == (1, 1)
+    assert 0 < empty < 40
+
+
 def test_what_has_no_record_is_refused():
     with pytest.raises(CannotDraw):
         Drawing(train_transform(config("aug.aa=augmix-m5-w4-d2"))).draw(40, 40)

@@ -7,18 +7,21 @@ import itertools
 import multiprocessing
 import os
 import signal
+import threading
 
 import numpy as np
 import pytest
 import torch
 from data_helpers import assert_same, folder_config, make_data, stack, user_error_of
-from image_cases import CASES, drawn_batch, every_operation, extreme_batch, finished, unequal
+from image_cases import CASES, drawn_batch, every_operation, extreme_batch, finished, smallest_batch, unequal
 from PIL import Image
 from test_draws import photograph
-from test_pipeline import FILES, folder  # noqa: F401 (a fixture)
+from test_pipeline import ALWAYS_PILLOWS, FILES, folder  # noqa: F401 (a fixture)
 from torchvision.io import decode_jpeg
 
+from images.gpu import Finisher
 from images.parcel import JPEG
+from images.slots import Slots
 from images.workers import failure_of_workers
 
 pytestmark = pytest.mark.gpu
@@ -35,6 +38,11 @@ def test_kernels_give_pillows_bits(case, size):
 @pytest.mark.parametrize("size", [17, 32, 100])
 def test_kernels_give_pillows_bits_of_extreme_images(size):
     assert unequal(extreme_batch(size, GPU, every_operation()), size, GPU) == []
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_kernels_give_pillows_bits_of_images_of_a_few_pixels(size):
+    assert unequal(smallest_batch(size, 100, GPU), size, GPU) == []
 
 
 def test_the_gpus_decoder_is_within_a_few_levels():
@@ -54,7 +62,7 @@ def test_batches_of_a_run_are_the_loaders(folder):  # noqa: F811
             options = [more, f"data.num_workers={workers}", "data.gpu_decode=0"]
             data = make_data(*options, base=base, batch_size=4, device="cuda")
             expected = make_data(base=base, batch_size=4)
-            assert data.pipeline["pipeline"] == "gpu"
+            assert data.pipeline["training"]["pipeline"] == "gpu"
             for epoch in range(2):
                 images, targets = stack(data.train_batches(epoch))
                 assert images.is_cuda and targets.is_cuda
@@ -94,6 +102,74 @@ def test_a_file_that_the_gpu_cannot_decode_is_pillows(folder, monkeypatch, capsy
     monkeypatch.setattr("images.gpu.decode_jpeg", fail)
     images, targets = stack(make_data(**options, device="cuda").train_batches(0))
     assert_same(expected.train_batches(0), [(images.cpu(), targets.cpu())])
+
+
+def test_a_file_that_the_gpu_refuses_leaves_its_neighbours_alone(capsys):
+    stream = io.BytesIO()
+    photograph(1, 64, 80).save(stream, "JPEG")
+    files = [torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8) for _ in range(3)]
+    files[1] = torch.zeros(50, dtype=torch.uint8)
+    images = Finisher(32, (0.5,) * 3, (0.5,) * 3, GPU)._by_gpu(files)
+    alone = decode_jpeg([files[0]], device=GPU)[0]
+    assert images[1] is None and "are decoded by Pillow" in capsys.readouterr().err
+    assert torch.equal(images[0], alone) and torch.equal(images[2], alone)
+
+
+def test_slots_are_pinned_anew_while_a_step_is_recorded():
+    slots, numbers, graph = Slots(1, 2**22, pinned=True), torch.zeros(8, device=GPU), torch.cuda.CUDAGraph()
+    slots.pin(0, 2**10)
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        numbers += 1
+        thread = threading.Thread(target=slots.pin, args=(0, 2**21))
+        thread.start()
+        thread.join()
+        numbers += 1
+    graph.replay()
+    assert numbers.eq(2).all() and slots._registered == {0: 2**21 + 2**19}
+    slots.memory(0, 2**21).fill_(7)
+    assert slots.memory(0, 2**21).to(GPU, non_blocking=True).eq(7).all()
+
+
+def test_memory_that_cannot_be_pinned_is_copied_all_the_same(capsys):
+    slots, others = Slots(2, 2**20, pinned=True), Slots(1, 2**20, pinned=True)
+    others._maps = slots._maps
+    others.pin(0, 2**16)
+    slots.pin(0, 2**16)  # which is registered already
+    assert "not pinned" in capsys.readouterr().err and not slots.pinned
+    assert slots.memory(0, 2**10).fill_(3).to(GPU).add(1).eq(4).all()  # a kernel that nothing is said against
+
+
+def test_a_run_that_is_dropped_in_mid_epoch(folder):  # noqa: F811
+    base = {"base": [*folder_config(folder), FILES], "batch_size": 4}
+    for _ in range(3):
+        data = make_data("data.num_workers=2", **base, device="cuda")
+        batches = data.train_batches(0)
+        next(batches)
+        del data, batches
+    data = make_data("data.num_workers=2", **base, device="cuda")
+    images, targets = stack(data.train_batches(1))
+    assert_same(make_data(**base).train_batches(1), [(images.cpu(), targets.cpu())])
+    data.close()
+
+
+@pytest.mark.parametrize("kept", [FILES, "data.resident=0.01"])
+def test_what_the_device_has_not_is_pillows(folder, kept):  # noqa: F811
+    base = folder_config(folder, kept, ALWAYS_PILLOWS)
+    data = make_data("data.num_workers=2", base=base, batch_size=4, device="cuda")
+    images, targets = stack(data.train_batches(0))
+    assert_same(make_data(base=base, batch_size=4).train_batches(0), [(images.cpu(), targets.cpu())])
+    data.close()
+
+
+def test_batches_are_on_the_device_without_triton(folder, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("images.pipeline._has_triton", lambda: False)
+    base = folder_config(folder)
+    data = make_data("data.num_workers=2", base=base, batch_size=4, device="cuda")
+    assert data.pipeline["training"] == {"pipeline": "cpu"}
+    images, targets = stack(data.train_batches(0))
+    assert images.is_cuda and targets.is_cuda
+    assert_same(make_data(base=base, batch_size=4).train_batches(0), [(images.cpu(), targets.cpu())])
+    data.close()
 
 
 def test_a_killed_loader_process_ends_the_epoch_with_a_sentence(folder):  # noqa: F811

@@ -26,7 +26,7 @@ if not INTERPRETED:
 
 else:
     import fast_interpreter
-    from image_cases import drawn_batch, every_operation, extreme_batch, unequal
+    from image_cases import drawn_batch, every_operation, extreme_batch, smallest_batch, unequal
 
     fast_interpreter.install()
 
@@ -37,6 +37,9 @@ else:
     def test_kernels_give_pillows_bits_of_extreme_images():
         operations = every_operation()
         assert unequal(extreme_batch(16, CPU, operations[::4]), 16, CPU) == []
+
+    def test_kernels_give_pillows_bits_of_images_of_a_few_pixels():
+        assert unequal(smallest_batch(16, 25, CPU), 16, CPU) == []
 
     def test_another_operation_is_noticed():
         batch = drawn_batch("jitter", 16, 4, CPU)

@@ -29,6 +29,7 @@ from helpers import before_step, environment, exit_code, tiny
 import engine
 from config import UserError
 from datasets import Data
+from images import pipeline, resident
 from images.workers import failure_of_workers
 
 PATIENCE = 60.0  # seconds for a process to end; it takes one or two, and those that waited for ever still wait
@@ -91,6 +92,37 @@ def run_out_of_files() -> None:
     list(data.train_batches(0))
 
 
+def keep(count: int) -> Data:
+    """A set that is decoded once, by loader processes that are needed for nothing else."""
+    return make_data("data.num_workers=2", f"data.num_images={count}", "data.pipeline=gpu", "data.resident=0.5")
+
+
+def keep_with_few_files() -> None:
+    """However many parts a set comes in."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 24,) * 2)
+    sys.exit(keep(3000).pipeline["training"]["kept"]["images"] != 3000)
+
+
+def lose_a_worker_that_decodes() -> None:
+    def decode(decoding, place):
+        if torch.utils.data.get_worker_info() is not None and place >= 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(decoding, place)
+
+    read, resident._Decoding.__getitem__ = resident._Decoding.__getitem__, decode
+    keep(40)
+
+
+def keep_too_much() -> None:
+    """Images that only turn out to be large while they are decoded."""
+    resident.mean_bytes, resident._PART = (lambda *_: 1.0), 8
+    memory, pipeline.available_bytes = pipeline.available_bytes, lambda: 60_000
+    data = keep(3000)
+    pipeline.available_bytes = memory
+    next(data.train_batches(0))
+    sys.exit("kept" in data.pipeline["training"] or data.leash.exit_code() is not None)
+
+
 def outlive_signals() -> None:
     """A signal to the whole group, several times, and an epoch that goes on."""
     os.setpgid(0, 0)
@@ -128,6 +160,9 @@ ENDS: dict[str, Callable[[], None]] = {
     "worker killed, elsewhere": lambda: lose_a_worker(signal.SIGKILL, wait=False),
     "worker without shared memory": lambda: lose_a_worker(signal.SIGBUS, wait=True),
     "worker without open files": run_out_of_files,
+    "few open files": keep_with_few_files,
+    "worker killed, set decoded": lose_a_worker_that_decodes,
+    "a set too large": keep_too_much,
     "signals to the group": outlive_signals,
     "closed": close_the_data,
     "killed": die,
@@ -197,6 +232,9 @@ MEMORY = "error: A loader process was ended by the system (Killed), most likely 
             2,
             "error: The loader processes have no open files left (too many",
         ),
+        ("few open files", 0, ""),
+        ("worker killed, set decoded", 2, MEMORY),
+        ("a set too large", 0, ""),
         ("signals to the group", 0, ""),
         ("closed", 0, ""),
     ],

@@ -21,7 +21,9 @@ from data_helpers import (
 )
 from PIL import Image
 from test_draws import photograph
+from torchvision.io import ImageReadMode, decode_jpeg
 
+from images.decode import open_image, plain_jpeg
 from images.gpu import Finisher
 from images.pipeline import choose_pipeline
 
@@ -62,7 +64,7 @@ def save(image: Image.Image, path: Path, how: str) -> None:
 def assert_pipelines_agree(*overrides: str, base: list[str], batch_size: int = 4) -> None:
     one = make_data("data.pipeline=cpu", *overrides, base=base, batch_size=batch_size)
     other = make_data(GPU, *overrides, base=base, batch_size=batch_size)
-    assert other.pipeline["pipeline"] == "gpu"
+    assert other.pipeline["evaluation"]["pipeline"] == other.pipeline["training"]["pipeline"] == "gpu"
     for epoch in range(2):
         assert_same(*(itertools.islice(data.train_batches(epoch), 7) for data in (one, other)))
         assert_same(*(itertools.islice(data.eval_batches(), 5) for data in (one, other)))
@@ -187,6 +189,81 @@ def test_damaged_files_are_what_they_were(folder, tmp_path, how, share, kept):
     assert messages[0] == messages[1]
 
 
+def undecodable(folder: Path) -> bytes:
+    """A file whose header says a plain JPEG, and of which Pillow makes nothing."""
+    content, rng = (folder / "train/ant/00.jpg").read_bytes(), np.random.default_rng(3)
+    while True:
+        changed = bytearray(content)
+        changed[rng.integers(2, 600)] = rng.integers(256)
+        if plain_jpeg(bytes(changed)) is not None:
+            try:
+                open_image(io.BytesIO(changed))
+            except Exception:
+                return bytes(changed)
+
+
+ALWAYS_PILLOWS = "aug.aa=rand-m60-mstd0-mmax60-n2-p1.0"  # rotations by 180 degrees, mostly
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("policy", ["aug.hflip=0.5", ALWAYS_PILLOWS])
+@pytest.mark.parametrize("kept", [FILES, "data.resident=0.2"])
+def test_files_that_only_their_pixels_give_away(folder, tmp_path, policy, workers, kept):
+    """Several in a row, the device's and others: replaced, left out, counted and said as by loader processes alone."""
+    spoiled, others = undecodable(folder), {"train/bee/00.jpg": b"", "val/ant/00.jpg": b"no image"}
+    files = dict.fromkeys(("train/ant/00.jpg", "train/bee/01.jpg", "train/bee/02.jpg", "val/bee/00.jpg"), spoiled)
+    for path in folder.glob("train/bee/0[12].*"):
+        others[f"train/bee/{path.name}"] = spoiled
+    base = folder_config(copy_with(folder, tmp_path, files | others), policy, f"data.num_workers={workers}")
+    outcomes = []
+    for pipeline in ("data.pipeline=cpu", GPU):
+        data = make_data(pipeline, kept, "data.on_corrupt=skip", base=base, batch_size=4)
+        if pipeline == GPU:
+            data.train.loader.dataset._maker.share = 1.0
+        batches = [*data.train_batches(0), *data.train_batches(1)]
+        said = list(data._skipped.values())
+        outcomes.append((stack([*batches, *data.eval_batches()]), data.corrupt, said))
+        data.close()
+    (one, count, said), (other, other_count, other_said) = outcomes
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    assert count == other_count >= 8 and said == other_said
+
+
+def test_a_file_that_the_gpu_refuses_is_pillows_and_no_other(folder, monkeypatch, capsys):
+    """Which pixels an image has does not depend on its neighbours."""
+    names = ("train/ant/00.jpg", "train/ant/06.jpg", "train/bee/00.jpg")
+    files = [torch.frombuffer(bytearray((folder / name).read_bytes()), dtype=torch.uint8) for name in names]
+
+    def decode(files, mode, device):
+        if any(file is refused for file in files):
+            raise RuntimeError("nvjpegDecode failed: 4\nhere")
+        return decode_jpeg(files, mode=mode, device=device)
+
+    refused = files[1]
+    monkeypatch.setattr("images.gpu.decode_jpeg", decode)
+    finisher = Finisher(16, (0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
+    images = finisher._by_gpu(files)
+    assert [image is None for image in images] == [False, True, False]
+    assert all(torch.equal(images[n], decode_jpeg(files[n], mode=ImageReadMode.RGB)) for n in (0, 2))
+    assert "(nvjpegDecode failed: 4) are decoded by Pillow" in capsys.readouterr().err
+
+
+def test_a_jpeg_of_red_green_and_blue_is_not_plain(folder):
+    """Without a marker that says so, decoders differ in what they take its components for."""
+    content = bytearray((folder / "train/ant/00.jpg").read_bytes())
+    assert plain_jpeg(bytes(content)) is not None
+    frame, scan = content.index(b"\xff\xc0") + 10, content.index(b"\xff\xda") + 5
+    for number, name in enumerate(b"RGB"):
+        assert content[frame + 3 * number] == content[scan + 2 * number] == number + 1
+        content[frame + 3 * number] = content[scan + 2 * number] = name
+    assert plain_jpeg(bytes(content)) is not None  # JFIF: YCbCr, whatever they are called
+    length = int.from_bytes(content[4:6], "big")
+    assert content[2:4] == b"\xff\xe0"
+    del content[2 : 4 + length]
+    open_image(io.BytesIO(content))
+    assert plain_jpeg(bytes(content)) is None
+
+
 def test_a_file_that_vanishes_in_mid_epoch(folder, tmp_path):
     root = copy_with(folder, tmp_path, {})
     data = make_data(GPU, FILES, base=folder_config(root), batch_size=4)
@@ -230,8 +307,8 @@ def test_the_default_is_the_device_on_a_gpu_alone(monkeypatch):
 def test_what_the_device_has_not_is_left_to_pillow():
     assert "AugMixAugment" in user_error_of_building(GPU, "aug.aa=augmix-m5-w4-d2")
     assert_same(
-        make_data("aug.aa=rand-m60-mstd0-mmax60-n2-p1.0").train_batches(0),  # rotations by 180 degrees
-        make_data(GPU, "aug.aa=rand-m60-mstd0-mmax60-n2-p1.0").train_batches(0),
+        make_data(ALWAYS_PILLOWS).train_batches(0),
+        make_data(GPU, ALWAYS_PILLOWS).train_batches(0),
     )
 
 
@@ -257,8 +334,8 @@ def test_a_batch_is_made_in_pieces(folder, monkeypatch):
 
 def test_a_set_that_is_too_large_is_not_kept(folder):
     data = make_data(GPU, "data.resident=1e-9", base=folder_config(folder), batch_size=4)
-    assert "training_set_kept" not in data.pipeline
-    kept = make_data(GPU, base=folder_config(folder), batch_size=4).pipeline["training_set_kept"]
+    assert "kept" not in data.pipeline["training"]
+    kept = make_data(GPU, base=folder_config(folder), batch_size=4).pipeline["training"]["kept"]
     assert kept["images"] == 28 and kept["bytes"] > 28 * 18 * 18
 
 
@@ -275,4 +352,3 @@ def test_a_wrong_filter_is_noticed(folder, monkeypatch):
         lambda image, drawn, size: replay(image, drawn._replace(crop=drawn.crop._replace(bicubic=False)), size),
     )
     assert not torch.equal(stack(data.train_batches(0))[0], expected)
-    assert Finisher

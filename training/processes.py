@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from config import UserError
-from datasets import failure_of_workers
+from images.workers import failure_of_workers
 from training.compilers import failure_of_compilers
 from training.ends import TrainingError
 
