@@ -183,7 +183,7 @@ def test_mistakes_get_one_sentence(runs: Callable, tmp_path: Path, say: Say) -> 
     said = refusal(say, *cpu, "--export", target, "--resume", runs("int4") / "last.pt")
     assert "cannot be packed: blocks.0.attn.qkv is an INT4 layer" in said
     said = refusal(say, *cpu, "--export", target, "--resume", runs("fp") / "last.pt")
-    assert said.endswith("cannot be packed: the model has no layer in MXFP4.")
+    assert said.endswith("cannot be packed: the model has no layer with a weight in MXFP4.")
     assert "There is no checkpoint" in refusal(say, *cpu, "--export", target, "--resume", tmp_path / "none.pt")
     assert not target.exists()
     text = tmp_path / "text.png"
