@@ -10,6 +10,7 @@ import safetensors
 import timm
 import torch
 from packed_models import CLASSES, DISTILLED, SMALL, SWIN, images_for, packed_file, trained_model
+from script_helpers import ROOT
 
 from config import UserError, load_config
 from models import create_model, load_packed, save_packed
@@ -102,12 +103,36 @@ def test_plain_timm_loads_the_dequantized_file(small: Path, tmp_path: Path) -> N
 
 
 @torch.no_grad()
-def test_torch_export_carries_a_packed_model(small: Path) -> None:
-    net, x = load_packed(small), images_for(load_config(None, [f"model={SMALL}"]))
-    program = torch.export.export(net, (x,))
+def test_the_dequantized_model_runs_as_onnx(small: Path, tmp_path: Path) -> None:
+    """By ONNX's own reference, which sums in another order."""
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    arguments = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 3}
+    plain = load_packed(small, activations="plain")
+    save_dequantized(plain, tmp_path / "plain.safetensors", "float32")
+    net = timm.create_model("deit_tiny_patch16_224", checkpoint_path=str(tmp_path / "plain.safetensors"), **arguments)
+    x = images_for(load_config(None, [f"model={SMALL}"]), 2)
+    torch.onnx.export(net.eval(), (x,), dynamo=True, verbose=False).save(str(tmp_path / "net.onnx"))
+    written = onnx.load(str(tmp_path / "net.onnx"))
+    onnx.checker.check_model(written)
+    session = onnx.reference.ReferenceEvaluator(written)
+    [logits] = session.run(None, {session.input_names[0]: x.numpy()})
+    assert torch.allclose(torch.from_numpy(logits), plain(x), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(load_packed(small)(x), plain(x), rtol=1e-3, atol=1e-3)  # the control: other logits
+
+
+@pytest.mark.parametrize("config", [None, ROOT / "configs/methods/deit_tiny_ue5m3.yaml"], ids=["tetrajet", "ue5m3"])
+@torch.no_grad()
+def test_torch_export_carries_a_packed_model(config: Path | None, tmp_path: Path) -> None:
+    """A program that is written and read again, where this package is imported for its operators."""
+    net, cfg = trained_model(DISTILLED, config=config)
+    net, x = load_packed(packed_file(tmp_path / "file.safetensors", net, cfg)), images_for(cfg)
+    torch.export.save(torch.export.export(net, (x,)), tmp_path / "program.pt2")
+    program = torch.export.load(tmp_path / "program.pt2")
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert {"mxfp4.expand.default", "mxfp4.prepare.default"} <= called
     assert torch.equal(program.module()(x), net(x))
+    assert {value.dtype for name, value in program.state_dict.items() if name.endswith("codes")} == {torch.uint8}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
