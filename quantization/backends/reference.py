@@ -12,6 +12,7 @@ Details that are easy to simplify wrongly:
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -316,13 +317,26 @@ def pack(values: Tensor, scales: Tensor, spec: QuantizerSpec) -> Tensor:
     return codes[:, ::2] | (codes[:, 1::2] << 4)
 
 
+@functools.cache
+def _pairs(fmt: ElementFormat) -> tuple[tuple[float, float], ...]:
+    """The two numbers of each byte of codes."""
+    padded = (*fmt.magnitudes, *[0.0] * (8 - len(fmt.magnitudes)))
+    numbers = [*padded, *(-number for number in padded)]
+    return tuple((numbers[byte & 15], numbers[byte >> 4]) for byte in range(256))
+
+
+def _latents_and_scales(packed: Packed) -> tuple[Tensor, Tensor]:
+    """The numbers of codes, and the scale of each: (rows, columns) float32."""
+    codes, scales, spec, columns = packed
+    pairs = constant(_pairs(spec.format), codes.device).index_select(0, codes.flatten().int())
+    latents = pairs.view(codes.shape[0], -1)[:, :columns]
+    return latents, _scales_of_elements(scales, spec, latents.shape)
+
+
 def unpack(packed: Packed) -> Tensor:
     """The numbers that `pack` was given: (rows, columns) float64: a code times the largest scale may leave float32."""
-    codes, scales, spec, columns = packed
-    codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)[:, :columns].int()
-    magnitude = magnitudes_of(spec.format, codes.device)[codes & 7]
-    latent, scale = torch.where(codes & 8 > 0, -magnitude, magnitude), _scales_of_elements(scales, spec, codes.shape)
-    return (latent * scale).double() if spec.scale.fraction is None else latent.double() * scale
+    latents, scales = _latents_and_scales(packed)
+    return (latents * scales).double() if packed.spec.scale.fraction is None else latents.double() * scales
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -418,4 +432,5 @@ def _carry(packed: Packed, job: Job, shift: Tensor, lost: Tensor | None) -> Carr
 
 def expand(packed: Packed, dtype: torch.dtype) -> Tensor:
     """The numbers of a packed matrix in `dtype`, (rows, columns)."""
-    return unpack(packed).to(dtype)
+    latents, scales = _latents_and_scales(packed)
+    return (latents * scales).to(dtype)
