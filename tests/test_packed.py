@@ -102,6 +102,7 @@ def test_plain_timm_loads_the_dequantized_file(small: Path, tmp_path: Path) -> N
     assert torch.equal(exported(x), plain(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch's own exporter
 @torch.no_grad()
 def test_the_dequantized_model_runs_as_onnx(small: Path, tmp_path: Path) -> None:
     """By ONNX's own reference, which sums in another order."""
@@ -121,6 +122,7 @@ def test_the_dequantized_model_runs_as_onnx(small: Path, tmp_path: Path) -> None
     assert not torch.allclose(load_packed(small)(x), plain(x), rtol=1e-3, atol=1e-3)  # the control: other logits
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # of torch's own reader
 @pytest.mark.parametrize("config", [None, ROOT / "configs/methods/deit_tiny_ue5m3.yaml"], ids=["tetrajet", "ue5m3"])
 @torch.no_grad()
 def test_torch_export_carries_a_packed_model(config: Path | None, tmp_path: Path) -> None:
