@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ CHANGES = {
 }
 
 
-def made(case: str, model: str) -> tuple[nn.Module, object]:
+def made(case: str, model: str) -> tuple[nn.Module, Any]:
     if case in CHANGES:
         return trained_model(model, *(f"quant.{change}" for change in CHANGES[case]))
     return trained_model(model, config=ROOT / f"configs/methods/deit_tiny_{case}.yaml")

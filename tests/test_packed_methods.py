@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from packed_models import images_for, packed_file, trained_model
+from packed_models import SWIN, images_for, packed_file, trained_model
 from script_helpers import ROOT
 from torch import nn
 
@@ -44,17 +45,28 @@ POINTS = {
 }
 
 
-def made(case: str, model: str = SMALL) -> tuple[nn.Module, object]:
+def made(case: str, model: str = SMALL) -> tuple[nn.Module, Any]:
     if case in POINTS:
         return trained_model(model, *(f"quant.{change}" for change in POINTS[case]))
     return trained_model(model, config=ROOT / "configs" / f"{PAPER.get(case, f'methods/deit_tiny_{case}')}.yaml")
 
 
 @pytest.mark.parametrize("case", [*PAPER, *METHODS, *POINTS])
-@torch.no_grad()
 def test_every_method_keeps_its_logits_and_its_bytes(case: str, tmp_path: Path) -> None:
-    net, cfg = made(case)
-    path, x = tmp_path / "file.safetensors", images_for(cfg)
+    layers = assert_kept(*made(case), tmp_path)
+    assert len(layers) == 12 - {"the first block left alone": 4, "outputs left alone": 2, "nvfp4": 8}.get(case, 0)
+
+
+@pytest.mark.parametrize("case", ["nvfp4", "rotated, fixed signs"])
+def test_so_it_does_in_a_swin(case: str, tmp_path: Path) -> None:
+    layers = assert_kept(*made(case, SWIN), tmp_path)
+    assert len(layers) == (12 if case == "nvfp4" else 20) and "layers.1.blocks.1.attn.qkv" in layers
+
+
+@torch.no_grad()
+def assert_kept(net: nn.Module, cfg: Any, folder: Path) -> set[str]:
+    """That a model's packed file has its logits, and is written again the same. Returns the names of packed layers."""
+    path, x = folder / "file.safetensors", images_for(cfg)
     expected = net(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected_bf16 = net(x)
@@ -63,7 +75,7 @@ def test_every_method_keeps_its_logits_and_its_bytes(case: str, tmp_path: Path) 
     assert torch.equal(loaded(x), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(loaded(x), expected_bf16)
-    save_packed(loaded, tmp_path / "again.safetensors")
-    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
-    layers, alone = packed_layers(net), {"the first block left alone": 4, "outputs left alone": 2, "nvfp4": 8}
-    assert len(layers) == 12 - alone.get(case, 0) and packed_layers(loaded).keys() == layers.keys()
+    save_packed(loaded, folder / "again.safetensors")
+    assert (folder / "again.safetensors").read_bytes() == path.read_bytes()
+    assert packed_layers(loaded).keys() == packed_layers(net).keys()
+    return {*packed_layers(loaded)}
