@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import itertools
 import math
+import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -76,8 +79,14 @@ def add_carrier(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, torch.device]:
-    """(options, device). Raises UserError where there is no GPU to measure, or a number makes no sense."""
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, *, on_cpu: bool = False
+) -> tuple[argparse.Namespace, torch.device]:
+    """(options, device). Raises UserError where there is no GPU to measure, or a number makes no sense.
+
+    on_cpu: whether the benchmark means something on a CPU too, which is then taken where there is no GPU, or where its
+    option --cpu says so.
+    """
     options = parser.parse_args(argv)
     fp8 = getattr(options, "carrier", "bf16") == "fp8"
     options.carrier_override, options.carrier_suffix = (["quant.carrier=fp8"], " fp8") if fp8 else ([], "")
@@ -85,9 +94,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
         options.rounds, options.warmup = 2, 1
     if options.rounds < 2 or options.warmup < 1:
         raise UserError("Command line: --rounds must be at least 2 and --warmup at least 1.")
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not getattr(options, "cpu", False):
         return options, torch.device("cuda", torch.cuda.current_device())
-    if not options.quick:
+    if not options.quick and not on_cpu:
         raise UserError("This benchmark needs a CUDA device and torch sees none; --quick runs a tiny one on the CPU.")
     return options, torch.device("cpu")
 
@@ -189,13 +198,14 @@ def union_of(intervals: Iterable[tuple[float, float]]) -> float:
     return covered
 
 
-def peak_gib(call: Callable[[], object], own: object, device: torch.device) -> float | None:
+def peak_gib(call: Callable[[], object], own: object, device: torch.device, *, on_cpu: bool = False) -> float | None:
     """The most device memory (GiB) that a process with nothing but this call in it would hold at once; None on a CPU.
 
-    own: what the call keeps between calls, in containers of tensors: counted once, wherever else it is in use.
+    own: what the call keeps between calls, in containers of tensors: counted once, wherever else it is in use. on_cpu:
+    measure a CPU too, what torch's allocator gives; what libraries take beside it is not seen.
     """
     if device.type != "cuda":
-        return None
+        return _peak_of_cpu(call, own) if on_cpu else None
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -203,6 +213,18 @@ def peak_gib(call: Callable[[], object], own: object, device: torch.device) -> f
     torch.cuda.synchronize(device)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(own) if t.is_cuda}
     return (torch.cuda.max_memory_allocated(device) - before + sum(storages.values())) / 2**30
+
+
+def _peak_of_cpu(call: Callable[[], object], own: object) -> float:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = sorted(events, key=lambda event: event.start_ns())
+    held = itertools.accumulate((event.nbytes() for event in events), initial=0)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(own)}
+    return (max(held) + sum(storages.values())) / 2**30
 
 
 def recorded_gib(run: Run) -> float:
@@ -318,7 +340,7 @@ class Results:
         commit = self.options.commit or (git["commit"] or "unknown")[:12] + ("+changes" if git["dirty"] else "")
         self._where = {
             "date": datetime.now(timezone.utc).date().isoformat(),
-            "gpu": torch.cuda.get_device_name(self.device) if cuda else "CPU",
+            "gpu": torch.cuda.get_device_name(self.device) if cuda else self._cpu(),
             "torch": torch.__version__,
             "triton": _triton_version(),
             "commit": commit,
@@ -326,6 +348,15 @@ class Results:
         print(
             ", ".join(f"{value}" if key == "gpu" else f"{key} {value}" for key, value in self._where.items() if value)
         )
+
+    def _cpu(self) -> str:
+        """Quick runs, which show that a benchmark works, are of any CPU."""
+        if self.options.quick:
+            return "CPU"
+        with contextlib.suppress(OSError):
+            names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+            return f"CPU {names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+        return f"CPU {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
     def add(
         self,

@@ -5,12 +5,16 @@
     save_packed(model, "again.safetensors")                             # the same bytes
 
 A loaded model is in evaluation mode and its parameters take no gradients; model.packed_info says what the file says.
+
+In a file, layers that differ in the number of their block alone share a tensor, the first dimension being theirs in the
+order of the blocks: `blocks.*.attn.qkv.codes` (12, 576, 96) of DeiT-T. All other tensors have timm's names and shapes.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,21 +25,26 @@ from torch import Tensor, nn
 
 from config import UserError, load_config
 from models.zoo import create_model
+from quantization import QuantLinear
 from quantization.export import (
     CODES,
+    HELD,
+    OUTER,
     SCALES,
     PackedLinear,
+    PackedWeight,
     dequantized_state,
+    left_alone,
     pack_linears,
     packed_layers,
     packed_state,
     put,
-    recipe_of,
-    recipe_words,
+    stored,
+    tensors_of_layer,
+    unpackable,
     weight_fault,
 )
-from quantization.job import Packed, codes_shape, scales_shape
-from quantization.recipes import resolve
+from quantization.job import Packed
 from quantization.spec import LinearRecipe
 from record.packed import DTYPES, Images, Info, Model, PackedFile, Trained, read_packed, write_packed, write_tensors
 
@@ -43,23 +52,25 @@ ACTIVATIONS = ("quantized", "plain")
 _OF_TIMM = {*inspect.signature(timm.create_model).parameters} - {"kwargs"}  # which reach files and the network
 _BYTES_BESIDE = 2**26  # that a model may have in buffers which its file does not hold
 _TIMES_THE_FILE = 16  # a float32 weight has up to 8 times the bytes of a packed one
+_LONGEST = 400  # characters of what others say of a model that cannot be made
+_BLOCK = re.compile(r"(^|\.)blocks\.\d+\.")
+
+
+def stacks_of(layers: Mapping[str, tuple[LinearRecipe, tuple[int, int]]]) -> dict[str, list[str]]:
+    """By its name in a file, the layers that share a tensor of codes; layers: recipes and weights' shapes by name."""
+    alike: dict[str, list[str]] = {}
+    for name in layers:
+        alike.setdefault(_BLOCK.sub(r"\1blocks.*.", name, count=1), []).append(name)
+    found: dict[str, list[str]] = {}
+    for stack, names in alike.items():
+        kinds = {json.dumps(tensors_of_layer(*layers[name]), default=str) for name in names}
+        found |= {stack: names} if len(kinds) == 1 else {name: [name] for name in names}
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A model into a file
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def describe_packed(model: nn.Module, *, made_of: Model, quant: Mapping[str, Any], images: Images) -> Info:
-    """What the file of a model of packed layers says: its layers and their recipes, and what is given."""
-    recipes: list[LinearRecipe] = []
-    layers = {}
-    for name, layer in packed_layers(model).items():
-        if layer.recipe not in recipes:
-            recipes.append(layer.recipe)
-        layers[name] = recipes.index(layer.recipe)
-    words = [recipe_words(recipe) for recipe in recipes]
-    return Info(model=made_of, quant=dict(quant), recipes=words, layers=layers, images=images)
 
 
 def pack_model(model: nn.Module, cfg: Any, classes: tuple[str, ...], num_classes: int, trained: Trained) -> nn.Module:
@@ -79,8 +90,8 @@ def pack_model(model: nn.Module, cfg: Any, classes: tuple[str, ...], num_classes
         kwargs=dict(cfg.model.kwargs),
     )
     images = Images(mean=list(cfg.data.mean), std=list(cfg.data.std), crop_ratio=cfg.data.eval_crop_ratio)
-    info = describe_packed(model, made_of=made_of, quant=cfg.quant.model_dump(mode="json"), images=images)
-    model.packed_info = info.model_copy(update={"classes": list(classes), "trained": trained})
+    quant = cfg.quant.model_dump(mode="json")
+    model.packed_info = Info(model=made_of, quant=quant, images=images, classes=list(classes), trained=trained)
     return model.eval().requires_grad_(False)
 
 
@@ -91,7 +102,12 @@ def save_packed(model: nn.Module, path: str | Path, dtype: str | None = None) ->
     float32 keeps every bit of what the model computes; bfloat16 rounds biases, norms, embeddings and head.
     """
     info = model.packed_info.model_copy(update={"dtype": dtype or model.packed_info.dtype})
-    write_packed(Path(path), PackedFile(info, packed_state(model, DTYPES[info.dtype])))
+    state = packed_state(model, DTYPES[info.dtype])
+    layers = {name: (layer.recipe, layer.shape) for name, layer in packed_layers(model).items()}
+    for stack, names in stacks_of(layers).items():
+        for leaf in tensors_of_layer(*layers[names[0]]):
+            state[f"{stack}.{leaf}"] = torch.stack([state.pop(f"{name}.{leaf}") for name in names])
+    write_packed(Path(path), PackedFile(info, state))
 
 
 def save_dequantized(model: nn.Module, path: str | Path, dtype: str = "bfloat16") -> None:
@@ -114,24 +130,38 @@ def load_packed(path: str | Path, *, activations: str = "quantized", device: tor
         raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}; got {activations!r}")
     path = Path(path)
     info, tensors = read_packed(path)
-    recipes = _recipes(info, path)
+    if info.quant.get("scheme") != "mx":
+        raise UserError(f"{path} cannot be used, what it says of itself is wrong: its quant.scheme is not mx.")
     with torch.device("meta"):  # shapes alone, before anything is made
-        shell = _make(info, path, len(tensors))
-    _check_shapes(shell, info, recipes, tensors, path)
+        shell = _make(info, info.quant, path, len(tensors))
+    layers = _layers(shell, path)
+    _check_shapes(shell, layers, info, tensors, path)
     _check_size(shell, tensors, path)
     with torch.random.fork_rng(devices=[]):  # a caller's draws are not those of an initialisation
-        model = _make(info, path, len(tensors))
-    rest = {name: value for name, value in tensors.items() if not _is_packed(name, info)}
-    for name, number in info.layers.items():
-        codes, scales = tensors[f"{name}.{CODES}"], tensors[f"{name}.{SCALES}"]
-        linear = model.get_submodule(name)
-        packed = Packed(codes, scales.t(), recipes[number].q2, linear.in_features)
-        if (fault := weight_fault(packed)) is not None:
-            raise UserError(f"{path} cannot be used: {name} {fault}.")
-        put(model, name, PackedLinear(packed, linear.bias, recipes[number], activations == "quantized"))
-    model.load_state_dict(rest, strict=False)  # every name and shape has been compared
+        model = _make(info, {"scheme": "none"}, path, len(tensors))
+    for stack, names in stacks_of(layers).items():
+        own = {leaf: tensors.pop(f"{stack}.{leaf}") for leaf in tensors_of_layer(*layers[names[0]])}
+        for number, name in enumerate(names):
+            parts = {leaf: value[number] for leaf, value in own.items()}
+            put(model, name, _layer(model.get_submodule(name), parts, layers[name][0], name, path, activations))
+    model.load_state_dict(tensors, strict=False)  # every name and shape has been compared
     model.packed_info = info
     return model.eval().requires_grad_(False).to(device)
+
+
+def _layer(
+    linear: nn.Linear, parts: Mapping[str, Tensor], recipe: LinearRecipe, name: str, path: Path, activations: str
+) -> PackedLinear:
+    """The packed layer of a file's tensors. Raises UserError where their values are none that an export writes."""
+    packed = Packed(parts[CODES], parts[SCALES].t(), stored(recipe.q2), linear.in_features)
+    outer, held = (parts[leaf].view(torch.float32) if leaf in parts else None for leaf in (OUTER, HELD))
+    weight = PackedWeight(packed, outer)
+    fault = weight_fault(weight, recipe.q2)
+    if held is not None and not (torch.isfinite(held) and held >= 0):
+        fault = "has a largest activation that is no number"
+    if fault is not None:
+        raise UserError(f"{path} cannot be used: {name} {fault}.")
+    return PackedLinear(weight, linear.bias, recipe, activations == "quantized", held)
 
 
 def dequantized_weights(path: str | Path) -> dict[str, Tensor]:
@@ -139,20 +169,24 @@ def dequantized_weights(path: str | Path) -> dict[str, Tensor]:
     return dequantized_state(load_packed(path), torch.float32)
 
 
-def _recipes(info: Info, path: Path) -> list[LinearRecipe]:
+def _layers(shell: nn.Module, path: Path) -> dict[str, tuple[LinearRecipe, tuple[int, int]]]:
+    """Recipe and shape of the weight of each layer that is packed in a file, by its name. Raises UserError."""
     what = f"{path} cannot be used, what it says of itself is wrong"
-    try:
-        recipes = [recipe_of(words) for words in info.recipes]
-        quant = load_config(None, [f"quant={json.dumps(info.quant)}"], source="its configuration").quant
-    except (ValueError, UserError) as error:
-        raise UserError(f"{what}: {str(error).rstrip('.')}.") from None
-    if resolve(quant) not in recipes:
-        raise UserError(f"{what}: its configuration, {resolve(quant)}, is that of none of its layers.")
-    return recipes
+    found = {
+        name: (layer.recipe, tuple(layer.weight.shape))
+        for name, layer in shell.named_modules(remove_duplicate=False)
+        if isinstance(layer, QuantLinear) and not left_alone(layer.recipe)
+    }
+    for name, (recipe, _) in found.items():
+        if (reason := unpackable(recipe)) is not None:
+            raise UserError(f"{what}: by its section quant {name} has no packed form, {reason}.")
+    if not found:
+        raise UserError(f"{what}: by its section quant no weight is in a microscaling format.")
+    return found
 
 
-def _make(info: Info, path: Path, tensors: int) -> nn.Module:
-    """The model that a file names, without quantizers. Raises UserError."""
+def _make(info: Info, quant: Mapping[str, Any], path: Path, tensors: int) -> nn.Module:
+    """The model that a file names, with the quantizers of a section `quant`. Raises UserError."""
     what = f"{path} cannot be used, what it says of itself is wrong"
     kwargs = info.model.kwargs
     if refused := _OF_TIMM & kwargs.keys():
@@ -162,41 +196,42 @@ def _make(info: Info, path: Path, tensors: int) -> nn.Module:
         if sum(value if isinstance(value, list) else [value] if isinstance(value, int) else []) > tensors:
             raise UserError(f"{what}: a model of more blocks than the file has tensors.")
     try:
-        cfg = load_config(None, [f"model={json.dumps(info.model.model_dump(mode='json'))}", "quant={scheme: none}"])
+        model = json.dumps(info.model.model_dump(mode="json"))
+        cfg = load_config(None, [f"model={model}", f"quant={json.dumps(quant)}"])
         return create_model(cfg, info.model.num_classes)
     except UserError as error:
-        raise UserError(f"{what}: {str(error).rstrip('.')}.") from None
-
-
-def _is_packed(name: str, info: Info) -> bool:
-    layer, _, leaf = name.rpartition(".")
-    return layer in info.layers and leaf in (CODES, SCALES)
+        said = str(error).rstrip(".")  # torch's part of it may name every call that there is
+        raise UserError(f"{what}: {said if len(said) <= _LONGEST else said[:_LONGEST] + ' ..'}.") from None
 
 
 def _check_shapes(
-    shell: nn.Module, info: Info, recipes: list[LinearRecipe], tensors: Mapping[str, Tensor], path: Path
+    shell: nn.Module,
+    layers: Mapping[str, tuple[LinearRecipe, tuple[int, int]]],
+    info: Info,
+    tensors: Mapping[str, Tensor],
+    path: Path,
 ) -> None:
     """Raises UserError where the tensors are not those of the model and the layers that the file names."""
     what = f"{path} is not the packed checkpoint that it says it is"
-    expected = {name: (tuple(value.shape), value.is_floating_point()) for name, value in shell.state_dict().items()}
-    places = dict(shell.named_modules(remove_duplicate=False))
-    for name, number in info.layers.items():
-        linear = places.get(name)
-        if type(linear) is not nn.Linear:
-            raise UserError(f"{what}: {info.model.name} has no linear layer {name[:80]}.")
-        shape = linear.out_features, linear.in_features
-        del expected[f"{name}.weight"]
-        expected[f"{name}.{CODES}"] = codes_shape(*shape), False
-        expected[f"{name}.{SCALES}"] = scales_shape(*shape, recipes[number].q2)[::-1], False
-    for name, (shape, floating) in expected.items():
+    quantizers = {name for name, layer in shell.named_modules(remove_duplicate=False) if isinstance(layer, QuantLinear)}
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, value in shell.state_dict().items():
+        layer, _, leaf = name.rpartition(".")
+        if layer not in quantizers or (leaf != HELD and (leaf == "bias" or layer not in layers)):
+            expected[name] = tuple(value.shape), DTYPES[info.dtype] if value.is_floating_point() else value.dtype
+    for stack, names in stacks_of(layers).items():
+        for leaf, (shape, dtype) in tensors_of_layer(*layers[names[0]]).items():
+            expected[f"{stack}.{leaf}"] = (len(names), *shape), dtype
+    for name, (shape, dtype) in expected.items():
         value = tensors.get(name)
         if value is None:
             raise UserError(f"{what}: {name} is missing.")
         if tuple(value.shape) != shape:
             there, here = ("x".join(map(str, s)) or "a scalar" for s in (value.shape, shape))
             raise UserError(f"{what}: {name} is {there} in the file, and {here} in {info.model.name}.")
-        if floating != value.is_floating_point() or (_is_packed(name, info) and value.dtype != torch.uint8):
-            raise UserError(f"{what}: {name} holds {str(value.dtype).removeprefix('torch.')}.")
+        if value.dtype != dtype:
+            holds, wanted = (str(of).removeprefix("torch.") for of in (value.dtype, dtype))
+            raise UserError(f"{what}: {name} holds {holds}, and {wanted} is expected.")
     for name in tensors:
         if name not in expected:
             raise UserError(f"{what}: {name[:80]} has no place in {info.model.name}.")

@@ -73,7 +73,8 @@ class ScaleFormat:
         emin: exponent of the smallest normal number.
         subnormal: whether there are multiples of 2^(emin - fraction) below it.
         max: the largest number; what is larger becomes it.
-        bias: of the exponent in a code, (exponent + bias) << fraction | fraction; None where we store no codes.
+        bias: of the exponent in a code of a byte, (exponent + bias) << fraction | fraction; None where codes are the
+            first bytes of the float32 number, two where there are fraction bits, else all four.
     """
 
     name: str
@@ -87,6 +88,11 @@ class ScaleFormat:
     def smallest(self) -> float:
         """The smallest number above zero."""
         return 2.0 ** (self.emin - (self.fraction or 0 if self.subnormal else 0))
+
+    @property
+    def code_bytes(self) -> int:
+        """Of a code."""
+        return 1 if self.bias is not None else 4 if self.fraction is None else 2
 
     def value(self, code: int) -> float:
         """The number of a code; meant for formats of three fraction bits with a bias."""

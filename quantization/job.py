@@ -4,7 +4,7 @@ A quantized matrix has one of four forms:
 
     DENSE     numbers in the compute dtype, which holds every quantized value exactly (but for those of fp32 scales)
     SCALED    such numbers and a factor that the product is to be multiplied by
-    PACKED    4-bit codes, two to a byte, and one byte of scale (E8M0) a block: kept for the backward pass
+    PACKED    4-bit codes, two to a byte, and the code of a scale a block, a byte of E8M0: kept for the backward pass
     CARRIED   fp8 numbers, the summed dimension last, and a power of two they are to be multiplied by
 
 A backend is a module with three functions:
@@ -58,7 +58,8 @@ class Scaled(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """`codes` and `scales` (uint8, see codes_shape and scales_shape) of a matrix of `columns` columns."""
+    """`codes` (uint8) and `scales` (uint8, for e8m3 int16, for fp32 int32) of a matrix of `columns` columns; see
+    codes_shape and scales_shape."""
 
     codes: Tensor
     scales: Tensor
@@ -117,7 +118,7 @@ def codes_shape(rows: int, columns: int) -> tuple[int, int]:
 def scales_shape(rows: int, columns: int, spec: QuantizerSpec) -> tuple[int, int]:
     """Of the scales of a packed matrix: a row for each number that a block has along its axis."""
     along, across = (rows, columns) if spec.axis == 0 else (columns, rows)
-    return -(-along // spec.block_size), across
+    return -(-along // spec.block_size), -(-across // spec.block_rows)
 
 
 def carried_shape(rows: int, columns: int, spec: QuantizerSpec) -> tuple[int, int]:

@@ -5,8 +5,9 @@
     is_packed(path)                     # whether it says that it is one
 
 All it says is one JSON object, `Info` below, under the key `mxfp4` of the file's metadata: written with sorted keys, so
-that the same model gives the same bytes. safetensors holds names, shapes and numbers: reading one runs no code, and
-takes no more memory than the file is long. Whether the tensors are those of the model it names is for models/packed.py.
+that the same model gives the same bytes. Which layers are packed, and by what quantizers, follows from the model and
+the section `quant` in it. safetensors holds names, shapes and numbers: reading one runs no code, and takes no more
+memory than the file is long. Whether the tensors are those of the model it names is for models/packed.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from config import UserError
 from record.files import atomic_write
 from record.schema import check
 
-FORMAT = 1  # raised when an older reader would misunderstand a file
+FORMAT = 2  # raised when an older reader would misunderstand a file
 KEY = "mxfp4"
 SUFFIX = ".safetensors"
 LARGEST_HEADER = 2**24  # bytes; 10000 tensors and 100000 class names fit
@@ -34,7 +35,6 @@ EXPECTED = "expected a file of main.py --export"
 
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
-_Recipe = dict[str, str | None]
 
 
 class _Part(BaseModel):
@@ -74,15 +74,13 @@ class Trained(_Part):
 class Info(_Part):
     """What a packed checkpoint says of itself.
 
-    recipes, layers: the quantizers of layers, and by its name which of them each packed layer has. quant: the section
-    of the configuration they came from. dtype: of the tensors that are no codes and scales. classes: by label.
+    quant: the section of the configuration that its quantizers come from. dtype: of the tensors that are no codes and
+    scales. classes: by label.
     """
 
     format: Annotated[int, Field(ge=1)] = FORMAT
     model: Model
     quant: dict[str, Any]
-    recipes: Annotated[list[_Recipe], Field(min_length=1)]
-    layers: Annotated[dict[str, Annotated[int, Field(ge=0)]], Field(min_length=1)]
     dtype: Literal["float32", "bfloat16"] = "float32"
     classes: list[str] = []
     images: Images
@@ -157,10 +155,9 @@ def read_info(path: str | Path) -> Info:
         said = json.loads(text)
     except (ValueError, RecursionError):
         raise UserError(f"{what}: it is not valid JSON.") from None
-    if isinstance(said, dict) and type(said.get("format")) is int and said["format"] > FORMAT:
-        raise UserError(
-            f"{path} has the packed format {said['format']}, and this version reads up to {FORMAT}; update."
-        )
+    if isinstance(said, dict) and type(number := said.get("format", FORMAT)) is int and number != FORMAT:
+        advice = "update" if number > FORMAT else "export it again"
+        raise UserError(f"{path} has the packed format {number}, and this version reads {FORMAT}; {advice}.")
     try:
         info = Info.model_validate(said)
     except ValidationError:
@@ -174,9 +171,6 @@ def _contradiction(info: Info, what: str) -> None:
     """Raises UserError where what a file says cannot be true of any."""
     if info.classes and len(info.classes) != info.model.num_classes:
         raise UserError(f"{what}: it names {len(info.classes)} classes for a model of {info.model.num_classes}.")
-    for name, number in info.layers.items():
-        if number >= len(info.recipes):
-            raise UserError(f"{what}: layer {name[:80]} has recipe {number}, and there are {len(info.recipes)}.")
 
 
 def read_packed(path: str | Path) -> PackedFile:

@@ -268,6 +268,8 @@ def execution_flags(study: Study, flags: Sequence[str]) -> list[str]:
         raise UserError(
             "A study has the configurations of its file: --config, --smoke and --print-config are main.py's."
         )
+    if options.export is not None or options.predict is not None:
+        raise UserError("A study trains its runs: --export and --predict are main.py's, of one checkpoint.")
     for key in (override.partition("=")[0] for override in overrides):
         if key in OWN:
             raise UserError(f"--{key} is the study's own to set, for each run.")

@@ -99,6 +99,8 @@ def runs_to_start(number: int, words: Sequence[str], flags: Sequence[str], runs:
     one_folder = os.environ.get("OUTPUT_DIR") or any(o.startswith("run.output_dir=") for o in overrides)
     if one_folder and (row == "all" or len(wanted) > 1):
         raise UserError("OUTPUT_DIR and --output_dir are the folder of one run; RUNS_DIR is that of several.")
+    if len(wanted) > 1 and (options.export is not None or options.predict is not None):
+        raise UserError("--export and --predict are of one checkpoint; give the row and the model of its run.")
     writes_nothing = options.smoke or options.print_config or "run.eval=true" in overrides
     if row == "all" and not writes_nothing:
         complete = [name for name, reference in wanted.items() if _complete(runs / name, reference, overrides)]

@@ -45,7 +45,7 @@ CASES = {  # the variants of every case, the baseline of each
     "design": [["copy", "nvfp4", "nvfp4 H16", "square", "square H16"]] * 4,
     "linear": [["bf16", "tetrajet", "microscaling"]] * 2,
     "operands": [["copy", "bf16", "fp8"]] * 3 + [["copy", "bf16"]] + [["bf16", "fp8"]] * 3,
-    "packed": [["bf16", "packed", "packed, plain activations"]] * 2,
+    "packed": [["bf16", "fp32", "packed", "packed, plain activations", "packed, fp32"]] * 2,
     "probe": [["off", "on", "on, last epoch", "ending"]],
     "quantize": [
         ["copy", "ours"]
@@ -111,6 +111,8 @@ def test_help_and_a_machine_without_a_gpu(name: str, no_gpu: None, capsys: pytes
         main(["--help"])
     shown = capsys.readouterr().out
     assert end.value.code == 0 and "--rounds" in shown and "--quick" in shown and f"bench_{name}.py" in shown
+    if name == "packed":  # which a CPU runs in full
+        return
     with pytest.raises(UserError) as caught:
         main([])
     assert str(caught.value) == NO_GPU
@@ -323,6 +325,32 @@ def test_the_peak_is_that_of_the_call_and_what_it_keeps() -> None:
 
     assert common.peak_gib(call, [kept, kept.view(-1, 2)], device) == pytest.approx(48 / 1024)
     assert common.peak_gib(call, [kept, other], device) == pytest.approx(112 / 1024)
+
+
+def test_the_peak_on_a_cpu_is_too() -> None:
+    device, mib = torch.device("cpu"), 2**20
+    kept = torch.empty(16 * mib, dtype=torch.int8)
+
+    def call() -> None:
+        torch.empty(32 * mib, dtype=torch.int8)
+        torch.empty(8 * mib, dtype=torch.int8)
+
+    assert common.peak_gib(call, [kept, kept.view(-1, 2)], device, on_cpu=True) == pytest.approx(48 / 1024, rel=1e-3)
+    assert common.peak_gib(call, [kept], device) is None
+
+
+def test_packed_models_are_measured_on_a_cpu_in_full_which_has_a_name(
+    tmp_path: Path, no_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variants = bench_packed.variants
+    monkeypatch.setattr(bench_packed, "variants", lambda column, quick, device: variants(column, True, device))
+    flags = ["--models", "deit_tiny", "--batches", "1", "--rounds", "2", "--warmup", "1", "--commit", "abc"]
+    bench_packed.main([*flags, "--cpu", "--output", str(tmp_path / "new.csv")])
+    rows = {row["variant"]: row for row in rows_of(tmp_path / "new.csv")}
+    assert {row["gpu"] for row in rows.values()} == {rows["bf16"]["gpu"]}
+    assert rows["bf16"]["gpu"].startswith("CPU ") and rows["bf16"]["gpu"].endswith(" threads")
+    peaks = {variant: float(row["peak_gib"]) for variant, row in rows.items()}
+    assert 0 < peaks["packed, plain activations"] < peaks["fp32"] and peaks["bf16"] < peaks["fp32"]
 
 
 @pytest.mark.gpu

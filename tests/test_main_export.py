@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from helpers import METHODS, exit_code, metrics, tiny, train
+from helpers import METHODS, ROOT, exit_code, metrics, tiny, train
 from PIL import Image
 
 from config import load_config
@@ -124,6 +124,24 @@ def test_evaluation_of_a_packed_file_gives_the_runs_own_top1(runs: Callable, tmp
     assert "holds no moving average" in refusal(say, *DATA, "--eval", "--resume", path, "--model-ema")
 
 
+SHALLOW = "{embed_dim: 32, depth: 2, num_heads: 2}"
+DESIGN = ["--quant.scale_format", "ue5m3", "--quant.block_size", "16", "--quant.outer", "pow2"]
+DESIGN += ["--quant.outer_delay", "5", "--quant.target_scale", "448"]
+DESIGN += ["--quant.quantizers", "{q2: {block_rows: 16}}", "--quant.policy.last", "1"]
+
+
+@pytest.mark.parametrize(("method", "flags"), [("qema", []), ("tetrajet", DESIGN)], ids=["qema", "design"])
+def test_a_packed_model_of_digits_scores_as_its_run(method: str, flags: list[str], tmp_path: Path, say: Say) -> None:
+    run, data = tmp_path / "run", ("--device", "cpu", "--batch-size", "64")
+    short = ["--epochs", "1", "--warmup-epochs", "0", "--no-probes", "--model.kwargs", SHALLOW]
+    say("--config", ROOT / f"configs/digits_{method}.yaml", *flags, *short, *data, "--output_dir", run)
+    path, logged = tmp_path / "digits.safetensors", metrics(run)[-2]["data"]
+    say("--device", "cpu", "--export", path, "--resume", run / "last.pt")
+    out, _ = say("--data-set", "digits", "--num_workers", "0", *data, "--eval", "--resume", path)
+    assert f"top1 {logged['eval.top1']:.2f} %" in out and f"loss {logged['eval.loss']:.4f}" in out
+    assert logged["eval.top1"] == read_info(path).trained.top1 > 30
+
+
 def test_training_starts_from_a_packed_file(runs: Callable, tmp_path: Path, say: Say) -> None:
     path = tmp_path / "file.safetensors"
     say("--device", "cpu", "--export", path, "--resume", runs("none") / "last.pt")
@@ -183,7 +201,7 @@ def test_mistakes_get_one_sentence(runs: Callable, tmp_path: Path, say: Say) -> 
     said = refusal(say, *cpu, "--export", target, "--resume", runs("int4") / "last.pt")
     assert "cannot be packed: blocks.0.attn.qkv is an INT4 layer" in said
     said = refusal(say, *cpu, "--export", target, "--resume", runs("fp") / "last.pt")
-    assert said.endswith("cannot be packed: the model has no layer in MXFP4.")
+    assert said.endswith("cannot be packed: the model has no layer with a weight in MXFP4.")
     assert "There is no checkpoint" in refusal(say, *cpu, "--export", target, "--resume", tmp_path / "none.pt")
     assert not target.exists()
     text = tmp_path / "text.png"

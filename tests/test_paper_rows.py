@@ -423,6 +423,10 @@ def test_all_leaves_out_what_is_complete(tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().err == f"{tmp_path / 'deit_tiny_tetrajet'} is complete.\n"
     assert runs_to_start(7, ["all"], ["--epochs", "91"], tmp_path) == everything
     assert runs_to_start(7, ["all"], ["--epochs", "89"], tmp_path) == everything[2:]
+    for flag in (["--export", "a.safetensors"], ["--predict", "a.png"]):
+        with pytest.raises(UserError, match="are of one checkpoint"):
+            runs_to_start(7, ["all"], flag, tmp_path)
+        assert len(runs_to_start(7, ["e2m1/e2m1", "deit_tiny"], flag, tmp_path)) == 1
     for flag in (["--smoke"], ["--print-config"], ["--eval"]):  # they write no run
         assert runs_to_start(7, ["all"], flag, tmp_path) == everything
     assert (

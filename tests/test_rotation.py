@@ -256,9 +256,13 @@ def test_a_delayed_outer_scale_is_that_of_the_latest_position_that_the_delay_div
         assert float(layer.held[2, 1]) == 1.0 and float(layer.held[1].sum()) == 0.0
     assert seen == [1.0] * 4 + [5.0] * 4 + [9.0]
     layer.eval()
-    layer.noise.seek(12)
-    layer(torch.full((32, 96), 100.0))
+    x = torch.full((32, 96), 100.0)
+    found = []
+    for position in (11, 12):
+        layer.noise.seek(position)
+        found.append(layer(x))
     assert float(layer.held[0, 0]) == 9.0  # evaluation renews nothing
+    assert torch.equal(*found)  # nor does it look at X
 
 
 def test_a_delayed_outer_scale_of_a_resumed_run_is_the_checkpoint_s():

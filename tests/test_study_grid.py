@@ -196,6 +196,8 @@ def test_no_file_and_no_name(tmp_path: Path) -> None:
         (["--seed", "3"], "--run.seed is the study's own"),
         (["--output_dir", "x"], "--run.output_dir is the study's own"),
         (["--smoke"], "--config, --smoke and --print-config are main.py's"),
+        (["--export", "x.safetensors"], "--export and --predict are main.py's"),
+        (["--predict", "photo.jpg"], "--export and --predict are main.py's"),
         (["--epocs", "3"], "There is no flag --epocs; did you mean --epochs?"),
     ],
     ids=str,

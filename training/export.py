@@ -16,6 +16,7 @@ from config import Config, UserError, load_config
 from images.decode import open_image, reason
 from images.transforms import eval_transform
 from models.packed import pack_model, save_dequantized, save_packed
+from quantization.export import packed_layers
 from quantization.stabilizers import Plan
 from record.checkpoint import read_file
 from record.manifest import read_manifest
@@ -82,7 +83,7 @@ def export(restored: Restored, source: Path, target: Path, form: str, dtype: str
     info = model.packed_info
     if form == "packed":
         save_packed(model, target, dtype)
-        what = f"{len(info.layers)} layers packed, the rest in {dtype or info.dtype}"
+        what = f"{len(packed_layers(model))} layers packed, the rest in {dtype or info.dtype}"
     else:
         save_dequantized(model, target, dtype or info.dtype)
         what = f"dequantized, in {dtype or info.dtype}"

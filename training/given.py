@@ -152,7 +152,9 @@ def packed_model(cfg: Config, path: Path, device: torch.device) -> nn.Module:
             f"{path} holds weights in a microscaling format, and quant.scheme int4 is another; leave it away."
         )
     plain = wanted.q1 is None and trained.q1 is not None
-    if wanted.q2 != trained.q2 or (wanted.q1 != trained.q1 and not plain) or wanted.carrier != trained.carrier:
+    same = ("q2", "carrier", "rotate_output", "policy")
+    alike = all(getattr(wanted, name) == getattr(trained, name) for name in same)
+    if not alike or (wanted.q1 != trained.q1 and not plain):
         raise UserError(
             f"{path} holds weights that are quantized already, by {trained}: they are evaluated so, or with their "
             "activations left alone (--quant.scheme mx --quant.active q2)."

@@ -77,5 +77,6 @@ def backend_of_job(x: Tensor, job: Job) -> ModuleType:
 
 
 def backend_of_packed(packed: Packed) -> ModuleType:
-    """The backend that expands a packed matrix."""
-    return _backend(packed.codes, packed.spec)
+    """The backend that expands a packed matrix: the kernels where its scales are powers of two of blocks in a row."""
+    plain = packed.spec.power_of_two and packed.spec.block_rows == 1
+    return _backend(packed.codes, packed.spec) if plain else reference

@@ -12,6 +12,7 @@ Details that are easy to simplify wrongly:
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -19,12 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantization.backends.scales import (
+    NAN_SCALE,
+    SCALE_BIAS,
     Scales,
     binade,
     inverse,
     largest_of,
     power_of_two,
     scale_exponent,
+    scale_numbers,
     scales_of,
     significand,
 )
@@ -152,7 +156,7 @@ def block_scales(x: Tensor, spec: QuantizerSpec, amax: Tensor | None = None) -> 
     x = x.detach()
     blocks = to_blocks(x, spec)
     scales = scales_of(blocks.values, spec, amax_of(x, spec) if amax is None else amax)
-    scale = _times(scales.scale, _factor(spec, scales, x.device))
+    scale = _times(scales.scale, factor_of(spec, scales.outer, x.device))
     return from_blocks(Blocks(scale.expand_as(blocks.values), blocks.shape), spec)
 
 
@@ -167,10 +171,10 @@ def block_latents(x: Tensor, spec: QuantizerSpec, amax: Tensor | None = None) ->
     return from_blocks(Blocks(latent.masked_fill(~scales.finite, torch.nan), blocks.shape), spec)
 
 
-def _factor(spec: QuantizerSpec, scales: Scales, device: torch.device) -> Tensor | None:
-    """What results are to be multiplied by beside S (float32 scalar); None for 1."""
+def factor_of(spec: QuantizerSpec, outer: Tensor | None, device: torch.device) -> Tensor | None:
+    """What results are to be multiplied by beside S (float32 scalar); None for 1. outer: an fp32 outer scale."""
     own = None if spec.factor == 1 else constant((spec.factor,), device).squeeze(0)
-    return own if scales.outer is None else _times(scales.outer, own)
+    return own if outer is None else _times(outer, own)
 
 
 def _times(values: Tensor, factor: Tensor | None) -> Tensor:
@@ -232,7 +236,7 @@ def quantized(
     return Quantized(
         from_blocks(Blocks(values, blocks.shape), spec),
         from_blocks(Blocks(finite.expand_as(values), blocks.shape), spec),
-        _factor(spec, scales, x.device),
+        factor_of(spec, scales.outer, x.device),
         within,
     )
 
@@ -274,10 +278,8 @@ def quantize(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Packed matrices: 4-bit codes and E8M0 scales
+# Packed matrices: 4-bit codes, and scales as codes of their format
 # ---------------------------------------------------------------------------------------------------------------------
-
-SCALE_BIAS, NAN_SCALE = 127, 255
 
 
 def scale_codes(x: Tensor, spec: QuantizerSpec, shadow: Tensor | None = None) -> Tensor:
@@ -291,11 +293,12 @@ def scale_codes(x: Tensor, spec: QuantizerSpec, shadow: Tensor | None = None) ->
 
 
 def _scales_of_elements(scales: Tensor, spec: QuantizerSpec, shape: tuple[int, int]) -> Tensor:
-    """E8M0 codes to float32 scales, one for each element."""
-    values = torch.where(scales == NAN_SCALE, torch.nan, power_of_two(scales.int().clamp(max=254) - SCALE_BIAS))
-    rows, columns = shape
-    values = values.repeat_interleave(spec.block_size, dim=0)
-    return values[:rows] if spec.axis == 0 else values[:columns].t()
+    """Codes of scales to float32 scales, one for each element."""
+    along, across = shape if spec.axis == 0 else shape[::-1]
+    values = scale_numbers(scales, spec.scale).repeat_interleave(spec.block_size, dim=0)[:along]
+    if spec.block_rows > 1:
+        values = values.repeat_interleave(spec.block_rows, dim=1)[:, :across]
+    return values if spec.axis == 0 else values.t()
 
 
 def pack(values: Tensor, scales: Tensor, spec: QuantizerSpec) -> Tensor:
@@ -307,18 +310,33 @@ def pack(values: Tensor, scales: Tensor, spec: QuantizerSpec) -> Tensor:
     beyond = 2.0**128  # the only magnitude that a finite float32 number is rounded to and that float32 does not hold
     values = torch.nan_to_num(values.double(), nan=0.0, posinf=beyond, neginf=-beyond)
     latent = torch.nan_to_num(values / _scales_of_elements(scales, spec, values.shape), nan=0.0).float()
-    codes = neighbours(latent.abs(), spec.format).lower_code | (torch.signbit(latent).int() << 3)
+    grid = magnitudes_of(spec.format, values.device)
+    # By the midpoints: a number times an fp32 scale has been rounded. Where a scale is 0, latent has no sign.
+    codes = torch.bucketize(latent.abs(), (grid[1:] + grid[:-1]) / 2) | (torch.signbit(values).int() << 3)
     codes = F.pad(codes, (0, codes.shape[1] % 2)).to(torch.uint8)
     return codes[:, ::2] | (codes[:, 1::2] << 4)
 
 
+@functools.cache
+def _pairs(fmt: ElementFormat) -> tuple[tuple[float, float], ...]:
+    """The two numbers of each byte of codes."""
+    padded = (*fmt.magnitudes, *[0.0] * (8 - len(fmt.magnitudes)))
+    numbers = [*padded, *(-number for number in padded)]
+    return tuple((numbers[byte & 15], numbers[byte >> 4]) for byte in range(256))
+
+
+def _latents_and_scales(packed: Packed) -> tuple[Tensor, Tensor]:
+    """The numbers of codes, and the scale of each: (rows, columns) float32."""
+    codes, scales, spec, columns = packed
+    pairs = constant(_pairs(spec.format), codes.device).index_select(0, codes.flatten().int())
+    latents = pairs.view(codes.shape[0], -1)[:, :columns]
+    return latents, _scales_of_elements(scales, spec, latents.shape)
+
+
 def unpack(packed: Packed) -> Tensor:
     """The numbers that `pack` was given: (rows, columns) float64: a code times the largest scale may leave float32."""
-    codes, scales, spec, columns = packed
-    codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)[:, :columns].int()
-    magnitude = magnitudes_of(spec.format, codes.device)[codes & 7]
-    latent = torch.where(codes & 8 > 0, -magnitude, magnitude)
-    return latent.double() * _scales_of_elements(scales, spec, latent.shape)
+    latents, scales = _latents_and_scales(packed)
+    return (latents * scales).double() if packed.spec.scale.fraction is None else latents.double() * scales
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,16 +391,21 @@ def prepare(
 def held_amax(x: Tensor, spec: QuantizerSpec, noise: Noise | None, held: Tensor | None) -> Tensor | None:
     """A of a matrix's outer scale; with a delay, of the matrix at the latest position of the run that it divides.
 
-    held: A as it was (float32 scalar, 0 for none yet), which is renewed where it is time, or None.
+    held: A as it was (float32 scalar, 0 for none yet, below 0 to be kept), which is renewed where it is time, or None.
     """
     amax = amax_of(x, spec)
     return amax if amax is None or held is None or not spec.outer_delay else hold(amax, spec, noise, held)
 
 
-def hold(amax: Tensor, spec: QuantizerSpec, noise: Noise, held: Tensor) -> Tensor:
-    """A to be used: that of the present matrix where `held` is to be renewed, which this does, else `held`."""
-    position = (noise.state[1] >> 32) & WORD
-    amax = torch.where((position % spec.outer_delay == 0) | (held == 0), amax, held)
+def hold(amax: Tensor, spec: QuantizerSpec, noise: Noise | None, held: Tensor) -> Tensor:
+    """A to be used: that of the present matrix where `held` is to be renewed, which this does, else `held`.
+
+    `held` below 0 stands for its magnitude at every position. noise: None where the pass is at no position of a run.
+    """
+    due = held == 0
+    if noise is not None:
+        due = due | ((held > 0) & (((noise.state[1] >> 32) & WORD) % spec.outer_delay == 0))
+    amax = torch.where(due, amax, held.abs())
     held.copy_(amax)
     return amax
 
@@ -409,4 +432,5 @@ def _carry(packed: Packed, job: Job, shift: Tensor, lost: Tensor | None) -> Carr
 
 def expand(packed: Packed, dtype: torch.dtype) -> Tensor:
     """The numbers of a packed matrix in `dtype`, (rows, columns)."""
-    return unpack(packed).to(dtype)
+    latents, scales = _latents_and_scales(packed)
+    return (latents * scales).to(dtype)

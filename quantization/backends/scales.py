@@ -9,6 +9,7 @@ operations, in float32 with a division, are here for comparison with them alone.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantization.constants import constant
-from quantization.formats import SCALE_MAX, SCALE_MIN, ElementFormat
+from quantization.formats import SCALE_MAX, SCALE_MIN, ElementFormat, ScaleFormat
 from quantization.spec import QuantizerSpec
 from quantization.words import ScaleRule
 
@@ -26,6 +27,8 @@ OUTER_MIN = -100  # exponent of the smallest outer scale: below, products of noi
 RMS_TARGET = 2.92247856 / 6  # of a standard deviation: the best for E2M1 of a normal distribution (2505.14669)
 ROOT_OF_2 = math.floor((math.sqrt(2) - 1) * (1 << _MANTISSA_BITS))  # the last 23 bits of its significand
 FLOAT32_MAX = torch.finfo(torch.float32).max
+SCALE_BIAS, NAN_SCALE = 127, 255  # of E8M0 codes
+CODE_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # of scales' codes, by their bytes
 
 
 class Scales(NamedTuple):
@@ -63,6 +66,45 @@ def significand(scale: Tensor) -> Tensor:
     """The scale over its power of two: float32 in [1, 2); 1 for zero."""
     mantissa = scale.view(torch.int32) & ((1 << _MANTISSA_BITS) - 1)
     return (mantissa | (_EXPONENT_BIAS << _MANTISSA_BITS)).view(torch.float32)
+
+
+@functools.cache
+def _table(fmt: ScaleFormat) -> tuple[float, ...]:
+    """The numbers of a format's codes of a byte, NaN behind the largest."""
+    numbers = (fmt.value(code) for code in range(256))
+    return tuple(number if number <= fmt.max else math.nan for number in numbers)
+
+
+def scale_numbers(codes: Tensor, fmt: ScaleFormat) -> Tensor:
+    """The numbers (float32) of scales' codes (one of CODE_DTYPES); of a code of a byte that is none, NaN."""
+    if fmt.bias is None:
+        return codes.view(torch.float32) if fmt.fraction is None else (codes.int() << 16).view(torch.float32)
+    if not fmt.fraction:
+        return torch.where(codes == NAN_SCALE, torch.nan, power_of_two(codes.int().clamp(max=254) - SCALE_BIAS))
+    table = constant(_table(fmt), codes.device)
+    return table.index_select(0, codes.flatten().int()).view(codes.shape)
+
+
+def codes_of_scales(numbers: Tensor, fmt: ScaleFormat) -> Tensor:
+    """The codes of numbers (float32) of a scale format, which `scale_numbers` reads back."""
+    bits = numbers.view(torch.int32)
+    if fmt.bias is None:
+        return bits.clone() if fmt.fraction is None else (bits >> 16).to(torch.int16)
+    if not fmt.fraction:
+        return (bits >> _MANTISSA_BITS).to(torch.uint8)
+    table = torch.tensor([number for number in _table(fmt) if number <= fmt.max], device=numbers.device)
+    return torch.bucketize(numbers, table).to(torch.uint8)
+
+
+def no_scale(codes: Tensor, fmt: ScaleFormat) -> Tensor:
+    """Whether a scale's code is that of no number of its format (bool, its shape)."""
+    numbers = scale_numbers(codes, fmt)
+    bits = numbers.view(torch.int32)
+    amiss = ~torch.isfinite(numbers) | (bits < 0)
+    if fmt.bias is None and fmt.fraction is not None:  # what two bytes could hold beside the format's numbers
+        amiss |= (bits & ((1 << (_MANTISSA_BITS - fmt.fraction)) - 1)) != 0
+        amiss |= (bits > 0) & (bits < 1 << _MANTISSA_BITS)
+    return amiss
 
 
 def threshold(fmt: ElementFormat, rule: ScaleRule) -> int | None:

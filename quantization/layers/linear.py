@@ -31,7 +31,7 @@ class QuantLinear(NoisyLinear):
         blocks_below_window: with the fp8 carrier, how many blocks of training passes it could not hold exactly (int64,
             on the device, see operands/forms.py); else None.
         held: with delayed outer scales, the largest magnitudes they hang from, of both quantizers of X, W and G (3, 2,
-            float32, 0 for none yet), saved with the model; else None.
+            float32, 0 for none yet), saved with the model; else None. Evaluation takes them as they are.
         observer: is told what quantizers read, see Call; mostly None.
     """
 
@@ -77,7 +77,7 @@ class QuantLinear(NoisyLinear):
             return F.linear(x, self.weight, self.bias)
         call = Call(self.jobs, STREAMS_PER_LAYER * self.layer, torch.is_grad_enabled(), self.observer)
         lost = self.blocks_below_window if self.training else None
-        held = self.held if self.held is None or self.training else self.held.clone()  # evaluation renews none
+        held = self.held if self.held is None or self.training else -self.held  # evaluation renews none
         return QuantLinearFunction.apply(x, self.weight, self.bias, call, self.draw_noise(), self.shadow, lost, held)
 
     @property

@@ -28,7 +28,7 @@ def prepare(
         shadow: shadow weight of x's shape, for the row quantizer.
         lost: int64 scalar to which the number of blocks below the window of carried results is added, or None.
         held: the largest magnitudes that delayed outer scales hang from, of the row and the column quantizer (2,
-            float32), which are renewed where it is time; or None.
+            float32), which are renewed where it is time, or below 0 and kept; or None.
 
     Raises TypeError for another dtype of x.
     """
