@@ -78,10 +78,15 @@ def in_evaluation(batch: int, action: Callable[[Run], object], average: bool = F
     return plant
 
 
-FAILURES = [UserError("An image."), TrainingError("A figure."), RuntimeError("nobody knows"), MemoryError()]
+FAILURES = [UserError("An image."), RuntimeError("nobody knows")]
+MORE_FAILURES = [TrainingError("A figure."), MemoryError()]
 
 
-@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+@pytest.mark.parametrize(
+    "failure",
+    [*FAILURES, *(pytest.param(failure, marks=pytest.mark.slow) for failure in MORE_FAILURES)],
+    ids=lambda failure: type(failure).__name__,
+)
 def test_an_epoch_outlives_a_failed_evaluation(
     failure: Exception, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -289,6 +294,7 @@ def said_by_main(stderr: str) -> list[str]:
     return stderr.split('Traceback (most recent call last):\n  File "<frozen runpy>"')[0].splitlines()
 
 
+@pytest.mark.slow  # as the mistake below, which CI tries
 def test_an_error_of_one_process_ends_all_and_is_said_once(planted: Path, tmp_path: Path) -> None:
     done = run_process(*TORCHRUN, str(planted), "1", *tiny(tmp_path / "run", "--num_workers", "1"))
     assert done.returncode == 1

@@ -145,8 +145,10 @@ def test_a_run_carried_by_fp8_logs_the_blocks_below_the_window(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("method", "fullgraph"),
-    [(["--quant.scheme", "mx", "--stabilizer.kind", "qema"], True), (["--quant.scheme", "int4"], False)],
-    ids=["mx", "int4"],
+    [
+        pytest.param(["--quant.scheme", "mx", "--stabilizer.kind", "qema"], True, id="mx"),
+        pytest.param(["--quant.scheme", "int4"], False, id="int4", marks=pytest.mark.slow),
+    ],
 )
 def test_a_compiled_run_trains_as_an_eager_one(
     method: list[str], fullgraph: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

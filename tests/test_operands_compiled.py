@@ -56,7 +56,9 @@ def test_a_compiled_layer_is_one_graph_and_gives_the_bits_of_eager(preset, carri
 
 
 @pytest.mark.parametrize(
-    ("preset", "carrier", "autocast"), [("tetrajet", "bf16", False), ("tetrajet", "fp8", True)], ids=str
+    ("preset", "carrier", "autocast"),
+    [pytest.param("tetrajet", "bf16", False, marks=pytest.mark.slow), ("tetrajet", "fp8", True)],
+    ids=str,
 )
 def test_a_compiled_model_is_one_graph_with_fresh_noise_at_every_step(preset, carrier, autocast):
     recipe = dataclasses.replace(PRESETS[preset], carrier=carrier)

@@ -180,7 +180,7 @@ def test_run_starts_where_the_processes_fit(launch: Launcher, flags: list[str]) 
     assert launch(*flags, config="configs/deit_tiny_fp.yaml", NPROC="3")[:2] == TORCHRUN
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_run_runs_no_module_of_the_callers_folder(processes: str, tmp_path: Path) -> None:
     """`python -m`, which starts torchrun, looks there first."""
     for name in ("torch", "yaml", "argparse", "json", "config", "numpy", "typing", "main"):
