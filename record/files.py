@@ -120,6 +120,16 @@ def refuse_links(folder: Path, files: tuple[str, ...], folders: tuple[str, ...])
         )
 
 
+def lock(file: io.RawIOBase) -> None:
+    """Wait until no other process has a file locked, and lock it until it is closed. Where the file system has no locks
+    there is nothing to wait for. Raises OSError."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+
+
 class FolderLock:
     """Held by the one process that writes into a folder, from its making to `release`, or to the end of the process.
 
