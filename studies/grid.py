@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, Field, StringConstraints, ValidationError
 
 from config import Config, UserError, iter_keys, load_config, read_yaml, recipe_differences, recipe_identity
 from config.explain import did_you_mean
@@ -38,7 +38,15 @@ from config.rows import ROOT
 from studies.questions import Finding, Part, Table, check_questions
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.+=]+$")]  # a part of a folder's name
-Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)]
+
+
+def _each_once(seeds: list[int]) -> list[int]:
+    if (twice := next((seed for seed in seeds if seeds.count(seed) > 1), None)) is not None:
+        raise ValueError(f"seed {twice} is there twice")
+    return seeds
+
+
+Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(_each_once)]
 # What a study decides on for each of its runs.
 OWN = {"run.seed", "run.output_dir", "run.resume", "run.eval", "run.finetune", "run.use_ema"}
 

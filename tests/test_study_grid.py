@@ -157,6 +157,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"title": None}, "title is missing."),
     ({"seeds": []}, "seeds is []: list should have at least 1 item"),
     ({"seeds": [-1]}, "seeds.0 is -1: input should be greater than or equal to 0."),
+    ({"seeds": [0, 1, 0]}, "seeds is [0, 1, 0]: value error, seed 0 is there twice."),
+    ({"rows": {"a": {"base": FP, "seeds": [7, 7]}}}, "rows.a.seeds is [7, 7]: "),
     ({"seeds": "0 1"}, 'seeds is "0 1": input should be a valid list.'),
     ({"rows": {"a/b": {"base": FP}}}, "rows.a/b: a name may have letters, digits"),
     ({"rows": {}}, "rows is {}: dictionary should have at least 1 item"),
