@@ -130,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             code = of_study(options, flags)
     except UserError as error:
-        fail(error)
+        after = " Flags of main.py go after --." if str(error).startswith("There is no flag -") and not flags else ""
+        fail(f"{error}{after}")
     except KeyboardInterrupt:
         fail("ended at once; runs go on from where they were saved.", 130)
     if code:

@@ -158,6 +158,7 @@ def test_copies_are_made_of_what_is_fit_for_it(tmp_path: Path, monkeypatch: pyte
     thread.join()
 
 
+@pytest.mark.slow
 def test_main_can_be_imported_for_copies() -> None:
     """It begins neither threads nor CUDA: of a process with either, no copy can be made."""
     program = (

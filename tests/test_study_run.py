@@ -295,6 +295,7 @@ def test_a_study_is_listed() -> None:
         (["run", "FILE", "--limit-minutes", "0"], "--limit-minutes is 0; a time above 0 was expected."),
         (["list", "FILE", "--seeds", "4294967296"], "--seeds has 4294967296; numbers from 0 to 4294967295"),
         (["run", "none.yaml"], "There is no configuration file none.yaml"),
+        (["run", "FILE", "--lr", "2"], "Flags of main.py go after --."),
         (["run", "FILE", "--job", "2"], "There is no flag --job; did you mean --jobs?"),
         (["run", "FILE", "--", "--lr", "1"], "optim.lr 1.0 (here 0.004) would change what small trains"),
         (["run", "3"], "3 is neither the number of a table nor a study's file"),
