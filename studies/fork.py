@@ -1,11 +1,13 @@
 """A program in a copy of this process, which has imported beforehand what the program imports: a run of a study is
 spared those seconds, and is what it is in a process of its own.
 
-    warm_up(main)                                          # once
-    if can_fork():
+    imported = warm_up(main)                               # once
+    if can_fork() and imported == on_disk(imported):
         child = fork([str(main), "--config", ...], log)    # as `python main.py --config ...`; poll, terminate, wait
 
-A copy has one thread, which is why this process may have no other, and none of CUDA, which does not survive in one.
+A copy has one thread, which is why this process may have no other, and none of CUDA, which does not survive in one. It
+has the code of the time when that was imported, and a run says of which commit and versions it is by what lies on disk:
+where that has changed since, no copy is made.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -54,9 +56,24 @@ class Forked:
         return self.returncode
 
 
-def warm_up(program: Path) -> None:
-    """Import what a program imports; its part for `__main__` is not run."""
+Files = dict[str, tuple[int, int] | None]  # when each was written, in ns, and its bytes; None where it is gone
+
+
+def warm_up(program: Path) -> Files:
+    """Import what a program imports; its part for `__main__` is not run. Returns the files that it came from."""
     runpy.run_path(str(program), run_name="imported")
+    files = (getattr(module, "__file__", None) for module in [*sys.modules.values()])
+    return on_disk([str(program), *(file for file in files if isinstance(file, str))])
+
+
+def on_disk(files: Iterable[str]) -> Files:
+    """What the files are now."""
+    found: Files = dict.fromkeys(files)
+    for file in found:
+        with contextlib.suppress(OSError):
+            status = os.stat(file)
+            found[file] = status.st_mtime_ns, status.st_size
+    return found
 
 
 def can_fork() -> bool:

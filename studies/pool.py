@@ -20,7 +20,7 @@ from types import FrameType
 from typing import BinaryIO
 
 from config import UserError
-from studies.fork import Forked, can_fork, fork, warm_up
+from studies.fork import Files, Forked, can_fork, fork, on_disk, warm_up
 
 LEASH = Path(__file__).with_name("leash.py")
 
@@ -64,6 +64,7 @@ class Pool(contextlib.AbstractContextManager):
     def __init__(self, jobs: int, gpus: Sequence[str] = ()) -> None:
         self.jobs, self.gpus = jobs, gpus
         self._warm: Path | None = None
+        self._imported: Files = {}
         self._children: dict[str, _Child] = {}
 
     @property
@@ -77,10 +78,9 @@ class Pool(contextlib.AbstractContextManager):
 
     def warm_up(self, program: Path) -> None:
         """Import what a Python program needs, for it to begin at once in a copy of this process. Where there can be
-        none, as in a process of several threads, it is started anew each time."""
+        none, as in a process of several threads or after a file has changed, it is started anew."""
         if can_fork():
-            warm_up(program)
-            self._warm = program
+            self._warm, self._imported = program, warm_up(program)
 
     def start(self, name: str, command: Sequence[str], log: Path) -> None:
         """Start a program; what it writes is added to the file `log`. Raises UserError where it cannot be started."""
@@ -98,7 +98,8 @@ class Pool(contextlib.AbstractContextManager):
         self._children[name] = _Child(process, slot, log, written)
 
     def _begin(self, command: Sequence[str], log: BinaryIO, environment: dict[str, str]) -> subprocess.Popen | Forked:
-        if [*command[:2]] == [sys.executable, str(self._warm)] and can_fork():
+        warm = [*command[:2]] == [sys.executable, str(self._warm)]
+        if warm and can_fork() and on_disk(self._imported) == self._imported:
             return fork(command[1:], log, environment)
         return subprocess.Popen(
             [sys.executable, str(LEASH), str(os.getpid()), *command],

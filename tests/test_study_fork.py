@@ -99,6 +99,17 @@ def test_a_program_in_a_copy_is_what_it_is_in_a_process_of_its_own(tmp_path: Pat
         assert ("at the end" in one) == (how != "kill")
 
 
+def test_code_that_has_changed_is_imported_anew(tmp_path: Path) -> None:
+    """A run says that it is of the code on disk, so it is of that."""
+    (tmp_path / "program.py").write_text("import part\nif __name__ == '__main__': print(part.VALUE)")
+    (tmp_path / "part.py").write_text("VALUE = 'old'\n")
+    change = 'if how == "b": (folder / "part.py").write_text("VALUE = \'newer\'")\n        pool.start('
+    program = PARENT.replace("pool.start(", change)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path), "copy", *"abc"], env=environment, check=True)
+    assert [(tmp_path / f"{how}.end").read_text() for how in "abc"] == ["0 old", "0 newer", "0 newer"]
+
+
 STUBBORN = """
 import os, signal, sys, time
 def save(*_): print("saved", flush=True); os._exit(143)
@@ -174,3 +185,21 @@ def test_main_can_be_imported_for_copies() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
     said = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert said.stdout.split() == ["True", "True"], said.stderr
+
+
+@pytest.mark.gpu
+def test_runs_on_a_gpu_begin_in_copies(tmp_path: Path) -> None:
+    program = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pathlib import Path; from studies.pool import Pool, share_cores, can_fork; share_cores(2)\n"
+        f"main, folder = Path({str(ROOT / 'main.py')!r}), Path(sys.argv[1])\n"
+        "flags = ['--config', str(main.parent / 'configs/digits_tetrajet.yaml'), '--run.device=cuda', '--smoke']\n"
+        "with Pool(2) as pool:\n"
+        "    pool.warm_up(main); print(can_fork())\n"
+        "    for name in 'ab': pool.start(name, [sys.executable, str(main), *flags], folder / name)\n"
+        "    ended = []\n"
+        "    while pool.running: ended += pool.ended(); time.sleep(0.05)\n"
+        "    print(*[one.code for one in ended], can_fork())"
+    )
+    said = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert said.stdout.split() == ["True", "0", "0", "True"], said.stderr + (tmp_path / "a").read_text()
