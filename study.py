@@ -23,7 +23,7 @@ from config.explain import Parser, fail
 from config.rows import run_name
 from studies.grid import execution_flags, read_study
 from studies.plan import check, listing, runs_to_start, study_listing
-from studies.pool import Pool, visible_gpus
+from studies.pool import Pool, share_cores, visible_gpus
 
 
 def build_parser() -> Parser:
@@ -72,6 +72,19 @@ def of_table(options: argparse.Namespace, flags: Sequence[str]) -> None:
             print(reference)
 
 
+def pool_of(options: argparse.Namespace, runs: int) -> Pool:
+    """The pool that a study asks for, of no more jobs than it has runs."""
+    gpus = visible_gpus()
+    jobs = max(1, len(gpus)) if options.jobs is None else options.jobs
+    if jobs < 1:
+        raise UserError(f"--jobs is {jobs}; at least one run at a time was expected.")
+    if options.limit_minutes is not None and not 0 < options.limit_minutes < float("inf"):
+        raise UserError(f"--limit-minutes is {options.limit_minutes:g}; a time above 0 was expected.")
+    jobs = min(jobs, runs)
+    share_cores(jobs)
+    return Pool(jobs, gpus)
+
+
 def of_study(options: argparse.Namespace, flags: Sequence[str]) -> int:
     """list, plan, run and collect of a study; returns the exit code."""
     if not Path(options.what).exists() and Path(options.what).suffix not in (".yaml", ".yml"):
@@ -86,6 +99,7 @@ def of_study(options: argparse.Namespace, flags: Sequence[str]) -> int:
         print(study_listing(study, runs))
         return 0
     flags = execution_flags(study, flags)
+    pool = pool_of(options, len(runs)) if options.command == "run" else None
     from studies.conduct import (
         Places,
         collect,
@@ -94,15 +108,8 @@ def of_study(options: argparse.Namespace, flags: Sequence[str]) -> int:
     )  # here, because it imports torch, which takes seconds
 
     places = Places.of(study, options.output, options.results)
-    if options.command == "run":
-        gpus = visible_gpus()
-        jobs = max(1, len(gpus)) if options.jobs is None else options.jobs
-        if jobs < 1:
-            raise UserError(f"--jobs is {jobs}; at least one run at a time was expected.")
-        limit = None if options.limit_minutes is None else 60 * options.limit_minutes
-        if limit is not None and not 0 < limit < float("inf"):
-            raise UserError(f"--limit-minutes is {options.limit_minutes:g}; a time above 0 was expected.")
-        return run_study(places, runs, Pool(jobs, gpus), flags, limit)
+    if pool is not None:
+        return run_study(places, runs, pool, flags, options.limit_minutes and 60 * options.limit_minutes)
     for line in collect(places, runs, options.places) if options.command == "collect" else states(places, runs):
         print(line)
     return 0
@@ -123,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             code = of_study(options, flags)
     except UserError as error:
-        fail(error)
+        after = " Flags of main.py go after --." if str(error).startswith("There is no flag -") and not flags else ""
+        fail(f"{error}{after}")
     except KeyboardInterrupt:
         fail("ended at once; runs go on from where they were saved.", 130)
     if code:

@@ -120,15 +120,27 @@ def refuse_links(folder: Path, files: tuple[str, ...], folders: tuple[str, ...])
         )
 
 
+def lock(file: io.RawIOBase) -> None:
+    """Wait until no other process has a file locked, and lock it until it is closed. Where the file system has no locks
+    there is nothing to wait for. Raises OSError."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+
+
 class FolderLock:
     """Held by the one process that writes into a folder, from its making to `release`, or to the end of the process.
+
+    of: what the folder is the folder of. flag: what chooses another one.
 
     Raises UserError where another process holds it, OSError where the folder cannot be written. Where the file system
     has no locks it says so on stderr and goes on.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK
+    def __init__(self, folder: Path, of: str = "run", flag: str = "--output_dir") -> None:
+        self.path, self.of, self.flag = folder / LOCK, of, flag
         self._file: io.FileIO | None = None
         while self._file is None:
             file = io.FileIO(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+b")
@@ -168,8 +180,8 @@ class FolderLock:
             return
         holder = f"process {pid} on {host}" if pid is not None else "another process"
         raise UserError(
-            f"{folder} is the folder of a run in progress, written by {holder}; wait until it has ended, or choose "
-            "another --output_dir."
+            f"{folder} is the folder of a {self.of} in progress, written by {holder}; wait until it has ended, or "
+            f"choose another {self.flag}."
         ) from None
 
     def release(self) -> None:

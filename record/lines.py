@@ -4,13 +4,14 @@
     add_lines(Path("results/digits.csv"), [line])
 
 A file has one study's lines, of all days and machines, in the order in which they came. Two versions of it are merged
-by taking the lines of both (.gitattributes says so to git): a line that is there twice is read once.
+by taking the lines of both (.gitattributes says so to git): a line that is there twice is read once, and of a run that
+was done twice, on two machines say, the line that counts is the same in whichever order the two have come (`once`).
 """
 
 from __future__ import annotations
 
 import csv
-import fcntl
+import errno
 import io
 import math
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError, load_config, recipe_identity
+from record.files import lock
 from record.manifest import read_manifest
 from record.metrics import METRICS, read_metrics
 
@@ -133,6 +135,16 @@ def _finite(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+_KINDS = {"int": "whole number", "float": "number", "float | None": "number or nothing", "str": "text"}
+
+
+def _possible(name: str, value: float) -> bool:
+    """Whether a run can have left such a number. A run whose loss is no number any more has one all the same."""
+    if name in ("top1", "top5", "best_top1"):
+        return 0 <= value <= 100
+    return value >= 0 or (name == "loss" and math.isnan(value))
+
+
 def _line(row: dict[str, str], where: str) -> Line:
     """Raises UserError for what is no line."""
     values: dict[str, Any] = {}
@@ -145,34 +157,73 @@ def _line(row: dict[str, str], where: str) -> Line:
                 values[name] = None
             else:
                 values[name] = int(text) if kind == "int" else float(text) if "float" in kind else text
+                if kind != "str" and not _possible(name, values[name]):
+                    raise ValueError
         except ValueError:
-            raise UserError(f"{where}: {name} is {text!r}; a finished run's {kind} was expected.") from None
+            given = "missing" if text is None else repr(text)
+            raise UserError(f"{where}: {name} is {given}; a finished run's {_KINDS[kind]} was expected.") from None
     return Line(**values)
 
 
-def _parse(text: str, path: Path) -> list[Line]:
-    reader = csv.DictReader(io.StringIO(text))
+def _parse(data: bytes, path: Path) -> list[Line]:
+    """Every line, in the order of the file. Raises UserError, and UnicodeError and csv.Error for what is no CSV."""
+    text, head = data.decode(), ",".join(FIELDS)
+    reader = csv.DictReader(io.StringIO(text), strict=True)
     if text and [*(reader.fieldnames or ())] != FIELDS:
-        raise UserError(f"{path} does not have the columns of finished runs: {','.join(FIELDS)}.")
-    found: dict[tuple[str, str, int, str], Line] = {}
+        raise UserError(f"{path} does not have the columns of finished runs: {head}.")
+    found: list[Line] = []
     for row in reader:
-        if None in row or row.get("study") == "study":  # the head of another file that was joined to this one
-            if None in row:
-                raise UserError(f"{path}, line {reader.line_num}, has too many columns.")
-            continue
-        line = _line(row, f"{path}, line {reader.line_num}")
-        found.setdefault(line.key, line)
-    return [*found.values()]
+        where = f"{path}, line {reader.line_num}"
+        if None in row:
+            raise UserError(f"{where}, has too many columns.")
+        if [*row.values()] != FIELDS:  # else it is the head of another file that was joined to this one
+            found.append(_line(row, where))
+    return found
 
 
-def read_lines(path: Path) -> list[Line]:
-    """The lines of a study, each run once; none where there is no file. Raises UserError."""
+def _split(data: bytes, path: Path) -> tuple[bytes, bytes]:
+    """(lines, what is behind the end of the last one: half a line, or half a head). Raises UserError.
+
+    A line whose end alone is missing, since an editor has left it out, is one of the lines: its command is complete,
+    which ends with the seed.
+    """
+    whole = data.rfind(b"\n") + 1
+    lines, half = data[:whole], data[whole:]
+    if not lines and not ",".join(FIELDS).encode().startswith(half):
+        raise UserError(f"{path} does not have the columns of finished runs: {','.join(FIELDS)}.")
     try:
-        return _parse(path.read_text(), path)
+        [last] = _parse(as_csv([]).encode() + half, path)
+    except (UserError, UnicodeError, csv.Error, ValueError):
+        return lines, half
+    return (data + b"\n", b"") if last.command.endswith(f"={last.seed}") else (lines, half)
+
+
+def once(lines: Iterable[Line]) -> tuple[list[Line], list[Line]]:
+    """(lines, each run once; further lines of such a run that say something else).
+
+    The line of the run that was started first counts, so that the order of the lines does not matter.
+    """
+    lines = [*dict.fromkeys(lines)]
+    first: dict[tuple[str, str, int, str], Line] = {}
+    for line in lines:
+        other = first.setdefault(line.key, line)
+        first[line.key] = min(line, other, key=lambda one: (one.started, as_csv([one])))
+    return [*first.values()], [line for line in lines if line is not first[line.key]]
+
+
+def read_every_line(path: Path) -> list[Line]:
+    """The lines of a study as they are; none where there is no file. Raises UserError."""
+    try:
+        return _parse(_split(path.read_bytes(), path)[0], path)
     except FileNotFoundError:
         return []
     except (OSError, UnicodeError, csv.Error) as error:
         raise UserError(f"The results {path} cannot be read: {error}.") from None
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The lines of a study, each run once; none where there is no file. Raises UserError."""
+    return once(read_every_line(path))[0]
 
 
 def as_csv(lines: Iterable[Line], *, head: bool = True) -> str:
@@ -190,27 +241,48 @@ def as_csv(lines: Iterable[Line], *, head: bool = True) -> str:
     return text.getvalue()
 
 
+def check_writable(path: Path) -> None:
+    """Raises UserError where lines cannot be added to the file; it is not made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            path.open("ab").close()
+        elif not os.access(path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"The results {path} cannot be written ({error.strerror}); choose another --results.") from None
+
+
 def add_lines(path: Path, lines: Sequence[Line]) -> list[Line]:
     """Add those lines to the file whose run it does not have yet; returns them. Raises UserError.
 
     One process at a time: others wait. The half of a line that a killed process or a full disk left is cut off first;
-    its run has no line then and gets one when its study is started again.
+    its run has no line then and gets one when its study is started again. A line that only lacks its end, as an editor
+    may leave the last one, gets it.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with open(path, "a+b", buffering=0) as file:
+            lock(file)
             file.seek(0)
-            data = file.read()
-            whole = data[: data.rfind(b"\n") + 1]
-            if whole != data:
-                file.truncate(len(whole))
-            known = {line.key: line for line in _parse(whole.decode(), path)}
+            there = file.read()
+            whole, _ = _split(there, path)
+            known = {line.key: line for line in _parse(whole, path)}
             new = [line for line in lines if known.setdefault(line.key, line) is line]
             if new:
-                file.write(as_csv(new, head=not whole).encode())
-                file.flush()
+                begin = min(len(whole), len(there))  # of what is added: an end that was missing, the lines
+                file.truncate(begin)
+                try:
+                    _write(file, whole[begin:] + as_csv(new, head=not whole).encode())
+                except OSError:
+                    file.truncate(begin)
+                    raise
                 os.fsync(file.fileno())
             return new
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, csv.Error) as error:
         raise UserError(f"The results {path} cannot be written: {error}.") from None
+
+
+def _write(file: io.RawIOBase, data: bytes) -> None:
+    while data:
+        data = data[file.write(data) :]

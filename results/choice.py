@@ -6,8 +6,9 @@ A study's first two rows are compared, for each of its values:
     spread  standard deviation over seeds, pooled over the two rows
     ratio   gap / spread: the largest is chosen
 
-All values are to take the same time, or the slowest would win; how many epochs of each would take as long as the first
-is said beside. Neither a test nor a look at any other row enters the choice, and its seeds are not used again.
+All values are to take the same time, or the slowest would win: one that takes longer than the first in the file by more
+than EVEN is not chosen. How many epochs of each would take as long as the first is said beside. Neither a test nor a
+look at any other row enters the choice, nor do other seeds than those of the file, and its seeds are not used again.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from config import UserError
-from record.lines import Line
+from record.lines import Line, once
 from results.statistics import pooled_spread
 from results.tables import GAP, markdown_table
 from studies.grid import Cell, Study
 
-EVEN = 0.15  # values whose times differ by more than this share are not compared as equals
+EVEN = 0.15  # values whose times differ by more than this share do not take the same time
 HEADER = ["", "seeds", "{first}", "{second}", "gap", "spread", "ratio", "seconds", "epochs", "epochs for the same time"]
 
 
@@ -73,7 +74,11 @@ def _candidate(value: str, pair: Sequence[Cell], lines: Sequence[Line]) -> Candi
     tops: list[dict[int, float]] = []
     seconds: list[float] = []
     for cell in pair:
-        own = [line for line in lines if (line.row, line.value, line.recipe) == (cell.row, cell.value, cell.recipe)]
+        own = [
+            line
+            for line in once(lines)[0]
+            if (line.row, line.value, line.recipe) == (cell.row, cell.value, cell.recipe) and line.seed in cell.seeds
+        ]
         tops.append({line.seed: line.top1 for line in own})
         seconds += [line.seconds for line in own]
     seeds = sorted(tops[0].keys() & tops[1].keys())
@@ -110,6 +115,10 @@ def choice(study: Study, lines: Sequence[Line]) -> str:
     uneven = [one.name for one in ranked if goal and abs(one.seconds / goal - 1) > EVEN]
     if uneven:
         text += ["", f"Not of the same time as the first by more than {100 * EVEN:.0f} %: {', '.join(uneven)}."]
-    best = ranked[0]
-    chosen = "nothing yet: there is no seed spread" if best.ratio is None else f"{best.name}, ratio {best.ratio:.2f}"
-    return "\n".join([*text, "", f"Chosen: {chosen}."])
+    able = [one for one in ranked if one.ratio is not None and one.seconds <= goal * (1 + EVEN)]
+    if not able:
+        why = "there is no seed spread" if ranked[0].ratio is None else "what has a seed spread takes longer"
+        return "\n".join([*text, "", f"Chosen: nothing yet: {why}."])
+    planned = len({cell.value for cell in study.cells}) * len(study.cells[0].seeds)
+    so_far = " so far, since not all runs are done" if sum(len(one.tops[0]) for one in ranked) < planned else ""
+    return "\n".join([*text, "", f"Chosen{so_far}: {able[0].name}, ratio {able[0].ratio:.2f}."])

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from config import UserError
-from record.lines import Line
-from results.statistics import UNEVEN, Compared, Error, additive_error, compared, holm, judged, paired_error
+from record.lines import Line, once
+from results.statistics import Compared, Error, additive_error, compared, holm, judged, paired_error
 from studies.grid import Cell, Study
 from studies.questions import Finding, Table, published_figures
 
 ALPHA = 0.05  # of a verdict, all findings of a study together
 FEWEST = 3  # pairs that a verdict is given on
 SHOWS, NOT, NOISE, FEW = "shows", "does not", "within noise", "too few runs"
-MODEL = f"""\
+MODEL = """\
 Differences are taken between runs of one seed, which have initial weights, order of images and augmentation in common.
 Their standard error comes from all rows of a model together: the figure of a run is taken for the sum of what its row,
 its seed and chance add to it, with chance of one variance for all rows; interval (95 %) and p are Student's t on the
-degrees of freedom that are left. Rows whose differences have more than {UNEVEN:g} times the variance of the others' are
-judged by those differences alone, and a * says so. The p of the paired t test, which always does that, stands beside,
-as does that of all sign flips, which takes nothing for granted but symmetry: with n pairs it is 2 / 2^n at least."""
+degrees of freedom that are left. Rows whose differences vary more than the others' are judged by those differences
+alone, and a * says so: three seeds may hide that a row varies more by nature, and then p is too small. The p of the
+paired t test, which always takes those differences alone, stands beside, as does that of all sign flips, which takes
+nothing for granted but symmetry: with n pairs it is 2 / 2^n at least."""
 RULE = f"""\
 A finding is the mean of the rows that the paper has higher less that of those it has lower. It **shows** at this scale
 where the difference has the paper's sign and its p, adjusted for the number of findings (Holm), is below {ALPHA:g}; it
 **does not** where that holds with the other sign; else it is **within noise**, and the interval says which differences
 the runs do not rule out. A finding of equality is tested against its margin: it shows where the difference lies within
-by two one-sided t tests, and does not where it lies beyond, p adjusted alike. Fewer than {FEWEST} pairs are too few;
-"so far" stands where there are fewer than the study is to have."""
+by two one-sided t tests, and does not where it lies beyond, p adjusted alike. Fewer than {FEWEST} pairs are too few,
+and so are runs that seeds do not tell apart; "so far" stands where there are fewer than the study is to have."""
 
 
 @dataclass(frozen=True)
@@ -62,28 +63,52 @@ class Evidence:
         self.values = [*dict.fromkeys(cell.value for cell in study.cells)]
         self.lines: dict[tuple[str, str], dict[int, Line]] = {key: {} for key in self.cells}
         self.others = 0  # lines of recipes and seeds that are not the study's
+        lines, twice = once(lines)
+        self.twice = [line for line in twice if self._counts(line)]  # further lines of a run, with other figures
         for line in lines:
-            cell = self.cells.get((line.row, line.value))
-            if cell is None or cell.recipe != line.recipe or line.seed not in cell.seeds:
-                self.others += 1
-            else:
+            if self._counts(line):
                 self.lines[line.row, line.value][line.seed] = line
+            else:
+                self.others += 1
         self.lines = {key: dict(sorted(by_seed.items())) for key, by_seed in self.lines.items()}
         self._errors: dict[tuple[str, str, tuple[str, ...]], Error | None] = {}
         self._check()
 
+    def _counts(self, line: Line) -> bool:
+        """Whether a line is of the study's recipes and seeds."""
+        cell = self.cells.get((line.row, line.value))
+        return cell is not None and cell.recipe == line.recipe and line.seed in cell.seeds
+
     def _check(self) -> None:
-        def same(among: Sequence[Line], name: str, where: str) -> None:
-            found = sorted({getattr(line, name) for line in among})
+        def same(found: Iterable[object], name: str, where: str) -> None:
+            found = sorted({*found})
             if len(found) > 1:
                 text = " and ".join(map(str, found))
                 raise UserError(f"results/{self.study.name}.csv: {where} has runs of {name} {text}; they are no pairs.")
 
+        # Rows of one value see as many images in an epoch; how many steps that is follows from it and the batch.
+        steps: dict[tuple[object, ...], dict[int, list[str]]] = {}
         for (row, value), by_seed in self.lines.items():
-            for name in ("epochs", "steps"):
-                same([*by_seed.values()], name, f"{row} {value}".strip())
+            config = self.cells[row, value].config
+            schedule = (
+                value,
+                config.schedule.epochs,
+                config.optim.global_batch,
+                config.aug.repeats,
+                config.data.val_split,
+            )
+            for line in by_seed.values():
+                if line.epochs != config.schedule.epochs:
+                    raise UserError(
+                        f"results/{self.study.name}.csv: {row} {value} has a run of {line.epochs} epochs with the "
+                        f"recipe of {config.schedule.epochs}; it is none of the study's."
+                    )
+                steps.setdefault(schedule, {}).setdefault(line.steps, []).append(row)
+        for (value, *_), of in steps.items():
+            odd = min(of.values(), key=len)[0]
+            same(of, "steps", f"{odd} {value}".strip() if len(of) > 1 else "")
         for name in ("classes", "autocast"):
-            same(self.all, name, self.study.name)
+            same((getattr(line, name) for line in self.all), name, self.study.name)
 
     @property
     def all(self) -> list[Line]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from config import UserError
 from config.rows import ROOT, table_cells
-from record.lines import read_lines
+from record.lines import read_every_line
 from results.choice import choice
 from results.evidence import MODEL, RULE, Evidence, Verdict, total
 from results.statistics import Compared
@@ -53,7 +54,7 @@ def head(evidence: Evidence) -> str:
     """How many runs there are, and with what they were made."""
     study, lines = evidence.study, evidence.all
     planned = len(study.runs())
-    changed = sum(line.commit.endswith("+") for line in lines)
+    changed = sum("+" in line.commit for line in lines)
     seconds = sum(line.seconds for line in lines)
     facts = [
         f"{len(lines)} runs are done; the study has {planned}, with the seeds of its file.",
@@ -67,6 +68,11 @@ def head(evidence: Evidence) -> str:
         facts.append(
             f"{evidence.others} further lines, of recipes or seeds that the study's file does not have, do not count."
         )
+    if evidence.twice:
+        runs = ", ".join(
+            dict.fromkeys(f"{line.row} {line.value} seed {line.seed}".replace("  ", " ") for line in evidence.twice)
+        )
+        facts.append(f"Done more than once, with other figures: {runs}. What was begun first counts.")
     for value in evidence.values:
         own = [line for (_, of), by_seed in evidence.lines.items() for line in by_seed.values() if of == value]
         if own:
@@ -194,7 +200,7 @@ def gather(studies: Path, results: Path) -> tuple[list[Evidence], list[tuple[Stu
     """(evidence of the studies that ask something and have lines; rankings of those that choose and have lines)."""
     evidences, choices = [], []
     for file in sorted(studies.glob("*.yaml")):
-        lines = read_lines(results / f"{file.stem}.csv")
+        lines = read_every_line(results / f"{file.stem}.csv")
         if not lines:
             continue
         study = read_study(file)
@@ -287,6 +293,10 @@ def write_results(studies: Path, results: Path, out: Path, png: Path) -> None:
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}).") from None
     print(f"written: {out}")
+    shown = {study.name for study in (*(evidence.study for evidence in evidences), *(study for study, _ in choices))}
+    for file in sorted(results.glob("*.csv")):
+        if file.stem not in shown:
+            print(f"note: {file} has no lines of a study in {studies} that asks something.", file=sys.stderr)
     drawn = next((evidence for evidence in evidences if evidence.study.tables), None)
     if drawn is not None:
         draw(drawn, png)

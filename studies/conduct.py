@@ -6,6 +6,8 @@ with it when it was stopped; where it is finished there and the line is missing,
 
 from __future__ import annotations
 
+import heapq
+import os
 import statistics
 import sys
 import time
@@ -18,13 +20,13 @@ from signal import Signals as Signal
 from config import UserError, load_config, recipe_identity
 from config.rows import ROOT
 from record.files import LOCK, FolderLock
-from record.lines import CONFIGS, Finished, Line, add_lines, read_finished, read_lines
+from record.lines import CONFIGS, Finished, Line, add_lines, check_writable, read_finished, read_lines
 from record.metrics import finished_epochs
 from studies.grid import Study, StudyRun
 from studies.pool import Ended, Pool, Signals, threads
 
 TICK_S, TELL_S = 0.05, 60.0  # between two looks at the processes; between two lines of progress
-LET_GO_S = 120.0  # a run of a study that was killed has so long to save its state and to leave its folder
+LET_GO_S, LONG_S = 120.0, 2.0  # a run has so long to save its state and to leave its folder; what is worth a word
 MAX_WORKERS = 10
 MAIN = ROOT / "main.py"
 
@@ -124,10 +126,12 @@ class Conduct:
         self, places: Places, runs: Sequence[StudyRun], pool: Pool, flags: Sequence[str], limit_s: float | None
     ) -> None:
         self.places, self.runs, self.pool, self.flags = places, {run.name: run for run in runs}, pool, flags
-        self.deadline = None if limit_s is None else time.monotonic() + limit_s
+        self.limit_s = float("inf") if limit_s is None else limit_s
+        self.deadline = time.monotonic() + self.limit_s
         self.failed: dict[str, str] = {}
         self.saved: list[str] = []
         self.waiting: deque[StudyRun] = deque()
+        self.begun: dict[str, float] = {}  # the share of each run that was done when it was started
         self.durations = Durations()  # of this session
         self.earlier = Durations()  # of lines
         self.done = 0
@@ -152,31 +156,38 @@ class Conduct:
         except UserError as error:
             self._fail(run.name, str(error))
             return False
-        return self._keep(run)
+        return self._keep(run) is not None
 
-    def _keep(self, run: StudyRun) -> bool:
-        """Write the line of a run if it is finished."""
+    def _keep(self, run: StudyRun) -> Finished | None:
+        """Write the line of a run if it is finished; None if it is not, or has failed by that."""
         try:
             finished = self.places.finished(run)
+            if finished is not None:
+                add_lines(self.places.results, [line_of(run, finished)])
         except UserError as error:
             self._fail(run.name, str(error))
-            return False
-        if finished is not None:
-            add_lines(self.places.results, [line_of(run, finished)])
-        return finished is not None
+            return None
+        return finished
 
     def _fail(self, name: str, sentence: str) -> None:
         self.failed[name] = sentence
         self.tell(f"{name} FAILED: {sentence}")
 
+    def whole(self, run: StudyRun) -> float | None:
+        """Seconds that a run may take from its beginning; None where nothing is known."""
+        return self.durations.expected(run) or self.earlier.expected(run)
+
+    def share_done(self, run: StudyRun) -> float:
+        return min(1.0, self.places.epochs_done(run) / run.cell.config.schedule.epochs)
+
     def expected(self, run: StudyRun) -> float | None:
         """Seconds that what is left of a run may take; None where nothing is known."""
-        whole = self.durations.expected(run) or self.earlier.expected(run)
-        return whole and whole * (1 - min(1.0, self.places.epochs_done(run) / run.cell.config.schedule.epochs))
+        whole = self.whole(run)
+        return whole and whole * (1 - self.share_done(run))
 
     @property
     def left_s(self) -> float:
-        return float("inf") if self.deadline is None else self.deadline - time.monotonic()
+        return self.deadline - time.monotonic()
 
     def command(self, run: StudyRun) -> list[str]:
         words = [sys.executable, str(MAIN), "--config", run.cell.reference, *run.cell.flags(run.seed)]
@@ -184,10 +195,16 @@ class Conduct:
             words.append(f"--data.num_workers={min(MAX_WORKERS, threads(self.pool.jobs))}")
         return [*words, *self.flags, "--output_dir", str(self.places.folder(run)), "--resume", "auto"]
 
+    def _in_time(self, run: StudyRun) -> bool:
+        """Whether the time left is enough for a run; one that no session of this length could hold goes on in each."""
+        expected = self.expected(run)
+        return expected is None or expected <= self.left_s or expected > self.limit_s
+
     def start(self) -> None:
         """Start what waits, as far as there is room, and time for a whole run."""
-        while self.waiting and not self.pool.full and (self.expected(self.waiting[0]) or 0.0) <= self.left_s:
+        while self.waiting and not self.pool.full and self._in_time(self.waiting[0]):
             run = self.waiting.popleft()
+            self.begun[run.name] = self.share_done(run)
             try:
                 self.pool.start(run.name, self.command(run), self.places.log(run))
             except UserError as error:
@@ -196,14 +213,14 @@ class Conduct:
     def end(self, ended: Ended, stopping: bool) -> None:
         """A process has ended."""
         run = self.runs[ended.name]
-        if self._keep(run):
+        if (finished := self._keep(run)) is not None:
             self.done += 1
-            self.durations.known.append((run, ended.seconds))
-            line = next(line for line in read_lines(self.places.results) if line.key == run.key)
-            self.tell(f"{run.name}: top-1 {line.top1:.2f} %, {spoken(ended.seconds)}")
+            whole = finished.figures["seconds"] if self.begun[run.name] else ended.seconds
+            self.durations.known.append((run, whole))
+            self.tell(f"{run.name}: top-1 {finished.figures['top1']:.2f} %, {spoken(ended.seconds)}")
         elif run.name in self.failed:
             pass
-        elif stopping and ended.code in (-15, 143):
+        elif stopping and ended.code in (-Signal.SIGTERM, 128 + Signal.SIGTERM):
             self.saved.append(run.name)
         else:
             how = f"signal {-ended.code}" if ended.code < 0 else f"exit code {ended.code}"
@@ -214,30 +231,39 @@ class Conduct:
         self._told = time.monotonic()
         total = len(self.runs)
         left = f", about {spoken(eta)} left" if (eta := self.eta()) else ""
-        print(f"[{self.done:>{len(str(total))}}/{total}] {what}{left}", flush=True)
+        say(f"[{self.done:>{len(str(total))}}/{total}] {what}{left}")
 
     def eta(self) -> float | None:
-        """Seconds; None where nothing is known or nothing is left."""
+        """Seconds, with the runs that wait begun in their order; None where nothing is known or nothing is left."""
+        running = []
+        for name, seconds in self.pool.running.items():
+            whole = self.whole(self.runs[name])
+            running.append(whole and max(0.0, whole * (1 - self.begun[name]) - seconds))
         waiting = [self.expected(run) for run in self.waiting]
-        whole = {name: self.durations.expected(self.runs[name]) for name in self.pool.running}
-        running = [max(0.0, (whole[name] or 0.0) - seconds) for name, seconds in self.pool.running.items()]
-        if None in waiting or None in whole.values() or not (waiting or running):
+        if None in waiting + running or not (waiting or running):
             return None
-        return max((sum(waiting) + sum(running)) / self.pool.jobs, max(running, default=0.0))
+        ends = [*running, *[0.0] * (self.pool.jobs - len(running))]
+        heapq.heapify(ends)
+        for seconds in waiting:
+            heapq.heapreplace(ends, ends[0] + seconds)
+        return max(ends)
 
     def run(self, signals: Signals) -> None:
-        """Until all runs are done, a signal is heard or the time is up; then the runs in progress save their state."""
-        stopping = False
+        """Until all runs are done, a signal is heard or the time is up; then the runs in progress save their state, and
+        those that have not ended LET_GO_S later are killed."""
+        stopped_at = None
         while True:
             for ended in self.pool.ended():
-                self.end(ended, stopping)
-            if not stopping and (signals.heard or self.left_s <= 0):
-                stopping = True
+                self.end(ended, stopped_at is not None)
+            if stopped_at is None and (signals.heard or self.left_s <= 0):
+                stopped_at = time.monotonic()
                 if self.pool.running:
                     self.tell(f"{', '.join(self.pool.running)}: to save and to end")
                 self.pool.stop()
-            if not stopping:
+            if stopped_at is None:
                 self.start()
+            elif time.monotonic() > stopped_at + LET_GO_S:
+                self.pool.kill()
             if not self.pool.running:
                 return
             if time.monotonic() - self._told > TELL_S:
@@ -249,6 +275,17 @@ class Conduct:
         return f"{name} ({self.places.epochs_done(run)} of {run.cell.config.schedule.epochs} epochs)"
 
 
+def say(line: str, *, error: bool = False) -> None:
+    """Write a line to stdout or stderr. A reader that is gone, such as a tee that Ctrl-C has ended, stops no study."""
+    name = "stderr" if error else "stdout"
+    try:
+        print(line, file=getattr(sys, name), flush=True)
+    except (OSError, ValueError):
+        setattr(
+            sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        )  # what is in the buffer would fail again at the end
+
+
 def spoken(seconds: float) -> str:
     """Seconds below two minutes, minutes below two hours."""
     if seconds < 120:
@@ -257,15 +294,21 @@ def spoken(seconds: float) -> str:
 
 
 def await_release(folder: Path, signals: Signals) -> None:
-    """Wait until no process writes in a run's folder any more. Raises UserError where that takes too long."""
-    end = time.monotonic() + LET_GO_S
+    """Wait until no process writes in a run's folder any more. Raises UserError where that takes too long, and where
+    the folder cannot be written."""
+    began, told = time.monotonic(), False
     while (folder / LOCK).exists() and not signals.heard:
         try:
-            FolderLock(folder).release()
+            FolderLock(folder, flag="--output").release()
         except UserError:
-            if time.monotonic() > end:
+            if time.monotonic() > began + LET_GO_S:
                 raise
+            if not told and time.monotonic() > began + LONG_S:
+                say(f"{folder} is written by another process; waiting up to {spoken(LET_GO_S)} for it to end.")
+                told = True
             time.sleep(TICK_S)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror or error}).") from None
 
 
 def states(places: Places, runs: Sequence[StudyRun]) -> list[str]:
@@ -287,12 +330,13 @@ def states(places: Places, runs: Sequence[StudyRun]) -> list[str]:
 def run_study(places: Places, runs: Sequence[StudyRun], pool: Pool, flags: Sequence[str], limit_s: float | None) -> int:
     """Run what is not done yet; returns the exit code: 1 if a run has failed, 128 + n after signal n.
 
-    Raises UserError where the folders cannot be written or another process runs the study in them.
+    Raises UserError where folders or lines cannot be written or another process runs the study in them.
     """
     study = places.study
+    check_writable(places.results)
     try:
         places.output.mkdir(parents=True, exist_ok=True)
-        lock = FolderLock(places.output)
+        lock = FolderLock(places.output, "study", "--output")
     except OSError as error:
         raise UserError(
             f"{places.output} cannot be written ({error.strerror or error}); choose another --output."
@@ -305,6 +349,8 @@ def run_study(places: Places, runs: Sequence[StudyRun], pool: Pool, flags: Seque
                 f"{study.name}: {len(conduct.waiting)} to run, {pool.jobs} at a time, in {places.output}; lines go to "
                 f"{places.results}"
             )
+            if conduct.waiting and not signals.heard:
+                pool.warm_up(MAIN)
             conduct.run(signals)
     finally:
         lock.release()
@@ -312,7 +358,7 @@ def run_study(places: Places, runs: Sequence[StudyRun], pool: Pool, flags: Seque
     if conduct.waiting or conduct.saved:
         why = f"stopped by {Signal(signals.heard).name}" if signals.heard else "the time is up"
         saved = f"{len(conduct.saved)} saved where they were, " if conduct.saved else ""
-        print(f"{why}: {saved}{len(conduct.waiting)} not begun; the same command goes on.")
+        say(f"{why}: {saved}{len(conduct.waiting)} not begun; the same command goes on.")
     for name, sentence in conduct.failed.items():
-        print(f"failed: {name}: {sentence}", file=sys.stderr)
+        say(f"failed: {name}: {sentence}", error=True)
     return 128 + signals.heard if signals.heard else 1 if conduct.failed else 0

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationError
 
 from config import Config, UserError, iter_keys, load_config, read_yaml, recipe_differences, recipe_identity
 from config.explain import did_you_mean
@@ -38,9 +38,22 @@ from config.rows import ROOT
 from studies.questions import Finding, Part, Table, check_questions
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.+=]+$")]  # a part of a folder's name
-Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)]
+
+
+def _each_once(seeds: list[int]) -> list[int]:
+    if (twice := next((seed for seed in seeds if seeds.count(seed) > 1), None)) is not None:
+        raise ValueError(f"seed {twice} is there twice")
+    return seeds
+
+
+Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(_each_once)]
 # What a study decides on for each of its runs.
 OWN = {"run.seed", "run.output_dir", "run.resume", "run.eval", "run.finetune", "run.use_ema"}
+
+
+def _none(given: Any) -> Any:
+    """`name:` with nothing behind it is a row, or a value, that changes nothing."""
+    return {} if given is None else given
 
 
 class _Value(Part):
@@ -58,9 +71,9 @@ class _File(Part):
     title: str
     base: str | None = None
     set: dict[str, Any] = Field(default={})
-    values: Annotated[dict[Name, _Value], Field(min_length=1)] | None = None
+    values: Annotated[dict[Name, Annotated[_Value, BeforeValidator(_none)]], Field(min_length=1)] | None = None
     seeds: Seeds
-    rows: Annotated[dict[Name, _Row], Field(min_length=1)]
+    rows: Annotated[dict[Name, Annotated[_Row, BeforeValidator(_none)]], Field(min_length=1)]
     choice: bool = False
     tables: list[Table] = Field(default=[])
     findings: list[Finding] = Field(default=[])
@@ -194,7 +207,14 @@ def _explain(error: Any) -> str:
         return f"{where} is missing."
     if error["type"] == "string_pattern_mismatch":
         return f"{where}: a name may have letters, digits and _ . + = in it, since folders are named after it."
-    message = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] == "value_error":
+        return f"{where}: {error['ctx']['error']}."
+    if error["type"] in ("model_type", "dict_type"):
+        message = "a mapping of keys to values was expected"
+    elif error["type"] == "string_type":
+        message = "text was expected; put it in quotes"
+    else:
+        message = (error["msg"][0].lower() + error["msg"][1:]).replace(" after validation", "")
     return f"{where} is {json.dumps(error['input'], default=str)[:100]}: {message}."
 
 
@@ -203,6 +223,10 @@ def _cell(file: Path, given: _File, row: str, value: str) -> Cell:
     base = part.base or given.base
     if base is None:
         raise UserError(f"{file}: rows.{row} needs a base, or the study one for all rows.")
+    if "<value>" in base and not value:
+        raise UserError(
+            f"{file}: rows.{row}: its base {base} stands for one of each value, and the study has no values."
+        )
     reference = os.path.normpath(file.absolute().parent / base.replace("<value>", value))
     of_value = given.values[value].set if value else {}
     changes: dict[str, Any] = {}
@@ -211,7 +235,11 @@ def _cell(file: Path, given: _File, row: str, value: str) -> Cell:
         changes[key] = {**old, **new} if isinstance(old, dict) and isinstance(new, dict) else new
     if own := OWN & changes.keys():
         raise UserError(f"{file}: {min(own)} is the study's own to set, for each run.")
-    config = load_config(reference, _overrides(changes), source=f"{file}: {row}{f' with {value}' if value else ''}")
+    source = f"{file}: {row}{f' with {value}' if value else ''}"
+    try:
+        config = load_config(reference, _overrides(changes), source=source)
+    except UserError as error:
+        raise (error if str(error).startswith(source) else UserError(f"{source}: {error}")) from None
     return Cell(
         study=file.stem,
         row=row,
@@ -273,12 +301,17 @@ def execution_flags(study: Study, flags: Sequence[str]) -> list[str]:
     for key in (override.partition("=")[0] for override in overrides):
         if key in OWN:
             raise UserError(f"--{key} is the study's own to set, for each run.")
-    cell = study.cells[0]
-    given = load_config(cell.reference, [*_overrides(cell.changes), *overrides], source="the command line")
-    differences = recipe_differences(given.model_dump(mode="json"), cell.config.model_dump(mode="json"))
-    if differences:
-        raise UserError(
-            f"{differences[0]} would change what {study.name} trains; flags may say where and how a study runs, and "
-            f"what it trains stands in {study.file}."
-        )
+    for cell in study.cells if overrides else ():
+        given = load_config(cell.reference, [*_overrides(cell.changes), *overrides], source="the command line")
+        dumped = given.model_dump(mode="json")
+        differences = recipe_differences(dumped, cell.config.model_dump(mode="json"))
+        if (
+            not differences and recipe_identity(dumped) != cell.recipe
+        ):  # spelled otherwise, or not to be told in advance
+            differences = [f"{', '.join(override.partition('=')[0] for override in overrides)} for {cell.name}"]
+        if differences:
+            raise UserError(
+                f"{differences[0]} would change what {study.name} trains; flags may say where and how a study runs, "
+                f"and what it trains stands in {study.file}."
+            )
     return [*flags]

@@ -16,13 +16,17 @@ import sys
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h; it outlives the exec below
 
 
-def main() -> None:
-    starter, program = int(sys.argv[1]), sys.argv[2:]
+def tie(starter: int) -> None:
+    """This process gets SIGTERM when the one that has started it ends; it ends now if that one has ended already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != starter:  # it ended before this process could ask to be told
-        sys.exit(128 + signal.SIGTERM)
-    os.execv(program[0], program)
+        os._exit(128 + signal.SIGTERM)
+
+
+def main() -> None:
+    tie(int(sys.argv[1]))
+    os.execv(sys.argv[2], sys.argv[2:])
 
 
 if __name__ == "__main__":

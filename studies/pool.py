@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
 from config import UserError
+from studies.fork import Files, Forked, can_fork, fork, on_disk, warm_up
 
 LEASH = Path(__file__).with_name("leash.py")
 
@@ -35,7 +37,7 @@ class Ended:
 
 @dataclass
 class _Child:
-    process: subprocess.Popen
+    process: subprocess.Popen | Forked
     slot: int
     log: Path
     written: int  # bytes of the log before it
@@ -43,9 +45,12 @@ class _Child:
 
     def said(self) -> str:
         """The error that it ended with, or else its last line."""
-        with self.log.open("rb") as file:
-            file.seek(self.written)
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        try:
+            with self.log.open("rb") as file:
+                file.seek(self.written)
+                lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        except OSError as error:
+            return f"what it said cannot be read ({error.strerror or error})"
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         return (errors or lines or ["it said nothing"])[-1]
 
@@ -58,6 +63,8 @@ class Pool(contextlib.AbstractContextManager):
 
     def __init__(self, jobs: int, gpus: Sequence[str] = ()) -> None:
         self.jobs, self.gpus = jobs, gpus
+        self._warm: Path | None = None
+        self._imported: Files = {}
         self._children: dict[str, _Child] = {}
 
     @property
@@ -69,6 +76,12 @@ class Pool(contextlib.AbstractContextManager):
     def full(self) -> bool:
         return len(self._children) >= self.jobs
 
+    def warm_up(self, program: Path) -> None:
+        """Import what a Python program needs, for it to begin at once in a copy of this process. Where there can be
+        none, as in a process of several threads or after a file has changed, it is started anew."""
+        if can_fork():
+            self._warm, self._imported = program, warm_up(program)
+
     def start(self, name: str, command: Sequence[str], log: Path) -> None:
         """Start a program; what it writes is added to the file `log`. Raises UserError where it cannot be started."""
         slot = min({*range(self.jobs)} - {child.slot for child in self._children.values()})
@@ -79,17 +92,23 @@ class Pool(contextlib.AbstractContextManager):
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as file:
                 written = file.tell()
-                process = subprocess.Popen(
-                    [sys.executable, str(LEASH), str(os.getpid()), *command],
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    start_new_session=True,  # Ctrl-C reaches the study alone, which tells its runs
-                )
+                process = self._begin(command, file, environment)
         except OSError as error:
             raise UserError(f"{name} cannot be started ({error.strerror or error}: {error.filename}).") from None
         self._children[name] = _Child(process, slot, log, written)
+
+    def _begin(self, command: Sequence[str], log: BinaryIO, environment: dict[str, str]) -> subprocess.Popen | Forked:
+        warm = [*command[:2]] == [sys.executable, str(self._warm)]
+        if warm and can_fork() and on_disk(self._imported) == self._imported:
+            return fork(command[1:], log, environment)
+        return subprocess.Popen(
+            [sys.executable, str(LEASH), str(os.getpid()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches the study alone, which tells its runs
+        )
 
     def ended(self) -> list[Ended]:
         """The processes that have ended since the last call."""
@@ -106,10 +125,17 @@ class Pool(contextlib.AbstractContextManager):
         for child in self._children.values():
             child.process.terminate()
 
-    def __exit__(self, *_: object) -> None:
+    def kill(self) -> None:
+        """End all processes, and what they have started, at once."""
         for child in self._children.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.process.pid, signal.SIGKILL)
+            if child.process.poll() is None:  # a copy may not be in its own session yet
+                os.kill(child.process.pid, signal.SIGKILL)
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        for child in self._children.values():
             child.process.wait()
         self._children.clear()
 
@@ -142,6 +168,17 @@ def cores() -> int:
 def threads(jobs: int) -> int:
     """A process's share of the cores."""
     return max(1, cores() // jobs)
+
+
+def share_cores(jobs: int) -> None:
+    """Let what is imported from now on take its share of the cores in this process, as it would in those of a pool.
+
+    numpy's own threads are left out: a process that has them is not copied, and runs have no work for them. They are
+    read when numpy and torch are loaded, so there is nothing to do where that has happened.
+    """
+    if "numpy" not in sys.modules:
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads(jobs)))
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def visible_gpus() -> list[str]:

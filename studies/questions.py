@@ -103,7 +103,10 @@ def check_questions(
             return said
     for number, finding in enumerate(findings):
         where = f"findings.{number}"
-        said = unknown(where, [*finding.higher, *finding.lower], rows, "row")
+        sides = [*finding.higher, *finding.lower]
+        said = unknown(where, sides, rows, "row")
+        if said is None and (again := next((row for row in sides if sides.count(row) > 1), None)):
+            said = f"{where}: {again} is there twice; a finding compares rows with others."
         said = said or unknown(f"{where}.values", finding.values or [], values, "value")
         for value in [] if said else finding.values or values:
             if lacking := next((row for row in (*finding.higher, *finding.lower) if (row, value) not in cells), None):

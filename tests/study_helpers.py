@@ -15,6 +15,7 @@ import yaml
 
 import study
 from config.files import Dumper
+from record.runlog import RunLog
 from studies import conduct
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,44 +30,48 @@ from pathlib import Path
 from config import dump_config, load_config
 from config.flags import parse_flags
 
-options, overrides = parse_flags(sys.argv[1:])
-cfg = load_config(options.config, overrides)
-folder = Path(cfg.run.output_dir)
-folder.mkdir(parents=True, exist_ok=True)
-(folder / "resolved.yaml").write_text(dump_config(cfg))
-(folder / "process").write_text(str(os.getpid()))
-(folder / "environment").write_text(json.dumps(dict(os.environ)))
-git = {{"commit": "0123456789abcdef", "dirty": False}}
-(folder / "manifest.json").write_text(json.dumps({{
-    "git": git, "versions": {{"torch": "2.11.0"}}, "device": {{"type": "cpu", "name": "x86_64"}}, "classes": 10,
-    "steps_per_epoch": 22, "autocast": "None", "start_time": "2026-01-01T00:00:00+00:00",
-}}))
+def main():
+    options, overrides = parse_flags(sys.argv[1:])
+    cfg = load_config(options.config, overrides)
+    folder = Path(cfg.run.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "resolved.yaml").write_text(dump_config(cfg))
+    (folder / "process").write_text(str(os.getpid()))
+    (folder / "environment").write_text(json.dumps(dict(os.environ)))
+    git = {{"commit": "0123456789abcdef", "dirty": False}}
+    (folder / "manifest.json").write_text(json.dumps({{
+        "git": git, "versions": {{"torch": "2.11.0"}}, "device": {{"type": "cpu", "name": "x86_64"}}, "classes": 10,
+        "steps_per_epoch": 22, "autocast": "None", "start_time": "2026-01-01T00:00:00+00:00",
+    }}))
 
-def line(step, data):
-    with (folder / "metrics.log").open("a") as file:
-        file.write("DLLL " + json.dumps({{
-            "timestamp": "1.0", "datetime": "x", "elapsedtime": "1.0", "type": "LOG", "step": step, "data": data
-        }}) + "\\n")
+    def line(step, data):
+        with (folder / "metrics.log").open("a") as file:
+            file.write("DLLL " + json.dumps({{
+                "timestamp": "1.0", "datetime": "x", "elapsedtime": "1.0", "type": "LOG", "step": step, "data": data
+            }}) + "\\n")
 
-def save(number, frame):
-    print("Stopped", flush=True)
-    raise SystemExit(143)
+    def save(number, frame):
+        print("Stopped", flush=True)
+        raise SystemExit(143)
 
-signal.signal(signal.SIGTERM, save)
-if str(cfg.run.seed) == os.environ.get("FAILING"):
-    print("error: made to fail.")
-    raise SystemExit(1)
-done = len((folder / "metrics.log").read_text().splitlines()) if (folder / "metrics.log").exists() else 0
-scores = {{"top1": 50.0 + cfg.run.seed, "top5": 90.0, "loss": 1.5}}
-for epoch in range(done, cfg.schedule.epochs):
-    time.sleep(float(os.environ.get("EPOCH_S", "0")))
-    with (folder / "trained").open("a") as file:
-        file.write(f"{{epoch}}\\n")
-    seconds = {{"train.seconds": 2.0, "eval.seconds": 0.5, "eval.r_w": 0.25}}
-    line([epoch], {{**{{f"eval.{{name}}": value for name, value in scores.items()}}, **seconds}})
-if "LINELESS" not in os.environ:
-    line([], {{**{{f"final.{{name}}": value for name, value in scores.items()}}, "final.best_top1": 77.0,
-               "final.epochs": cfg.schedule.epochs}})
+    signal.signal(signal.SIGTERM, save)
+    if str(cfg.run.seed) == os.environ.get("FAILING"):
+        print("error: made to fail.")
+        raise SystemExit(1)
+    done = len((folder / "metrics.log").read_text().splitlines()) if (folder / "metrics.log").exists() else 0
+    scores = {{"top1": 50.0 + cfg.run.seed, "top5": 90.0, "loss": 1.5}}
+    for epoch in range(done, cfg.schedule.epochs):
+        time.sleep(float(os.environ.get("EPOCH_S", "0")))
+        with (folder / "trained").open("a") as file:
+            file.write(f"{{epoch}}\\n")
+        seconds = {{"train.seconds": 2.0, "eval.seconds": 0.5, "eval.r_w": 0.25}}
+        line([epoch], {{**{{f"eval.{{name}}": value for name, value in scores.items()}}, **seconds}})
+    if "LINELESS" not in os.environ:
+        line([], {{**{{f"final.{{name}}": value for name, value in scores.items()}}, "final.best_top1": 77.0,
+                   "final.epochs": cfg.schedule.epochs}})
+
+if __name__ == "__main__":
+    main()
 """
 
 # A program that is `study.py`, with the stand-in in the place of main.py.
@@ -132,6 +137,7 @@ class Studies:
             contextlib.redirect_stderr(error),
         ):
             patch.setattr(conduct, "MAIN", self.stand_in)
+            patch.setattr("studies.pool.can_fork", lambda: False)
             for name, value in environment.items():
                 patch.setenv(name, value)
             try:
@@ -145,3 +151,10 @@ class Studies:
         """The epochs that the stand-in has trained of a run, in their order."""
         file = self.output / run / "trained"
         return [int(line) for line in file.read_text().split()] if file.exists() else []
+
+
+def leave_epochs(folder: Path, count: int) -> None:
+    """So many epochs of a run in its folder."""
+    with RunLog(folder) as log:
+        for epoch in range(count):
+            log.log((epoch,), {"top1": 1.0}, tag="eval")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
+import itertools
 import os
 import subprocess
 import sys
@@ -12,7 +15,7 @@ from typing import Any
 import pytest
 
 from config import UserError, dump_config, load_config, recipe_identity
-from record.lines import FIELDS, Line, add_lines, as_csv, read_finished, read_lines
+from record.lines import FIELDS, Line, add_lines, as_csv, check_writable, once, read_finished, read_lines
 from record.manifest import git_state
 from record.runlog import RunLog
 
@@ -129,6 +132,68 @@ def test_half_a_line_is_cut_off(tmp_path: Path, left: int) -> None:
     assert read_lines(path) == [line()]
 
 
+@pytest.mark.parametrize("left", [1, 40, 150])
+def test_half_a_line_is_not_read(tmp_path: Path, left: int) -> None:
+    path = tmp_path / "digits.csv"
+    path.write_text(as_csv([line()]) + as_csv([line(seed=1)], head=False)[:left])
+    assert read_lines(path) == [line()]  # a study that is started again gets as far as to add its line
+    path.write_text(as_csv([]) + as_csv([line()], head=False)[:left] + "\n" + as_csv([line(seed=1)], head=False))
+    with pytest.raises(UserError, match=r"digits\.csv"):  # the control: half a line that is not the last one
+        read_lines(path)
+
+
+def test_a_last_line_without_its_end_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "digits.csv"
+    last = line(seed=12, command="python main.py --run.seed=12")
+    text = as_csv([line(), last]).rstrip("\n")
+    path.write_text(text)
+    assert add_lines(path, []) == [] and read_lines(path) == [line(), last]
+    assert add_lines(path, [line(seed=2)]) == [line(seed=2)]
+    assert path.read_text() == as_csv([line(), last, line(seed=2)])
+    path.write_text(text[:-1])  # the control: a command that is cut off
+    assert read_lines(path) == [line()]
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(file: io.RawIOBase, data: bytes) -> None:
+        file.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "digits.csv"
+    add_lines(path, [line()])
+    monkeypatch.setattr("record.lines._write", half)
+    with pytest.raises(UserError, match="No space left"):
+        add_lines(path, [line(seed=1)])
+    assert path.read_text() == as_csv([line()])
+
+
+def test_a_run_done_twice_counts_once_in_whichever_order(tmp_path: Path) -> None:
+    first, second = line(started="2026-01-01", top1=1.0), line(started="2026-01-02", top1=2.0)
+    alike = dataclasses.replace(first, top1=3.0)  # not even the time tells them apart
+    for order in itertools.permutations([first, second, alike, first]):
+        assert once(order)[0] == [first] and sorted(one.top1 for one in once(order)[1]) == [2.0, 3.0]
+    path = tmp_path / "digits.csv"
+    path.write_text(as_csv([second, line(seed=1), first]))
+    assert {one.top1 for one in read_lines(path)} == {1.0, 90.5}
+
+
+def test_whether_lines_can_be_added_is_known_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deep/digits.csv"
+    check_writable(path)
+    assert not path.exists()
+    add_lines(path, [line()])
+    check_writable(path)
+    assert read_lines(path) == [line()]
+    (tmp_path / "file").write_text("")
+    for wrong in (tmp_path, tmp_path / "file/digits.csv"):
+        with pytest.raises(UserError, match=r"cannot be written \(.*\); choose another --results\."):
+            check_writable(wrong)
+    path.unlink()
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(UserError, match="Permission denied"):
+        check_writable(path)
+
+
 def test_files_of_two_machines_are_merged_by_git_without_a_conflict(tmp_path: Path) -> None:
     def git(*words: str) -> str:
         own = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "init.defaultBranch=main"]
@@ -168,10 +233,14 @@ def test_several_processes_add_at_once(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("a,b\n1,2\n", "does not have the columns of finished runs"),
-        (as_csv([line()]).replace("90.5", "many"), "line 2: top1 is 'many'; a finished run's float was expected"),
+        (as_csv([line()]).replace("90.5", "many"), "line 2: top1 is 'many'; a finished run's number was expected"),
         (as_csv([line()]).replace("90.5", ""), "line 2: top1 is ''"),
         (as_csv([line()]).replace("90.5", "90.5,1"), "line 2, has too many columns"),
-        (",".join(FIELDS) + "\ndigits\n", "line 2: row is None"),
+        (",".join(FIELDS) + "\ndigits\n", "line 2: row is missing; a finished run's text"),
+        (as_csv([line()]).replace("90.5", "nan"), "line 2: top1 is 'nan'"),
+        (as_csv([line()]).replace("90.5", "190.5"), "line 2: top1 is '190.5'"),
+        (as_csv([line()]).replace(",110,", ",-1,"), "line 2: steps is '-1'; a finished run's whole number"),
+        ("notes of mine", "does not have the columns of finished runs"),
     ],
     ids=lambda text: text[:30].replace("\n", " "),
 )

@@ -70,9 +70,25 @@ def test_values_without_runs_and_of_other_times_are_named(regimes: Study) -> Non
     assert [word.strip() for word in row.split("|")[1:-1]] == [
         *("hard", "1", "30.00", "27.00", "+3.00", "-", "-", "80", "3", "2")
     ]
-    assert text.endswith("Chosen: kind, ratio 0.71.")
+    assert text.endswith("Chosen so far, since not all runs are done: kind, ratio 0.71.")
     alone = choice(regimes, lines_of(regimes, {"hard": ([30.0], [27.0])}))
     assert alone.endswith("Chosen: nothing yet: there is no seed spread.")
+
+
+def test_what_takes_longer_is_not_chosen(regimes: Study) -> None:
+    def chosen(seconds: float) -> str:
+        lines = [dataclasses.replace(one, seconds=seconds) if one.value == "hard" else one for one in lines_of(regimes)]
+        return choice(regimes, lines).splitlines()[-1]
+
+    assert chosen(58.0) == "Chosen: kind, ratio 0.71."
+    assert chosen(57.0) == "Chosen: hard, ratio 2.12."  # the control
+    assert chosen(20.0) == "Chosen: hard, ratio 2.12."
+
+
+def test_other_seeds_than_the_studys_do_not_count(regimes: Study) -> None:
+    lines = lines_of(regimes)
+    others = [dataclasses.replace(one, seed=9, top1=9.0 * one.top1 / 10) for one in lines if one.seed == 1]
+    assert choice(regimes, [*lines, *others]) == choice(regimes, lines)
 
 
 def test_what_cannot_be_chosen(regimes: Study, tmp_path: Path) -> None:

@@ -60,6 +60,12 @@ def test_every_row_is_run_with_every_value(tmp_path: Path) -> None:
     assert {cell.config.schedule.epochs for cell in study.cells} == {3}
 
 
+def test_a_row_that_changes_nothing_may_be_empty(tmp_path: Path) -> None:
+    base = str(ROOT / "configs/digits_fp.yaml")
+    study = read_study(write_study(tmp_path, base=base, rows={"a": None}, values={"v": None}))
+    assert [cell.name for cell in study.cells] == ["a-v"]
+
+
 def test_a_row_of_the_paper_is_a_base(tmp_path: Path) -> None:
     base = f"{ROOT}/configs/ablations/table1.yaml#q3/deit_tiny"
     cell = read_study(write_study(tmp_path, rows={"q3": {"base": base}})).cells[0]
@@ -157,9 +163,16 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"title": None}, "title is missing."),
     ({"seeds": []}, "seeds is []: list should have at least 1 item"),
     ({"seeds": [-1]}, "seeds.0 is -1: input should be greater than or equal to 0."),
+    ({"seeds": [0, 1, 0]}, "seeds: seed 0 is there twice."),
+    ({"rows": {"a": {"base": FP, "seeds": [7, 7]}}}, "rows.a.seeds: seed 7 is there twice."),
     ({"seeds": "0 1"}, 'seeds is "0 1": input should be a valid list.'),
     ({"rows": {"a/b": {"base": FP}}}, "rows.a/b: a name may have letters, digits"),
     ({"rows": {}}, "rows is {}: dictionary should have at least 1 item"),
+    ({"rows": {"a": [1]}}, "rows.a is [1]: a mapping of keys to values was expected."),
+    ({"rows": 3}, "rows is 3: a mapping of keys to values was expected."),
+    ({"title": 3}, "title is 3: text was expected; put it in quotes."),
+    ({"values": {}}, "values is {}: dictionary should have at least 1 item, not 0."),
+    ({"rows": {"a": {"base": DEIT}}}, "rows.a: its base "),
     ({"rows": {"a": {}}}, "rows.a needs a base, or the study one for all rows."),
     ({"rows": {"a": {"base": FP, "values": ["x"]}}}, "rows.a.values: there is no value x; the study has no values."),
     (
@@ -169,7 +182,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"rows": {"a": {"base": FP, "set": {"optim": {"lr": "x"}}}}}, "a: optim.lr is 'x': "),
     ({"rows": {"a": {"base": FP}, "b": {"base": FP}}}, "b is the same recipe as a; one of them is enough."),
     ({"rows": {"a": {"base": FP, "set": {"run": {"seed": 3}}}}}, "run.seed is the study's own to set, for each run."),
-    ({"rows": {"a": {"base": str(ROOT / "configs/digits_ff.yaml")}}}, "There is no configuration file"),
+    ({"rows": {"a": {"base": str(ROOT / "configs/digits_ff.yaml")}}}, "small.yaml: a: There is no configuration"),
+    ({"rows": {"a": {"base": f"{ROOT}/configs/ablations/table1.yaml#q9/deit_tiny"}}}, "small.yaml: a: "),
 ]
 
 
@@ -212,6 +226,19 @@ def test_flags_may_not_say_what_is_trained(tmp_path: Path, flags: list[str], sai
         "/data",
         "--no-cuda-graphs",
     ]
+
+
+def test_flags_are_checked_for_every_run_and_by_what_a_line_is_found_by(tmp_path: Path) -> None:
+    """Or runs would be trained to their end and be none of the study's."""
+    values = {"plain": {}, "mixed": {"set": {"aug": {"mixup": 0.8}}}}
+    for changes, flags, cell in (
+        ({"values": values}, ["--batch-size", "32"], "data.batch_size for full_precision-mixed"),
+        ({}, ["--amp", "none"], "run.amp for full_precision"),  # what auto means on this device
+    ):
+        study = read_study(write_study(tmp_path, **changes))
+        with pytest.raises(UserError, match=f"{cell} would change what small trains"):
+            execution_flags(study, flags)
+    assert execution_flags(read_study(write_study(tmp_path)), ["--batch-size", "32"])  # the control
 
 
 def test_the_studies_of_the_repository_say_how_to_run_them() -> None:

@@ -16,14 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from study_helpers import ROOT, TWO, Studies, write_study
+from study_helpers import ROOT, TWO, Studies, leave_epochs, write_study
 from test_study_pool import alive, until
 
 import study
-from config import load_config, recipe_identity
+from config import UserError, load_config, recipe_identity
 from config.flags import parse_flags
-from record.lines import Line, read_lines
-from studies.conduct import Conduct, Durations, Places, spoken
+from record.lines import Line, add_lines, read_lines
+from studies.conduct import Conduct, Places
 from studies.grid import read_study
 from studies.pool import Pool, threads
 
@@ -186,7 +186,11 @@ def test_one_study_at_a_time_in_a_folder(studies: Studies) -> None:
     second = studies("run", file)
     process.terminate()
     process.communicate()
-    assert second.returncode == 2 and f"written by process {process.pid}" in second.stderr
+    assert (
+        second.returncode == 2
+        and f"the folder of a study in progress, written by process {process.pid}" in second.stderr
+    )
+    assert second.stderr.endswith("choose another --output.\n")
 
 
 def test_time_that_is_up(studies: Studies) -> None:
@@ -198,32 +202,25 @@ def test_time_that_is_up(studies: Studies) -> None:
     assert done(studies) == []
 
 
-def test_a_run_is_not_begun_where_the_time_left_is_too_short(studies: Studies) -> None:
-    file = write_study(studies.folder)
-    studies("run", file, "--filter", "full_precision")  # lines of 7.5 s
-    result = studies("run", file, "--limit-minutes", "0.1")
-    assert result.returncode == 0 and "the time is up: 2 not begun" in result.stdout
-    assert done(studies) == ["full_precision-seed0", "full_precision-seed1"]
-    assert studies("run", file, "--limit-minutes", "1").returncode == 0  # the control
-    assert len(done(studies)) == 4
+def test_a_run_that_went_on_took_longer_than_its_last_part(studies: Studies) -> None:
+    file = write_study(studies.folder, rows={"tetrajet": TWO["rows"]["tetrajet"]})
+    leave_epochs(studies.output / "tetrajet-seed0", 2)
+    result = studies("run", file)
+    assert "tetrajet-seed0: top-1 50.00 %, 0 s, about 2 s left" in result.stdout  # 2.5 s for the epoch of the whole
 
 
-def test_durations_are_those_of_the_nearest_runs(tmp_path: Path) -> None:
-    values = {"small": {"set": {"optim": {"lr": 0.1}}}, "large": {}}
-    runs = {run.name: run for run in read_study(write_study(tmp_path, values=values, seeds=[0, 1])).runs()}
-    durations = Durations()
-    wanted = runs["tetrajet-small-seed1"]
-    assert durations.expected(wanted) is None
-    durations.known += [(runs["full_precision-large-seed0"], 100.0)]
-    assert durations.expected(wanted) == 100.0
-    durations.known += [(runs["full_precision-small-seed0"], 20.0)]
-    assert durations.expected(wanted) == 20.0
-    durations.known += [(runs["tetrajet-small-seed0"], 30.0), (runs["tetrajet-small-seed0"], 40.0)]
-    assert durations.expected(wanted) == 35.0
+def test_a_run_that_does_not_end_is_killed(studies: Studies, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("studies.conduct.LET_GO_S", 0.5)
+    studies.stand_in.write_text("import signal, time\nsignal.signal(15, signal.SIG_IGN)\ntime.sleep(60)")
+    result = studies("run", write_study(studies.folder), "--limit-minutes", "0.02")
+    assert result.returncode == 1 and "full_precision-seed0: it said nothing (signal 9;" in result.stderr
 
 
-def test_times_are_spoken() -> None:
-    assert [spoken(s) for s in (3.4, 119.0, 121.0, 7300.0)] == ["3 s", "119 s", "2 min", "2.0 h"]
+def test_no_more_jobs_than_runs(studies: Studies) -> None:
+    result = studies("run", write_study(studies.folder), "--jobs", "64", "--filter", "tetrajet-seed0")
+    assert "small: 1 to run, 1 at a time" in result.stdout
+    environment = json.loads((studies.output / "tetrajet-seed0/environment").read_text())
+    assert environment["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", str(threads(1)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,6 +295,7 @@ def test_a_study_is_listed() -> None:
         (["run", "FILE", "--limit-minutes", "0"], "--limit-minutes is 0; a time above 0 was expected."),
         (["list", "FILE", "--seeds", "4294967296"], "--seeds has 4294967296; numbers from 0 to 4294967295"),
         (["run", "none.yaml"], "There is no configuration file none.yaml"),
+        (["run", "FILE", "--lr", "2"], "Flags of main.py go after --."),
         (["run", "FILE", "--job", "2"], "There is no flag --job; did you mean --jobs?"),
         (["run", "FILE", "--", "--lr", "1"], "optim.lr 1.0 (here 0.004) would change what small trains"),
         (["run", "3"], "3 is neither the number of a table nor a study's file"),
@@ -310,6 +308,39 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, words: list[str], said: str) 
     file = write_study(tmp_path)
     code, _, error = run_here(*(str(file) if word == "FILE" else word for word in words))
     assert code == 2 and said in error and error.count("\n") == 1
+
+
+def test_lines_that_cannot_be_written_are_known_beforehand(studies: Studies) -> None:
+    studies.results.write_text("a file")
+    result = studies("run", write_study(studies.folder))
+    assert result.returncode == 2 and "small.csv cannot be written (" in result.stderr
+    assert not studies.output.exists()
+
+
+def test_a_line_that_cannot_be_written_loses_no_run(studies: Studies, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, lines: list[Line]) -> list[Line]:
+        if lines[0].seed == 0:
+            raise UserError(f"The results {path} cannot be written: No space left on device.")
+        return add_lines(path, lines)
+
+    file = write_study(studies.folder)
+    monkeypatch.setattr("studies.conduct.add_lines", full)
+    result = studies("run", file, "--jobs", "2")
+    assert result.returncode == 1 and result.stderr.count("No space left on device.") == 2
+    assert sorted(done(studies)) == NAMES[2:]
+    monkeypatch.setattr("studies.conduct.add_lines", add_lines)
+    assert studies("run", file).returncode == 0
+    assert sorted(done(studies)) == sorted(NAMES)
+    assert {name: studies.trained(name) for name in NAMES} == {name: [0, 1, 2] for name in NAMES}
+
+
+def test_a_folder_of_a_run_that_cannot_be_written_is_named(studies: Studies) -> None:
+    (studies.output / NAMES[0]).mkdir(parents=True)
+    (studies.output / NAMES[0] / ".lock").symlink_to("elsewhere")
+    (studies.output / NAMES[0] / "elsewhere").write_text("")
+    result = studies("run", write_study(studies.folder))
+    assert result.returncode == 1 and f"{NAMES[0]} cannot be written (" in result.stderr
+    assert sorted(done(studies)) == sorted(NAMES[1:])
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
