@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
+import typing
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -62,6 +63,17 @@ def _nearest(dotted: str, keys: Iterable[str]) -> str | None:
     return anywhere[near[0]] if near else None
 
 
+def _keys_of_entry(loc: list[str]) -> list[str]:
+    """The keys of a section that is an entry of a mapping: those of q5 in quant.quantizers."""
+    sections = [Config]
+    for part in loc:
+        inner = [s.model_fields[part].annotation for s in sections if part in s.model_fields]
+        entries = [argument for annotation in inner for argument in typing.get_args(annotation)]
+        found = [s for annotation in (*inner, *entries) for s in sections_in(annotation)]
+        sections = found or sections  # a name in a mapping is no field
+    return sorted({name for s in sections for name in s.model_fields})
+
+
 def explain(error: Any, origins: dict[str, str]) -> str:
     """One sentence for a pydantic error: where, which key, what is wrong and what was expected."""
     loc = [str(part) for part in error["loc"]]
@@ -91,6 +103,7 @@ def explain(error: Any, origins: dict[str, str]) -> str:
             return f"{where}: there is no key {dotted}; did you mean {near}?"
         scope = "".join(f"{part}." for part in loc[:-1])
         valid = sorted({key.removeprefix(scope).split(".")[0] for key in keys if key.startswith(scope)})
+        valid = valid or _keys_of_entry(loc[:-1])
         return f"{where}: there is no key {dotted}; valid keys here: {', '.join(valid)}."
     if error["type"] == "missing":
         if loc[-1].isdigit():

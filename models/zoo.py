@@ -97,7 +97,7 @@ def create_model(cfg: Config, num_classes: int) -> nn.Module:
         recipe = resolve(cfg.quant)
     except ValueError as error:
         raise UserError(f"The section quant does not fit together: {error}.") from None
-    if recipe.active:
+    if recipe.active or getattr(recipe, "rotated", False):  # INT4's is a switch of its own
         try:
             convert_linears(model, recipe, seed=cfg.run.seed)
         except ValueError as error:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from quantization.words import PRODUCTS, expect
+from quantization.words import PRODUCTS, expect, expect_whole
 
 BLOCK = re.compile(r"^(.*?\bblocks\.\d+)\.")  # the transformer block that a layer belongs to
 
@@ -28,12 +28,15 @@ class Policy:
 
     def __post_init__(self) -> None:
         for name in ("first", "last"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be a whole number of at least 0; got {value!r}")
-        for pattern, products in self.spare:
+            expect_whole(name, getattr(self, name), 0)
+        for pair in self.spare if isinstance(self.spare, tuple) else [self.spare]:
+            if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[1], tuple):
+                raise ValueError(f'spare must be a tuple of pairs such as ("*.fc2", ("grad_weight",)); got {pair!r}')
+            pattern, products = pair
             if not isinstance(pattern, str) or not pattern:
                 raise ValueError(f"spare names layers by a pattern; got {pattern!r}")
+            if not products:
+                raise ValueError(f"spare names no product of the layers {pattern}, of {', '.join(PRODUCTS)}")
             for product in products:
                 expect("every product of spare", product, PRODUCTS)
 

@@ -36,11 +36,16 @@ def fake_quantize(
     A value that rounds beyond the largest number of x's dtype becomes Inf, as in any cast (e2m1, nearest: float16 from
     57344 on, float32 and bfloat16 from 2.98e38 on).
 
-    Raises TypeError for another dtype and for what is no QuantizerSpec, ValueError for shapes, axes and arguments that
-    do not fit together.
+    Raises TypeError for another dtype and for what is no tensor, QuantizerSpec or seed, ValueError for shapes, axes and
+    arguments that do not fit together.
     """
     if not isinstance(spec, QuantizerSpec):
         raise TypeError(f"expected a QuantizerSpec, such as QuantizerSpec(element='e2m1'); got {spec!r}")
+    for name, tensor in (("x", x), ("shadow", x if shadow is None else shadow)):
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise TypeError(f"fake_quantize takes a dense tensor as {name}; got {type(tensor).__name__}")
+    if not isinstance(seed, int | Noise | None):
+        raise TypeError(f"a seed is an integer or a Noise; got {seed!r}")
     if x.dtype not in DTYPES:
         raise TypeError(f"fake_quantize takes float32, bfloat16 or float16; got {str(x.dtype).removeprefix('torch.')}")
     if not -x.dim() <= spec.axis < x.dim():

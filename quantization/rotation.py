@@ -57,9 +57,9 @@ class Rotation:
     signs: Signs = "none"
 
     def __post_init__(self) -> None:
-        if isinstance(self.size, bool) or self.size not in SIZES:
+        if type(self.size) is not int or self.size not in SIZES:
             raise ValueError(f"the size of a rotation must be one of {', '.join(map(str, SIZES))}; got {self.size!r}")
-        if self.signs not in SIGNS:
+        if not isinstance(self.signs, str) or self.signs not in SIGNS:
             raise ValueError(f"the signs of a rotation must be one of {', '.join(SIGNS)}; got {self.signs!r}")
 
     def turn(self, length: int, product: int) -> Turn | None:

@@ -45,6 +45,7 @@ from quantization.words import (
     ScaleRule,
     expect,
     expect_positive,
+    expect_whole,
     toward_zero,
 )
 
@@ -100,23 +101,20 @@ class QuantizerSpec:
         expect("element", self.element, FORMATS)
         expect("scale_rule", self.scale_rule, SCALE_RULES)
         expect("rounding", self.rounding, ROUNDINGS)
-        if not isinstance(self.axis, int):
-            raise ValueError(f"axis must be an integer; got {self.axis!r}")
-        if not isinstance(self.block_size, int) or self.block_size < 1:
-            raise ValueError(f"block_size must be a positive integer; got {self.block_size!r}")
+        expect_whole("axis", self.axis, -64, 63)
+        expect_whole("block_size", self.block_size, 1)
         expect("scale_format", self.scale_format, SCALE_FORMATS)
         expect("scale_rounding", self.scale_rounding, SCALE_ROUNDINGS)
         expect("outer", self.outer, OUTERS)
         expect("arithmetic", self.arithmetic, ARITHMETICS)
         expect("gradient", self.gradient, GRADIENTS)
-        if isinstance(self.block_rows, bool) or self.block_rows not in (1, self.block_size):
+        if type(self.block_rows) is not int or self.block_rows not in (1, self.block_size):
             raise ValueError(f"block_rows must be 1 or block_size ({self.block_size}); got {self.block_rows!r}")
-        if isinstance(self.outer_delay, bool) or not isinstance(self.outer_delay, int) or self.outer_delay < 0:
-            raise ValueError(f"outer_delay must be a whole number of at least 0; got {self.outer_delay!r}")
-        expect_positive("correction", self.correction)
-        for name in ("target", "target_scale"):
-            if getattr(self, name) is not None:
-                expect_positive(name, getattr(self, name))
+        expect_whole("outer_delay", self.outer_delay, 0)
+        for name in ("correction", "target", "target_scale"):
+            if (value := getattr(self, name)) is not None or name == "correction":
+                expect_positive(name, value)
+                object.__setattr__(self, name, float(value))  # numpy's floats are written otherwise
         if fault := self._contradiction():
             raise ValueError(fault)
 
@@ -144,6 +142,10 @@ class QuantizerSpec:
         if self.target_scale is not None and self.target_scale > self.scale.max:
             return (
                 f"target_scale is at most {self.scale.max:g}, {self.scale_format}'s largest; got {self.target_scale:g}"
+            )
+        if self.outer != "none" and self.reach < 4:
+            return (
+                f"target times target_scale must be at least 4, or an outer scale may leave float32; got {self.reach:g}"
             )
         if self.arithmetic == "exact":
             return "outer fp32 needs an arithmetic, te or torchao" if self.outer == "fp32" else None

@@ -33,13 +33,20 @@ PRODUCTS = {"output": ("q1", "q2"), "grad_input": ("q3", "q4"), "grad_weight": (
 
 def expect(name: str, value: Any, allowed: Collection[str]) -> None:
     """Raises ValueError for a value that is not one of those allowed."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
+def expect_whole(name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:
+    """Raises ValueError for what is no whole number between the two."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}; got {value!r}")
+
+
 def expect_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive number; got {value!r}")
+    """Raises ValueError for what is no number, and for one whose float32 products may leave float32."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 2**-20 <= value <= 2**20:
+        raise ValueError(f"{name} must be a positive number, from 2^-20 to 2^20; got {value!r}")
 
 
 def toward_zero(value: float) -> float:

@@ -261,7 +261,8 @@ def in_two_processes(folder: Path, runs: Sequence[Mapping[str, Any]]) -> list[li
 
     A run is {"argv": [...]} and, if something is to happen on one rank, {"rank": 1, "step": 2, "action": "stop"}.
     A report is {"code": exit code, "stderr": text, "noise": the two words of noise state of every step, "weights": a
-    digest of the weights after every step, "recordings": one of every recording of a probe}.
+    digest of the weights after every step, "held": one of what outer scales hang from, "recordings": one of every
+    recording of a probe}.
     """
     (folder / "plan.json").write_text(json.dumps(list(runs)))
     run_in_two(work_through, folder)
@@ -279,13 +280,15 @@ def work_through(folder: Path) -> None:
     for run in json.loads((folder / "plan.json").read_text()):
         if dist.is_initialized():
             dist.barrier()  # a run resumed by both must find what rank 0 saved last
-        report: dict[str, Any] = {"noise": [], "weights": [], "recordings": []}
+        report: dict[str, Any] = {"noise": [], "weights": [], "held": [], "recordings": []}
 
         def record(run: Run, batches: Any, report: dict[str, Any] = report) -> dict[str, float]:
             figures = train_step(run, batches)
             if run.cfg.quant.scheme != "none":
                 report["noise"].append(run.model.noise.state.tolist())
             weights = b"".join(p.detach().cpu().numpy().tobytes() for p in run.model.parameters())
+            held = b"".join(tensor.cpu().numpy().tobytes() for tensor in run.held)
+            report["held"].append(hashlib.sha256(held).hexdigest())
             report["weights"].append(hashlib.sha256(weights).hexdigest())
             return figures
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from quantization import QuantizerSpec, fake_quantize
 from quantization.backends.reference import block_scales, to_blocks
 from quantization.formats import SCALE_FORMATS
 from quantization.noise import Noise, uniform
+from quantization.policy import Policy
 from quantization.spec import LinearRecipe, Rotation
 
 B16 = QuantizerSpec(block_size=16)
@@ -251,11 +253,83 @@ def test_draws_of_scales_are_no_draws_of_elements():
         ({"scale_format": "e4m3", "target": 0.0}, "target must be a positive number"),
         ({"correction": math.inf}, "correction must be a positive number"),
         ({"outer_delay": -1}, "outer_delay must be a whole number"),
+        ({"outer_delay": 2**40}, "outer_delay must be a whole number from 0 to"),
+        ({"block_size": True}, "block_size must be a whole number"),
+        ({"block_size": 16.0}, "block_size must be a whole number"),
+        ({"axis": True}, "axis must be a whole number"),
+        ({"block_size": 16, "block_rows": 16.0}, "block_rows must be 1 or block_size"),
+        ({"element": ["e2m1"]}, "element must be one of"),
+        ({"scale_format": {}}, "scale_format must be one of"),
+        ({"correction": 1e300}, "correction must be a positive number, from"),
+        ({"correction": None}, "correction must be a positive number"),
+        ({"scale_format": "fp32", "target": 10**400}, "target must be a positive number, from"),
+        ({"scale_format": "fp32", "target": 1e-320}, "target must be a positive number, from"),
+        ({"scale_format": "e4m3", "outer": "pow2", "target_scale": 0.5}, "times target_scale must be at least 4"),
     ],
 )
 def test_what_does_not_go_together_is_refused_in_a_sentence(fields, sentence):
     with pytest.raises(ValueError, match=sentence.replace("(", r"\(")):
         QuantizerSpec(**fields)
+
+
+@pytest.mark.parametrize("target", [2.0**-20, 0.01, 1.0, 1.0625, 2.0**20])
+@pytest.mark.parametrize("name", ["e4m3", "ue5m3", "e8m3", "fp32"])
+def test_no_finite_number_becomes_nan_under_any_target(name, target):
+    outer = "pow2" if name in ("e4m3", "ue5m3") and target >= 1 else "none"
+    spec = QuantizerSpec(block_size=16, scale_format=name, outer=outer, target=target)
+    largest = torch.finfo(torch.float32).max
+    x = torch.full((3, 16), 1.0)
+    x[:, 0] = torch.tensor([largest, -largest, largest * (1 - 2.0**-20)])
+    for rounding, scales in itertools.product(("nearest_even", "stochastic"), ("nearest", "up")):
+        own = dataclasses.replace(spec, rounding=rounding, scale_rounding=scales)
+        assert not fake_quantize(x, own, seed=1).isnan().any()
+
+
+def test_numbers_of_numpy_are_python_s_in_the_text_of_a_spec():
+    spec = QuantizerSpec(scale_format="e4m3", target=np.float64(4.0), correction=np.float64(2.0))
+    assert spec == QuantizerSpec(scale_format="e4m3", target=4, correction=2) == QuantizerSpec.parse(spec.text)
+    assert type(spec.target) is type(spec.correction) is float
+
+
+@pytest.mark.parametrize("size", [True, 16.0, "16", 3, None])
+def test_the_size_of_a_rotation_is_a_power_of_two(size):
+    with pytest.raises(ValueError, match="the size of a rotation must be one of"):
+        Rotation(size)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"first": True}, "first must be a whole number"),
+        ({"last": -1}, "last must be a whole number"),
+        ({"spare": {"*.fc2": ("output",)}}, "spare must be a tuple of pairs"),
+        ({"spare": "*.fc2"}, "spare must be a tuple of pairs"),
+        ({"spare": ("*.fc2", ("output",))}, "spare must be a tuple of pairs"),
+        ({"spare": (("*.fc2", "output"),)}, "spare must be a tuple of pairs"),
+        ({"spare": (("*.fc2", ["output"]),)}, "spare must be a tuple of pairs"),
+        ({"spare": (("*.fc2", ()),)}, "spare names no product of the layers"),
+        ({"spare": (("*.fc2", ("backward",)),)}, "every product of spare must be one of"),
+        ({"spare": (("", ("output",)),)}, "spare names layers by a pattern"),
+    ],
+)
+def test_other_policies_are_refused(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Policy(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"x": [1.0]}, "takes a dense tensor as x; got list"),
+        ({"x": None}, "takes a dense tensor as x; got NoneType"),
+        ({"shadow": [1.0]}, "takes a dense tensor as shadow; got list"),
+        ({"seed": 1.5}, "a seed is an integer or a Noise; got 1.5"),
+        ({"seed": "1"}, "a seed is an integer or a Noise"),
+    ],
+)
+def test_what_is_no_tensor_or_no_seed_is_refused(fields, sentence):
+    with pytest.raises(TypeError, match=sentence):
+        fake_quantize(**{"x": torch.ones(2, 32), "spec": stochastic(QuantizerSpec()), **fields})
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,9 @@ def test_four_micro_batches_equal_one_batch(tmp_path: Path) -> None:
     assert len(losses) == 4 and max(losses) - min(losses) > 0.01  # it is not that nothing happens
 
 
+DELAYED = ["--quant.scale_format", "e4m3", "--quant.outer", "pow2", "--quant.outer_delay", "100"]
+
+
 def test_two_processes(tmp_path: Path) -> None:
     """All that needs two processes, in one start of them: each run is a few steps."""
     plain = [*PLAIN, "--batch-size", "4"]  # two micro-batches for each of two processes
@@ -205,10 +208,11 @@ def test_two_processes(tmp_path: Path) -> None:
             {"argv": tiny(folder("ramped"), *tetrajet, *METHODS["qramping"])},
             {"argv": tiny(folder("evaluating"), *tetrajet), "rank": 1, "step": 3, "action": "stop in evaluation"},
             {"argv": tiny(folder("evaluating"), *tetrajet, "--resume", "auto")},
+            {"argv": tiny(folder("delayed"), *tetrajet, *DELAYED)},
         ],
     )
     codes = [[report["code"] for report in run] for run in reports]
-    assert codes == [[0, 0], [0, 0], [143, 143], [0, 0], [1, 1], [0, 0], [0, 0], [143, 143], [0, 0]]
+    assert codes == [[0, 0], [0, 0], [143, 143], [0, 0], [1, 1], [0, 0], [0, 0], [143, 143], [0, 0], [0, 0]]
     assert all(run[0]["weights"] == run[1]["weights"] for run in (*reports[:4], *reports[5:]))
 
     one = train(folder("one"), *plain)
@@ -237,6 +241,10 @@ def test_two_processes(tmp_path: Path) -> None:
     # So does one that it hears in evaluation, of which the shares are uneven.
     assert "at epoch 0, step 4; the state is in" in reports[7][0]["stderr"]
     assert differences(outcome(folder("tetrajet")), outcome(folder("evaluating"))) == []
+
+    # What outer scales hang from is the same in both after each step, for the one checkpoint has it for both.
+    held = [report["held"] for report in reports[9]]
+    assert held[0] == held[1] and len(set(held[0])) == 1  # from the first step to the last
 
     # Q-Ramping rehearses on both, without a trace where all periods are 1, and sets the same periods.
     weights = outcome(folder("tetrajet"))["last.pt"]["model"]

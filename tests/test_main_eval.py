@@ -201,3 +201,18 @@ def test_a_file_without_an_average_is_refused_where_it_is_to_be_tuned(
     torch.save(load_weights(trained / "last.pt"), tmp_path / "weights.pt")
     assert exit_code(tiny(tmp_path / "run", "--finetune", str(tmp_path / "weights.pt"), "--use-ema")) == 2
     assert "holds no moving average" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_is_scored_under_delayed_outer_scales_it_was_not_trained_with_and_without_its_own(
+    trained: Path, score: Score, tmp_path: Path
+) -> None:
+    """They hang from magnitudes that a checkpoint may not have, or that a model has no use for."""
+    weights = load_weights(trained / "last.pt")
+    layers = [name.removesuffix("shadow") for name in weights if name.endswith(".shadow")]
+    held = {f"{layer}held": torch.ones(3, 2) for layer in layers}
+    torch.save({**weights, **held}, tmp_path / "held.pt")
+    delayed = ["--quant.scale_format", "e4m3", "--quant.outer", "pow2", "--quant.outer_delay", "3"]
+    without = score(*MX, *OWN)[0]
+    under_present = score(*MX, *OWN, *delayed)[0]
+    assert under_present.split(": ")[1] != without.split(": ")[1]
+    assert score(*MX, *OWN, weights=tmp_path / "held.pt")[0].split(": ")[1] == without.split(": ")[1]

@@ -161,6 +161,21 @@ def test_what_does_not_go_together_is_a_mistake_in_one_sentence():
         create_model(cfg, num_classes=10)
 
 
+def test_a_rotation_alone_is_done_too():
+    small = ["model.kwargs={embed_dim: 32, depth: 1, num_heads: 2}", "model.img_size=16", "quant.scheme=mx"]
+    for rotation, layers in (("{}", 0), ("{output: {size: 8}}", 4)):
+        flags = [*small, "quant.active=[]", f"quant.rotation={rotation}"]
+        model = create_model(load_config(overrides=flags), num_classes=10)
+        assert sum(isinstance(m, QuantLinear) for m in model.modules()) == layers
+
+
+def test_a_key_that_one_quantizer_does_not_have_is_answered_by_those_it_has():
+    with pytest.raises(
+        UserError, match=r"no key quant\.quantizers\.q1\.axis; valid keys here: arithmetic, block_rows, "
+    ):
+        load_config(overrides=["quant.scheme=mx", "quant.quantizers={q1: {axis: 0}}"])
+
+
 class Blocks(nn.Module):
     """Linears called as those of timm's transformer blocks."""
 

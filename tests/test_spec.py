@@ -91,11 +91,11 @@ def test_specs_and_recipes_are_frozen_equal_by_value_and_hashable():
             f"scale_rule must be one of {', '.join(SCALE_RULES)}; got 'ceil'",
         ),
         ({"rounding": "nearest"}, "rounding must be one of nearest_even, nearest_away, nearest_up, stochastic"),
-        ({"axis": 0.0}, "axis must be an integer; got 0.0"),
-        ({"axis": None}, "axis must be an integer; got None"),
-        ({"block_size": 0}, "block_size must be a positive integer; got 0"),
-        ({"block_size": -32}, "block_size must be a positive integer; got -32"),
-        ({"block_size": 32.0}, "block_size must be a positive integer; got 32.0"),
+        ({"axis": 0.0}, "axis must be a whole number from -64 to 63; got 0.0"),
+        ({"axis": None}, "axis must be a whole number from -64 to 63; got None"),
+        ({"block_size": 0}, "block_size must be a whole number from 1 to 2147483647; got 0"),
+        ({"block_size": -32}, "block_size must be a whole number from 1 to 2147483647; got -32"),
+        ({"block_size": 32.0}, "block_size must be a whole number from 1 to 2147483647; got 32.0"),
     ],
 )
 def test_a_wrong_value_of_a_quantizer_is_named_with_the_right_ones(kwargs, expected):

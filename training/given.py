@@ -20,6 +20,7 @@ from record.weights import finetune_from, load_weights, restore_model, saved_con
 _OF_THE_MODEL = ("name", "img_size", "patch_size", "num_classes", "kwargs")
 # What decides how given weights score, beside the model itself.
 _SCORED_BY = {"quant": None, "stabilizer": None, "data": ("mean", "std", "eval_crop_ratio")}
+_HELD = ".held"  # the entry of a layer (QuantLinear)
 
 
 def as_trained(
@@ -96,7 +97,12 @@ def _some(differences: list[str]) -> str:
 def fit(model: nn.Module, weights: Mapping[str, Tensor], path: Path, own: Mapping[str, Any] | None, size: int) -> bool:
     """Load weights for evaluation. Returns whether they were resampled, as for fine-tuning: to images of side `size`
     from those of their own configuration `own`, if they have one. Raises UserError where they do not fit otherwise.
+
+    What delayed outer scales hang from may be of one side alone, since other quantizers than in training may be asked.
     """
+    kept = {name: value for name, value in model.state_dict().items() if name.endswith(_HELD)}
+    weights = {name: value for name, value in weights.items() if name in kept or not name.endswith(_HELD)}
+    weights = {**kept, **weights}
     try:
         restore_model(model, weights, path)
         return False

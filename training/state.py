@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from config import Config
 from datasets import Data
-from quantization.layers.linear import blocks_below_window
+from quantization.layers.linear import blocks_below_window, held_magnitudes
 from quantization.stabilizers import Stabilizer
 from quantization.watch.probe import Probe
 from record.checkpoint import find_last
@@ -134,6 +134,11 @@ class TrainingState(EvaluationState):
     def global_step(self) -> int:
         """Optimizer steps done in the whole run."""
         return self.epoch * self.steps_per_epoch + self.step
+
+    @functools.cached_property
+    def held(self) -> list[Tensor]:
+        """What delayed outer scales hang from, which stays the same tensors."""
+        return held_magnitudes(self.model)
 
     def blocks_below_window(self) -> Tensor | None:
         """How many blocks of this process's training so far the fp8 carrier could not hold exactly (int64, on the

@@ -75,6 +75,8 @@ def _compute_gradients(run: TrainingState, batches: Batches) -> _Gradients:
         with contextlib.nullcontext() if which.last or run.world_size == 1 else run.wrapped.no_sync():
             loss += forward_backward(run, run.wrapped, images, targets, position_of(run, micro), which)
 
+    if run.world_size > 1 and run.held:
+        _agree_on_held(run.held)
     run.stabilizer.after_backward(run.global_step)
     parameters = [p for p in run.parameters if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters])
@@ -84,6 +86,13 @@ def _compute_gradients(run: TrainingState, batches: Batches) -> _Gradients:
         dist.all_reduce(figures)
     figures /= run.world_size
     return _Gradients(parameters, norm, figures, fed)
+
+
+def _agree_on_held(held: list[Tensor]) -> None:
+    """The largest magnitude of any process for all: there is one checkpoint, by which they go on bit for bit."""
+    together = torch.stack(held)
+    dist.all_reduce(together, op=dist.ReduceOp.MAX)
+    torch._foreach_copy_(held, list(together.unbind()))
 
 
 def _launched(run: TrainingState, gradients: _Gradients) -> Step:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantization.constants import constant
-from quantization.formats import SCALE_MAX, SCALE_MIN, ElementFormat, ScaleFormat
+from quantization.formats import SCALE_FORMATS, SCALE_MAX, SCALE_MIN, ElementFormat, ScaleFormat
 from quantization.spec import QuantizerSpec
 from quantization.words import ScaleRule
 
@@ -203,7 +203,8 @@ def coded(block_max: Tensor, spec: QuantizerSpec, outer: Tensor | None, u: Tenso
             kept = place > (1 - u.double()) * (target * normal)
         count = torch.where(count < normal, torch.where(kept & (exponent == fmt.emin), normal, 0), count)
     code = (count * unit).clamp(max=fmt.max)
-    return (code if outer is None else code * outer.double()).float()
+    # Under an outer scale a target near 1 brings the largest numbers of float32 to a scale beyond them.
+    return (code if outer is None else (code * outer.double()).clamp(max=SCALE_FORMATS["e8m3"].max)).float()
 
 
 def te_scales(block_max: Tensor, finite: Tensor, amax: Tensor) -> Scales:
@@ -244,6 +245,7 @@ def scales_of(values: Tensor, spec: QuantizerSpec, amax: Tensor | None = None, u
     if spec.arithmetic == "torchao":
         return torchao_scales(block_max, finite, amax)
     if spec.scale.fraction is None:
-        return Scales(block_max / constant((spec.aim,), values.device), finite)
+        scale = block_max / constant((spec.aim,), values.device)
+        return Scales(scale.clamp(max=spec.scale.max), finite)
     outer = None if amax is None else power_of_two(outer_exponent(amax, spec))
     return Scales(coded(block_max, spec, outer, u), finite)

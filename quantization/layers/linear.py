@@ -134,3 +134,8 @@ def blocks_below_window(model: nn.Module) -> Tensor | None:
     counters = [m.blocks_below_window for m in model.modules() if isinstance(m, QuantLinear)]
     counters = [counter for counter in counters if counter is not None]
     return torch.stack(counters).sum() if counters else None
+
+
+def held_magnitudes(model: nn.Module) -> list[Tensor]:
+    """The layers' `held`, of those that have delayed outer scales."""
+    return [m.held for m in model.modules() if isinstance(m, QuantLinear) and m.held is not None]

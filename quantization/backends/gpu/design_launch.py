@@ -41,7 +41,7 @@ def by_design(spec: QuantizerSpec) -> bool:
         spec.arithmetic == "exact"
         and spec.scale_rounding != "stochastic"
         and (not spec.scale_rule.startswith("rms") or (spec.block_size == 32 and spec.block_rows == 1))
-        and spec.aim >= 1  # else an exponent of a scale may leave float32
+        and spec.aim >= 1.125  # else a scale may leave float32
         and (spec.block_rows == 1 or spec.block_size in SQUARES)
     )
 
