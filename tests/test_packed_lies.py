@@ -104,7 +104,10 @@ LIES: dict[str, tuple[Change, str]] = {
         lambda t, s: s["quant"].update(policy={"last": 3}),
         "policy spares the first 0 and the last 3",
     ),
-    "layers that are not there": (lambda t, s: s["quant"].update(policy={"spare": {"x": ["output"]}}), "policy.spare names"),
+    "layers that are not there": (
+        lambda t, s: s["quant"].update(policy={"spare": {"x": ["output"]}}),
+        "policy.spare names",
+    ),
     "another scheme": (lambda t, s: s.update(quant={"scheme": "int4"}), "its quant.scheme is not mx"),
     "no such scheme": (lambda t, s: s.update(quant={"scheme": "x"}), "its quant.scheme is not mx"),
     "a block too few": (
