@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from design_points import differing_at, point
+from design_points import fault_at, point
 from test_kernels import by, unequal
 from torch import nn
 
@@ -21,8 +21,9 @@ METHODS = [name for name in PRESETS if name not in ("full_precision", "tetrajet"
 @pytest.mark.parametrize("start", range(0, QUANTIZERS, PART))
 def test_random_points_of_the_whole_space(start):
     """2,400 points: compiling the kernels of each takes seconds, so three matrices have them in common."""
-    points = [point(n, again) for n in range(start, start + PART) for again in range(MATRICES)]
-    assert [str(it) for it in points if differing_at(it, torch.device("cuda"))] == []
+    device, places = torch.device("cuda"), itertools.product(range(start, start + PART), range(MATRICES))
+    faults = [f"{n}, matrix {again}: {said}" for n, again in places if (said := fault_at(point(n, again), device))]
+    assert not faults, "\n".join(faults)
 
 
 @pytest.mark.parametrize("element", FORMATS)

@@ -50,10 +50,13 @@ _OUTER_MIN = tl.constexpr(OUTER_MIN)
 
 @triton.jit
 def narrowed(x, dtype: tl.constexpr):
-    """Narrow what may not be a number of the dtype, to nearest, ties to even. bfloat16 by its bits."""
+    """Narrow what may not be a number of the dtype, to nearest, ties to even. bfloat16 by its bits.
+
+    A NaN of arithmetic has all bits set on a GPU: the rounding would carry into its sign, and leave a zero.
+    """
     if dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        rounded = bits + (0x7FFF + ((bits >> 16) & 1))
+        rounded = tl.where(x == x, bits + (0x7FFF + ((bits >> 16) & 1)), NAN)
         narrow = (rounded >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         narrow = from_float32(x, dtype)
