@@ -120,7 +120,8 @@ else:
         monkeypatch.setattr(design, "_INTERPRETED", tl.constexpr(False))
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fdiv", quotient)
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fused)
-        numbers = [n for n in range(120, 240) if not point(n).job.rotated][:20]
+        # In 93 a block is larger than its delayed outer scale lets float32 have.
+        numbers = [93, *[n for n in range(120, 240) if not point(n).job.rotated][:20]]
         faults = [f"{n}: {said}" for n in numbers if (said := fault_at(point(n), CPU))]
         assert not faults and fusions, "\n".join(faults)
 

@@ -232,7 +232,8 @@ def _code_by_quotient(largest, p, SPEC: tl.constexpr):
     """`_coded_scale` for a target of up to four bits, whose quotient is on the right side of every boundary."""
     m = largest.to(tl.float32, bitcast=True)
     if SPEC.outer:
-        m = m * power_of_two(127 - p)
+        # Under the scale of an earlier tensor M / P may leave float32, and fused operations of Inf are NaN.
+        m = tl.minimum(m * power_of_two(127 - p), _FLOAT32_MAX)
     q = _quotient(m, SPEC.target_value, SPEC.target_reciprocal)
     if SPEC.subnormal:
         q = tl.minimum(q, SPEC.scale_max)
