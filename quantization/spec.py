@@ -135,7 +135,7 @@ class QuantizerSpec:
                     )
         elif self.scale_rule != "truncation_free":
             return f"scale_rule {self.scale_rule} is one of e8m0 scales; got scale_format {self.scale_format}"
-        if self.outer != "none" and self.scale_format not in ("e4m3", "ue5m3", "ue5m3_61440"):
+        if self.outer != "none" and (self.scale.fraction is None or not self.scale.subnormal):
             return f"an outer scale needs scales of a narrow range (e4m3 or ue5m3); got {self.scale_format}"
         if self.outer == "none" and (self.outer_delay or self.target_scale is not None):
             return "outer_delay and target_scale are of an outer scale, and outer is none"

@@ -19,6 +19,7 @@ from interpreter_helpers import Process, assert_passed, interpreting
 
 from quantization import PRESETS, QuantizerSpec, fake_quantize
 from quantization.backends import choose, reference
+from quantization.formats import SCALE_FORMATS, ScaleFormat
 from quantization.job import DENSE, NOTHING, Job
 from quantization.rotation import Turn
 from quantization.words import QUANTIZERS, SCALE_RULES
@@ -89,7 +90,7 @@ else:
     def test_points_are_of_the_whole_space():
         jobs = [point(number).job for number in range(2000)]
         specs = [spec for job in jobs for spec in (job.row, job.column) if spec is not None]
-        assert {s.scale_format for s in specs} == {"e8m0", "e8m3", "e4m3", "ue5m3", "ue5m3_61440", "fp32"}
+        assert {s.scale_format for s in specs} == set(SCALE_FORMATS)
         assert {s.scale_rule for s in specs} == set(SCALE_RULES)
         assert {s.block_size for s in specs if s.block_rows > 1} == {16, 32}
         for name, many in (("rounding", 4), ("element", 3), ("target", 5), ("target_scale", 3), ("scale_rounding", 2)):
@@ -190,6 +191,18 @@ else:
                 results.append(by_function(*tensors((64,), 64, 48), PRESETS[method]))
         for name, value in results[0].items():
             assert torch.equal(value, results[1][name]), name
+
+    def test_kernels_take_a_new_scale_format_where_it_has_three_fraction_bits(monkeypatch):
+        x = awkward((64, 96), torch.float32, 1)
+        for name, fraction, emin, most, served in (("less", 3, -6, 240.0, True), ("short", 2, -14, 57344.0, False)):
+            monkeypatch.setitem(SCALE_FORMATS, name, ScaleFormat(name, fraction, emin, True, most, 1 - emin))
+            for outer, target, rounding in itertools.product(
+                ("none", "pow2"), (None, 5.0), ("nearest_even", "stochastic")
+            ):
+                spec = QuantizerSpec(scale_format=name, outer=outer, target=target, rounding=rounding, block_size=16)
+                assert design_launch.by_design(spec) is served
+                if served:
+                    assert differing(x, spec) == 0
 
     def test_what_has_no_kernel_is_the_reference_s_work():
         spec = QuantizerSpec(block_size=16, scale_format="e4m3")

@@ -27,6 +27,7 @@ from quantization.backends.gpu.launching import (
 from quantization.backends.gpu.tiles import DesignSpec, KernelTurn
 from quantization.backends.reference import hold
 from quantization.backends.scales import ROOT_OF_2
+from quantization.formats import ScaleFormat
 from quantization.job import SCALED, Job, Operand, Prepared, Scaled
 from quantization.noise import Noise
 from quantization.rotation import FIXED, STREAM, Turn
@@ -38,12 +39,18 @@ SQUARES = (16, 32)  # sides of square blocks
 def by_design(spec: QuantizerSpec) -> bool:
     """Whether `design_kernel` has the scales of this quantizer."""
     return (
-        spec.arithmetic == "exact"
+        (spec.power_of_two or spec.scale.fraction is None or _has_codes_of(spec.scale))
+        and spec.arithmetic == "exact"
         and spec.scale_rounding != "stochastic"
         and (not spec.scale_rule.startswith("rms") or (spec.block_size == 32 and spec.block_rows == 1))
         and spec.aim >= 1.125  # else a scale may leave float32
         and (spec.block_rows == 1 or spec.block_size in SQUARES)
     )
+
+
+def _has_codes_of(fmt: ScaleFormat) -> bool:
+    """Whether the kernels have the codes of a format: of three fraction bits, down to zero or as far as float32's."""
+    return fmt.fraction == 3 and (fmt.max < 2.0**100 if fmt.subnormal else fmt.emin == -126)
 
 
 def _parts(value: float) -> tuple[int, int]:
