@@ -107,4 +107,8 @@ def create_model(cfg: Config, num_classes: int) -> nn.Module:
 
 def quantizer_table(model: nn.Module) -> dict[str, dict[str, str]]:
     """Layer by layer, the six quantizers and the backward operands (INT4: its switches), as manifests record them."""
-    return {name: m.recipe.table() for name, m in model.named_modules() if isinstance(m, QuantLinear | Int4Linear)}
+    return {
+        name: m.table() if isinstance(m, QuantLinear) else m.recipe.table()
+        for name, m in model.named_modules()
+        if isinstance(m, QuantLinear | Int4Linear)
+    }

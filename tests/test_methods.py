@@ -13,7 +13,7 @@ from script_helpers import ROOT, STUB, bash, clean_env, executable
 from torch import nn
 
 from config import UserError, load_config
-from models.zoo import create_model
+from models.zoo import create_model, quantizer_table
 from quantization import PRESETS, LinearRecipe, QuantizerSpec, QuantLinear, convert_linears, fake_quantize, resolve
 from quantization.policy import Policy
 from quantization.rotation import Rotation
@@ -285,6 +285,17 @@ def test_the_table_of_a_layer_names_all_that_it_computes(method):
     for name, rotation in zip(("output", "grad_input", "grad_weight"), ROTATIONS[method], strict=True):
         assert (f"rotate_{name}" in table) == (rotation is not None)
     assert str(layer.recipe) != str(PRESETS["tetrajet"])
+
+
+def test_the_manifest_says_in_what_groups_a_layer_is_rotated():
+    model = nn.Sequential(nn.Linear(96, 45), nn.Linear(45, 192))
+    recipe = LinearRecipe(rotate_output=Rotation(64), rotate_grad_input=Rotation(128, "fresh"))
+    convert_linears(model, recipe, ["0", "1"])
+    tables = quantizer_table(model)
+    assert tables["0"]["rotate_output"] == "hadamard 64 signs none in groups of 32"
+    assert tables["0"]["rotate_grad_input"] == "hadamard 128 signs fresh in groups of 1"  # of 45: not at all
+    assert tables["1"]["rotate_grad_input"] == "hadamard 128 signs fresh in groups of 64"
+    assert "rotate_grad_weight" not in tables["0"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

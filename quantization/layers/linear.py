@@ -125,6 +125,15 @@ class QuantLinear(NoisyLinear):
         quantized, turn = self.quantized_turned_weight(), self.weight_turn
         return quantized if turn is None else rotate_back(quantized, turn).to(self.weight.dtype)
 
+    def table(self) -> dict[str, str]:
+        """The recipe's, and in what groups this layer is rotated; those of grad_weight divide the number of tokens."""
+        table = self.recipe.table()
+        for product, length in (("output", self.in_features), ("grad_input", self.out_features)):
+            if self.recipe.rotation(product) is not None:
+                turn = self.jobs.turn(product, length)
+                table[f"rotate_{product}"] += f" in groups of {1 if turn is None else turn.size}"
+        return table
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.recipe}"
 
