@@ -9,13 +9,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_reference import assert_same_bits
 
 from quantization import QuantizerSpec, fake_quantize
 from quantization.backends.reference import block_scales, to_blocks
-from quantization.formats import SCALE_FORMATS
+from quantization.formats import FORMATS, SCALE_FORMATS
 from quantization.noise import Noise, uniform
 from quantization.policy import Policy
 from quantization.spec import LinearRecipe, Rotation
+from quantization.words import ROUNDINGS
 
 B16 = QuantizerSpec(block_size=16)
 NVFP4 = dataclasses.replace(B16, scale_format="e4m3", outer="pow2")
@@ -23,6 +25,7 @@ UNBIASED = {
     "truncation_free": QuantizerSpec(),
     "three_quarter": QuantizerSpec(scale_rule="three_quarter"),
     "e8m3 target 16/17": dataclasses.replace(B16, scale_format="e8m3", target=6 * 16 / 17),
+    "nvfp4 target 16/17": dataclasses.replace(NVFP4, target=6 * 16 / 17),
     "fp32": dataclasses.replace(B16, scale_format="fp32"),
     "e4m3 up": dataclasses.replace(B16, scale_format="e4m3", scale_rounding="up"),
 }
@@ -137,6 +140,17 @@ def test_every_word_has_an_off_value_which_is_the_paper_s_quantizer():  # T2
         assert spec.plain and spec == QuantizerSpec("e2m1", "floor", "stochastic", 0, 32)
     assert not QuantizerSpec(scale_rule="even").plain
     assert not any(QuantizerSpec(**{name: value}).plain for name, value in (("correction", 1.5), ("block_rows", 32)))
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("element", FORMATS)
+def test_every_code_is_rounded_to_itself(element, rounding):
+    grid = torch.tensor(FORMATS[element].magnitudes)
+    x = torch.cat([grid, -grid]).repeat(64, 1)  # under many draws
+    for name, fmt in SCALE_FORMATS.items():
+        spec = QuantizerSpec(element, rounding=rounding, block_size=16, scale_format=name)
+        for scale in (1.0, 2.0**-5) if fmt.fraction == 0 else (1.0, 1.375, 2.0**-5 * 1.875):
+            assert_same_bits(fake_quantize(x * scale, spec, seed=1), x * scale)
 
 
 SCALED = [
