@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import timm
+
+from config import load_config
+from quantization import PRESETS, QuantLinear, resolve
+from quantization.rotation import Rotation
 
 ROOT = Path(__file__).resolve().parents[1]
 # Folders whose files a document may name without the folder; the last are those of README's layout.
@@ -27,3 +34,25 @@ def test_every_path_and_symbol_named_in_a_document_exists(document):
             assert re.search(rf"^(def|class) {symbol}\b|^{symbol}\b", found[0].read_text(), re.MULTILINE), (
                 f"{document} names {symbol}, which is not in {path}"
             )
+
+
+def test_a_method_of_one_s_own_in_python_is_what_readme_says():
+    section = (ROOT / "README.md").read_text().split("### Your own method")[1].split("\n## ")[0]
+    names = {"my_vit": timm.create_model("vit_tiny_patch16_224", embed_dim=32, depth=3, num_heads=2, img_size=32)}
+    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1), names)
+    layers = [m for m in names["my_vit"].modules() if isinstance(m, QuantLinear)]
+    assert len(layers) == 8 and all(layer.recipe.q5.scale_format == "e8m3" for layer in layers)
+    assert all(layer.recipe.rotate_grad_weight == Rotation(16, "fresh") for layer in layers)
+
+
+def test_a_method_of_one_s_own_in_a_file_is_what_readme_says(tmp_path):
+    section = (ROOT / "README.md").read_text().split("### Your own method")[1].split("\n## ")[0]
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    commands = [line for line in section.splitlines() if line.startswith(("cp ", "sed "))]
+    assert len(commands) == 2
+    for command in commands:
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    mine = tmp_path / "configs/methods/mine.yaml"
+    mine.write_text(mine.read_text().replace("scale_format: e4m3", "scale_format: ue5m3"))
+    recipe = resolve(load_config(tmp_path / "configs/methods/deit_tiny_mine.yaml").quant)
+    assert recipe.q1.scale_format == "ue5m3" and recipe.policy == PRESETS["nvfp4"].policy
