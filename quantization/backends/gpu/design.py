@@ -106,18 +106,18 @@ def _sums_and_differences(x, PAIR: tl.constexpr):
 
 
 @triton.jit
-def _butterfly(x, H: tl.constexpr, AXIS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """Sums and differences of numbers H apart along AXIS of a tile in patches."""
+def _with_pairs(x, OF: tl.constexpr, H: tl.constexpr, AXIS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """What OF makes of the pairs of numbers H apart along AXIS of a tile in patches."""
     if AXIS == 1:
         if H < 8:
-            x = _sums_and_differences(tl.reshape(x, (C, R, 4 // H, 2, H, 4)), 3)
+            x = OF(tl.reshape(x, (C, R, 4 // H, 2, H, 4)), 3)
         else:
-            x = _sums_and_differences(tl.reshape(x, (C * 4 // H, 2, H // 8, R, 8, 4)), 1)
+            x = OF(tl.reshape(x, (C * 4 // H, 2, H // 8, R, 8, 4)), 1)
     else:
         if H < 4:
-            x = _sums_and_differences(tl.reshape(x, (C, R, 8, 2 // H, 2, H)), 4)
+            x = OF(tl.reshape(x, (C, R, 8, 2 // H, 2, H)), 4)
         else:
-            x = _sums_and_differences(tl.reshape(x, (C, R * 2 // H, 2, H // 4, 8, 4)), 2)
+            x = OF(tl.reshape(x, (C, R * 2 // H, 2, H // 4, 8, 4)), 2)
     return tl.reshape(x, (C, R, 8, 4))
 
 
@@ -128,7 +128,7 @@ def rotated(x, state_ptr, stream, TURN: tl.constexpr, AXIS: tl.constexpr, ROWS: 
         x = _flipped(x, state_ptr, stream, TURN, AXIS, ROWS, COLUMNS)
     STAGES: tl.constexpr = TURN.stages
     for stage in tl.static_range(STAGES):
-        x = _butterfly(x, 1 << stage, AXIS, ROWS // PATCH_ROWS, COLUMNS // PATCH_COLUMNS)
+        x = _with_pairs(x, _sums_and_differences, 1 << stage, AXIS, ROWS // PATCH_ROWS, COLUMNS // PATCH_COLUMNS)
     return x * TURN.norm + 0.0  # which is no -0.0, whichever way the sums were made
 
 
@@ -168,23 +168,8 @@ def _sums_of_pairs(x, PAIR: tl.constexpr):
 def _block_sums(x, AXIS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     """Sums of blocks of 32 in the places of all their numbers, by pairs of neighbours; of a tile in patches."""
     for stage in tl.static_range(5):
-        x = _pairs_of_sums(x, 1 << stage, AXIS, R, C)
+        x = _with_pairs(x, _sums_of_pairs, 1 << stage, AXIS, R, C)
     return x
-
-
-@triton.jit
-def _pairs_of_sums(x, H: tl.constexpr, AXIS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    if AXIS == 1:
-        if H < 8:
-            x = _sums_of_pairs(tl.reshape(x, (C, R, 4 // H, 2, H, 4)), 3)
-        else:
-            x = _sums_of_pairs(tl.reshape(x, (C * 4 // H, 2, H // 8, R, 8, 4)), 1)
-    else:
-        if H < 4:
-            x = _sums_of_pairs(tl.reshape(x, (C, R, 8, 2 // H, 2, H)), 4)
-        else:
-            x = _sums_of_pairs(tl.reshape(x, (C, R * 2 // H, 2, H // 4, 8, 4)), 2)
-    return tl.reshape(x, (C, R, 8, 4))
 
 
 @triton.jit
