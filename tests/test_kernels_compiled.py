@@ -1,0 +1,79 @@
+"""The Triton kernels compiled and launched for an H100 that is not there: what the interpreter sees nothing of.
+
+A driver that launches nothing stands for CUDA's. So the branches that only a GPU takes compile, the launcher asks the
+driver for what it has, and passes a kernel the same arguments when Triton launches it and when it does itself.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from quantization import PRESETS
+from quantization.noise import Noise
+from quantization.operands import G, LinearJobs, W, X
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.driver import GPUDriver  # noqa: E402
+from triton.backends.nvidia.driver import CudaDriver  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+
+from quantization.backends.gpu import launch  # noqa: E402
+
+SHARED_MEMORY = 232448  # bytes of a multiprocessor that a program may have
+
+
+class Driver(CudaDriver):
+    """CUDA's, without a device."""
+
+    def __init__(self, launches: list[tuple[Any, ...]]) -> None:
+        GPUDriver.__init__(self)
+        self.get_current_device, self.get_current_stream = (lambda: 0), (lambda device: 0)
+        properties = {
+            "max_shared_mem": SHARED_MEMORY,
+            "max_num_regs": 65536,
+            "multiprocessorCount": 132,
+            "warpSize": 32,
+        }
+        self.utils = SimpleNamespace(
+            load_binary=lambda *_: (0, 0, 0, 0, 1024), get_device_properties=lambda device: properties
+        )
+        self.launcher_cls = lambda source, metadata: lambda *arguments: launches.append(arguments)
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The arguments of each launch: programs, stream, what Triton adds, and the kernel's own behind it."""
+    found: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(driver, "_active", Driver(found))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of a CPU
+    return found
+
+
+@pytest.mark.parametrize(
+    ("preset", "role"), [("tetrajet", X), ("tetrajet", G), ("nvfp4", G), ("quartet", X), ("quartet", W)]
+)
+def test_kernels_compile_and_are_launched(preset, role, launches):
+    x = torch.zeros(256, 192, dtype=torch.float32 if role == W else torch.bfloat16)
+    job = LinearJobs(PRESETS[preset], (192, 192))._make(
+        role, torch.bfloat16, True, False, tuple(x.shape), True, True, role == G
+    )
+    noise = Noise(torch.zeros(2, dtype=torch.int64), 0)
+    counts = []
+    for _ in range(2):
+        launch.prepare(x, job, noise)
+        counts.append([(arguments[:3], len(arguments)) for arguments in launches])
+        launches.clear()
+    by_triton, by_us = counts
+    assert by_triton == by_us and by_us
