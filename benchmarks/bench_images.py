@@ -1,6 +1,7 @@
 """Images from files to the model: loader processes and device alone, and whole training against a resident batch.
 
     python benchmarks/bench_images.py [--models deit_tiny swin_tiny] [--pipelines cpu gpu] [--workers 16] [--loader]
+    torchrun --standalone --nproc-per-node 2 benchmarks/bench_images.py [...]       # a GPU and its share of cores each
 
 It makes its own JPEG files of ImageNet's size (500x375, about 70 kB; --files of them) in a temporary folder, and trains
 from them with the recipe's augmentation, mixup included. `resident` is the same run on one batch that stays on the
@@ -11,6 +12,7 @@ were pipelines. Rows of `cpu` give what one core spends on an image, stage by st
 
 from __future__ import annotations
 
+import argparse
 import gc
 import io
 import itertools
@@ -25,8 +27,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from bench_step import BATCH
-from common import MODELS, TINY, Results, command, method_config, parse, parser_for
+from common import MODELS, TINY, Results, command, method_config, parse, parser_for, process_group
 from PIL import Image
 
 from config import load_config
@@ -38,6 +41,7 @@ from images.packed import Draws
 from images.parcel import pack
 from images.transforms import train_transform
 from main import build_run
+from training.processes import environment_number
 
 SIZE, SMALL = (500, 375), (64, 64)
 TINY_IMAGENET = "tiny_imagenet"  # DeiT-T at 64x64 pixels, on a set that is kept on the device
@@ -92,7 +96,8 @@ def config_of(model: str, root: Path, options: Any, pipeline: str) -> list[str]:
     kept = 0.25 if model == TINY_IMAGENET else 0
     smaller = ["model.img_size=32", f"model.kwargs={TINY['swin' if model.startswith('swin') else 'deit']}"]
     return [
-        *("data.set=imagenet", f"data.path={root}", f"data.batch_size={batch}", f"optim.global_batch={batch}"),
+        *("data.set=imagenet", f"data.path={root}", f"data.batch_size={batch}"),
+        f"optim.global_batch={batch * options.world_size}",
         *("run.amp=bfloat16", "probes.enabled=false", f"data.num_workers={options.workers}"),
         *("schedule.epochs=90", f"data.resident={kept}"),
         *(smaller if options.quick else []),
@@ -116,6 +121,12 @@ def cpu_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+def shape_of(batch: int, options: Any) -> str:
+    if options.world_size == 1:
+        return f"batch {batch}, {options.workers} workers"
+    return f"{options.world_size} GPUs, each batch {batch} and {options.workers} workers"
+
+
 def loader_alone(results: Results, model: str, root: Path, options: Any, device: torch.device) -> None:
     """Batches as fast as they come."""
     samples, cores = {}, {}
@@ -123,7 +134,7 @@ def loader_alone(results: Results, model: str, root: Path, options: Any, device:
         cfg = load_config(method_config(model, "tetrajet"), config_of(model, root, options, name))
         size = cfg.data.batch_size
         place = "cpu" if name == "float" else device
-        data = build_data(cfg, rank=0, world_size=1, batch_size=size, device=place)
+        data = build_data(cfg, rank=options.rank, world_size=options.world_size, batch_size=size, device=place)
         batches = endless(data)
         for _ in range(2 if options.quick else 48):  # until those are gone that were made while nobody waited
             next(batches)
@@ -142,10 +153,10 @@ def loader_alone(results: Results, model: str, root: Path, options: Any, device:
         gc.collect()
     results.add(
         f"loader {model}",
-        f"batch {size}, {options.workers} workers",
+        shape_of(size, options),
         samples,
         dict.fromkeys(samples, next(iter(samples))),
-        rate=lambda _, seconds: size / seconds,
+        rate=lambda _, seconds: size * options.world_size / seconds,
         rate_unit="images/s",
     )
     print("  CPU ms an image: " + ", ".join(f"{name} {used:.2f}" for name, used in cores.items()))
@@ -159,7 +170,8 @@ def training(results: Results, model: str, root: Path, options: Any, device: tor
         cfg = load_config(method_config(model, "tetrajet"), [*overrides, *options.carrier_override])
         batch = cfg.data.batch_size
         with tempfile.TemporaryDirectory() as folder:
-            run = build_run(cfg, Path(folder) / "run", rank=0, world_size=1, device=device)
+            output = Path(folder) / "run"
+            run = build_run(cfg, output, rank=options.rank, world_size=options.world_size, device=device)
         run.wrapped.train()
         files = endless(run.data)
         kept = next(files)
@@ -173,16 +185,18 @@ def training(results: Results, model: str, root: Path, options: Any, device: tor
                 samples.setdefault(label, []).append(turn(run, source, options.steps, device))
         files.close()
         run.data.close()
+        if run.graphs is not None:  # they hold the process group's
+            run.graphs.forget()
         del run, files, sources, kept, source
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     results.add(
         f"training {model}",
-        f"batch {batch}, {options.workers} workers",
+        shape_of(batch, options),
         samples,
         {name: name if name.startswith("resident") else f"resident ({name})" for name in samples},
-        rate=lambda _, seconds: batch / seconds,
+        rate=lambda _, seconds: batch * options.world_size / seconds,
         rate_unit="images/s",
     )
 
@@ -258,24 +272,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--carrier", default="bf16", choices=["bf16", "fp8"], help="quant.carrier")
     options, device = parse(parser, argv)
     if options.workers is None:
-        options.workers = 0 if options.quick else len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0)) // environment_number("LOCAL_WORLD_SIZE", 1)
+        options.workers = 0 if options.quick else max(1, cores)
     options.files = options.files or (64 if options.quick else 16384)
     options.steps = options.steps or (2 if options.quick else 24)
+    with process_group(device) as (device, options.rank, options.world_size):
+        measure(options, device)
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> None:
     results = Results("images", options, device)
     with tempfile.TemporaryDirectory() as large, tempfile.TemporaryDirectory() as small:
-        root = Path(large)
-        make_files(root, options.files)
-        if TINY_IMAGENET in options.models:
-            make_files(Path(small), options.files, SMALL)
+        roots = [Path(large), Path(small)]
+        if options.rank == 0:
+            make_files(roots[0], options.files)
+            if TINY_IMAGENET in options.models:
+                make_files(roots[1], options.files, SMALL)
+        if options.world_size > 1:
+            dist.broadcast_object_list(roots, src=0)
         if options.stages:
-            stages(results, root, options)
+            stages(results, roots[0], options)
         for model in options.models:
-            root = Path(small if model == TINY_IMAGENET else large)
+            root = roots[model == TINY_IMAGENET]
             if options.loader:
                 loader_alone(results, model, root, options, device)
             if not options.no_training:
                 training(results, model, root, options, device)
-            results.write()
+            if options.rank == 0:
+                results.write()
+        if options.world_size > 1:
+            dist.barrier()  # the files are the first process's, and the others may still read
 
 
 if __name__ == "__main__":

@@ -10,13 +10,24 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from bench_step import BASELINE, BATCH, GRAPHS
-from common import MODELS, Results, command, make_batch, make_run, method_config, parse, parser_for, step_of, take_turns
+from common import (
+    MODELS,
+    Results,
+    command,
+    make_batch,
+    make_run,
+    method_config,
+    parse,
+    parser_for,
+    process_group,
+    step_of,
+    take_turns,
+)
 
 from config import UserError
 
@@ -29,19 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, help=f"images of a GPU's step (default: {BATCH})")
     parser.add_argument("--graphs", action="store_true", help="with passes recorded as CUDA graphs")
     options, device = parse(parser, argv)
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size < 2:
-        raise UserError("This benchmark needs several processes; start it with torchrun --nproc-per-node 2.")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
-    )
-    try:
+    with process_group(device) as (device, rank, world_size):
+        if world_size < 2:
+            raise UserError("This benchmark needs several processes; start it with torchrun --nproc-per-node 2.")
         results = measure(options, device, rank, world_size)
-    finally:
-        dist.destroy_process_group()
     if results is not None:
         results.write()
 

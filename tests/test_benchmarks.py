@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_design
+import bench_images
 import bench_linear
 import bench_operands
 import bench_packed
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.usefixtures("in_this_process")
 
 BENCHMARKS = {
     "design": (bench_design.main, ["--dtypes", "bfloat16", "--points", "nvfp4", "square"]),
+    "images": (bench_images.main, ["--models", "deit_tiny", "--pipelines", "float", "cpu", "--loader", "--stages"]),
     "linear": (bench_linear.main, ["--models", "deit_base", "--layers", "qkv", "fc2"]),
     "operands": (bench_operands.main, ["--layers", "fc2"]),
     "packed": (bench_packed.main, ["--models", "deit_tiny"]),
@@ -43,6 +45,14 @@ BENCHMARKS = {
 AXES = ("-1", "0", "both")
 CASES = {  # the variants of every case, the baseline of each
     "design": [["copy", "nvfp4", "nvfp4 H16", "square", "square H16"]] * 4,
+    "images": [
+        [
+            *("decode (Pillow)", "decode (torchvision)", "header", "crop and resize", "flip"),
+            *("RandAugment", "to tensor", "normalise", "seeds, and putting them back", "draws", "pack 32 of them"),
+        ],
+        ["float", "cpu"],
+        ["resident (cpu)", "cpu"],
+    ],
     "linear": [["bf16", "tetrajet", "microscaling"]] * 2,
     "operands": [["copy", "bf16", "fp8"]] * 3 + [["copy", "bf16"]] + [["bf16", "fp8"]] * 3,
     "packed": [["bf16", "fp32", "packed", "packed, plain activations", "packed, fp32"]] * 2,
