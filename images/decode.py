@@ -38,7 +38,7 @@ def open_image(source: str | Path | IO[bytes]) -> Image.Image:
 
 def plain_jpeg(content: bytes) -> tuple[int, int] | None:
     """(height, width) of a JPEG file that all decoders read: YCbCr of 8 bits, and said to be that, not progressive,
-    complete.
+    complete, colours sampled as is usual.
 
     None for everything else, which is Pillow's to read.
     """
@@ -52,7 +52,11 @@ def plain_jpeg(content: bytes) -> tuple[int, int] | None:
     plain = image.mode == "RGB" and image.layers == 3 and image.bits == 8 and info.get("adobe_transform", 1) == 1
     plain &= "jfif" in info or [number for number, *_ in image.layer] == [1, 2, 3]  # "R", "G", "B": not converted
     samplings = [(horizontal, vertical) for _, horizontal, vertical, _ in image.layer]
-    plain &= samplings[1:] == [(1, 1), (1, 1)] and samplings[0] in ((1, 1), (2, 1), (2, 2), (1, 2))
+    plain &= samplings[1:] == [(1, 1), (1, 1)] and samplings[0] in (
+        (1, 1),
+        (2, 1),
+        (2, 2),
+    )  # of others the decoders differ by levels
     return (image.height, image.width) if plain and not info.get("progressive") else None
 
 

@@ -25,7 +25,9 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from images.decode import open_image, plain_jpeg
 from images.gpu import Finisher
+from images.packed import Draws
 from images.pipeline import choose_pipeline
+from images.transforms import train_transform
 
 GPU, FILES = "data.pipeline=gpu", "data.resident=0"
 
@@ -262,6 +264,22 @@ def test_a_jpeg_of_red_green_and_blue_is_not_plain(folder):
     del content[2 : 4 + length]
     open_image(io.BytesIO(content))
     assert plain_jpeg(bytes(content)) is None
+
+
+@pytest.mark.parametrize(("sampling", "plain"), [("4:4:4", True), ("4:2:2", True), ("4:2:0", True), ("4:4:0", False)])
+def test_plain_files_have_pillows_pixels_in_loader_processes(sampling, plain):
+    """Decoders differ in how they interpolate the colours of a file that was turned by 90 degrees."""
+    stream = io.BytesIO()
+    turned = sampling == "4:4:0"
+    photograph(2, 32, 32).save(stream, "JPEG", quality=80, subsampling="4:2:2" if turned else sampling)
+    content = bytearray(stream.getvalue())
+    if turned:
+        factors = content.index(b"\xff\xc0") + 11
+        assert content[factors] == 0x21
+        content[factors] = 0x12
+    opened = Draws(train_transform(make_config()), 16, 0.0).open(bytes(content), 0)
+    assert np.array_equal(opened.place, np.asarray(open_image(io.BytesIO(content))))
+    assert (plain_jpeg(bytes(content)) is not None) == plain
 
 
 def test_a_file_that_vanishes_in_mid_epoch(folder, tmp_path):
