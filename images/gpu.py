@@ -64,10 +64,10 @@ class Finisher:
         if self._device.type == "cpu" and not _interpreted():
             return self._by_pillow(parcels)
         decoded = self.decode(parcels) if decoded is None else decoded
-        merged, sources = merge(parcels)
-        here = room_for(merged, sources, self._device)
+        merged, rests = merge(parcels)
+        here = room_for(merged, rests, self._device)
         self._place(merged, here, decoded.images)
-        fill(here, _pinned(merged) if self._device.type == "cuda" and self._pin else merged, sources)
+        fill(here, _pinned(merged) if self._device.type == "cuda" and self._pin else merged, rests)
         return augment(here, self._levels, self._size), here.targets.clone(), decoded.failed
 
     def _by_pillow(self, parcels: Sequence[Parcel]) -> tuple[Tensor, Tensor, list[int]]:

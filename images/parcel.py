@@ -30,7 +30,8 @@ COLUMNS = 21
 OF_OPERATION = 4
 # Columns of `boxes`, int64: top, left, height, width, first number of `noise`, whether there is one for each pixel.
 OF_BOX = 6
-_SMALL = ("images", "operations", "values", "boxes", "noise", "tables", "targets")
+# Sections that `merge` makes anew; behind them lie noise and source, which are most of a parcel.
+_SMALL = ("images", "operations", "values", "boxes", "tables", "targets")
 
 
 class Sample(NamedTuple):
@@ -55,7 +56,7 @@ class Extent(NamedTuple):
 class Parcel:
     """A batch of images, packed: its sections are attributes, views of `memory` (uint8) on whatever device that is.
 
-    images, operations, values, boxes, noise, tables, targets (B,) int64, source: the images themselves.
+    images, operations, values, boxes, tables, targets (B,) int64, noise, source: the images themselves.
     """
 
     memory: Tensor
@@ -70,6 +71,11 @@ class Parcel:
             raise AttributeError(name) from None
         count = math.prod(shape) * dtype.itemsize
         return self.memory[start : start + count].view(dtype).view(shape)
+
+    @property
+    def rest(self) -> Tensor:
+        """Noise and source, (bytes,) uint8, of a parcel that `pack` has made."""
+        return self.memory[self.layout["noise"][0] :]
 
     def __reduce__(self) -> tuple:
         if self.slot is None:
@@ -116,8 +122,7 @@ def pack(samples: Sequence[Sample], targets: Sequence[int] = (), slots: Slots | 
     pieces = _place_images(samples, images)
     looked_up = np.frombuffer(b"".join(tables), np.uint8).reshape(len(tables), 256)
     sections = {"images": images, "operations": operations, "values": values, "boxes": placed}
-    sections |= {"noise": noise, "tables": looked_up}
-    sections["targets"] = np.array(targets, np.int64)
+    sections |= {"tables": looked_up, "targets": np.array(targets, np.int64), "noise": noise}
     return _write(sections, pieces, _extent(images, operations, lines), slots)
 
 
@@ -196,9 +201,9 @@ def _write(sections: dict[str, np.ndarray], pieces: list[np.ndarray], extent: Ex
 
 
 def merge(parcels: Sequence[Parcel]) -> tuple[Parcel, list[Tensor]]:
-    """(one parcel of several on the CPU, but for its source; the sources, which are to lie in a row behind it).
+    """(one parcel of several on the CPU, but for noise and source; the rests, which are to lie in a row behind it).
 
-    A batch is packed by several loader processes. Places in the sources, boxes, noise and tables are counted on.
+    A batch is packed by several loader processes. Places in the rests, boxes and tables are counted on.
     """
     arrays = {name: [getattr(one, name).numpy() for one in parcels] for name in _SMALL}
     images = np.concatenate(arrays["images"])
@@ -206,21 +211,21 @@ def merge(parcels: Sequence[Parcel]) -> tuple[Parcel, list[Tensor]]:
     operations = np.zeros((rounds, len(images), OF_OPERATION), np.int32)
     values = np.zeros((rounds, len(images), VALUES), np.float64)
     boxes = np.concatenate(arrays["boxes"])
-    row = box = lines = source = noise = table = 0
+    row = box = lines = rest = table = 0
     for number, one in enumerate(parcels):
         rows, turns = slice(row, row + len(one)), len(arrays["operations"][number])
-        images[rows, START] += np.where(images[rows, KIND] == RESIDENT, 0, source)
+        before = rest + one.layout["source"][0] - one.layout["noise"][0]
+        images[rows, START] += np.where(images[rows, KIND] == RESIDENT, 0, before)
         images[rows, FIRST_BOX] += box
         images[rows, BETWEEN] += lines
         operations[:turns, rows] = arrays["operations"][number]
         operations[:turns, rows, 1] += table
         values[:turns, rows] = arrays["values"][number]
-        boxes[box : box + len(arrays["boxes"][number]), 4] += noise
+        boxes[box : box + len(arrays["boxes"][number]), 4] += rest // torch.float32.itemsize
         row, box, lines = rows.stop, box + len(arrays["boxes"][number]), lines + one.extent.lines
-        source += _aligned(one.source.numel())
-        noise, table = noise + len(arrays["noise"][number]), table + len(arrays["tables"][number])
+        rest, table = rest + _aligned(one.rest.numel()), table + len(arrays["tables"][number])
     sections = {"images": images, "operations": operations, "values": values, "boxes": boxes}
-    sections |= {name: np.concatenate(arrays[name]) for name in ("noise", "tables", "targets")}
+    sections |= {name: np.concatenate(arrays[name]) for name in ("tables", "targets")}
     extents = [one.extent for one in parcels]
     extent = Extent(
         lines=lines,
@@ -229,23 +234,24 @@ def merge(parcels: Sequence[Parcel]) -> tuple[Parcel, list[Tensor]]:
         looking=tuple(sorted({turn for extent in extents for turn in extent.looking})),
         blurring=tuple(sorted({turn for extent in extents for turn in extent.blurring})),
     )
-    return _write(sections, [], extent, None), [one.source for one in parcels]
+    return _write(sections, [], extent, None), [one.rest for one in parcels]
 
 
-def room_for(merged: Parcel, sources: Sequence[Tensor], device: torch.device) -> Parcel:
+def room_for(merged: Parcel, rests: Sequence[Tensor], device: torch.device) -> Parcel:
     """Memory on a device for what `merge` has made; nothing is there yet."""
-    start, size = merged.layout["source"][0], sum(_aligned(source.numel()) for source in sources)
+    start, size = merged.layout["source"][0], sum(_aligned(rest.numel()) for rest in rests)
     memory = torch.empty(start + size, dtype=torch.uint8, device=device)
-    return Parcel(memory, {**merged.layout, "source": (start, (size,), torch.uint8)}, merged.extent)
+    noise = start, (size // torch.float32.itemsize,), torch.float32  # and source are one, of which each has its parts
+    return Parcel(memory, {**merged.layout, "noise": noise, "source": (start, (size,), torch.uint8)}, merged.extent)
 
 
-def fill(here: Parcel, merged: Parcel, sources: Sequence[Tensor]) -> None:
+def fill(here: Parcel, merged: Parcel, rests: Sequence[Tensor]) -> None:
     """Copy it there; from pinned memory while the program goes on."""
     begin = here.layout["source"][0]
     here.memory[:begin].copy_(merged.memory[:begin], non_blocking=True)
-    for source in sources:
-        here.memory[begin : begin + source.numel()].copy_(source, non_blocking=True)
-        begin += _aligned(source.numel())
+    for rest in rests:
+        here.memory[begin : begin + rest.numel()].copy_(rest, non_blocking=True)
+        begin += _aligned(rest.numel())
 
 
 def _aligned(size: int) -> int:

@@ -56,8 +56,7 @@ class FeedMaker:
             loader = self._loader(packed, Collate(), batch_size=size, drop_last=training)
             return Feed(loader, self._device, finisher, self._leash, packed)
         pieces = Pieces(order, size, drop_last=training, size=PIECE if resident is None else size)
-        collate_pieces = Collate(None if resident is not None else self._slots)
-        loader = self._loader(images.packed(PackedImages, maker), collate_pieces, batch_sampler=pieces)
+        loader = self._loader(images.packed(PackedImages, maker), Collate(self._slots), batch_sampler=pieces)
         return Feed(loader, self._device, finisher, self._leash, order)
 
     def _maker(

@@ -13,15 +13,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from data_helpers import make_config
+from data_helpers import make_config, make_data
 from test_draws import photograph
 from torch.utils.data import DataLoader
 
-from images.draws import Crop, Drawn
+from images.draws import Box, Crop, Drawn
 from images.feed import Feed, _Ahead
 from images.gpu import Decoded, Finisher
 from images.packed import Collate, Told
-from images.parcel import PIXELS, Sample, pack
+from images.parcel import BOXES, FIRST_BOX, LENGTH, PIXELS, RESIDENT, START, Sample, fill, merge, pack, room_for
 from images.pipeline import FeedMaker
 from images.samples import Images
 from images.slots import MOST, Slots, can_share
@@ -284,15 +284,53 @@ def test_training_and_evaluation_share_their_slots():
     assert one is other and len(one._maps) == 4 + 8 * 3 and not one.pinned and not feeds[0]._finisher._pin
 
 
+def test_batches_of_kept_sets_come_in_slots():
+    data = make_data("data.pipeline=gpu", "data.resident=0.2", "data.num_workers=1", batch_size=8)
+    assert "kept" in data.pipeline["training"]
+    slots = [parcel.slot for parcel, _ in data.train.loader]
+    assert len(slots) > 1 and None not in slots
+    data.close()
+
+
+# --- Batches of several parcels ---------------------------------------------------------------------------------------
+
+
+def test_noise_and_images_are_found_where_they_are_copied_to():
+    rng = np.random.default_rng(0)
+    samples = []
+    for number, (count, side) in enumerate(((0, 5), (2, 4), (1, 3), (3, 7), (0, 6))):
+        shapes = [(3, 1 + k, 2) if k else (3, 1, 1) for k in range(count)]
+        boxes = [Box(0, 0, 1 + k, 2, torch.randn(shape)) for k, shape in enumerate(shapes)]
+        pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        drawn = sample(number, side).drawn
+        place, kind = (number, RESIDENT) if number == 2 else (pixels, PIXELS)
+        samples.append(Sample(place, kind, drawn._replace(boxes=tuple(boxes))))
+    for cuts in ((0, 5), (0, 1, 5), (0, 2, 3, 5)):
+        merged, rests = merge([pack(samples[one:two]) for one, two in itertools.pairwise(cuts)])
+        here = room_for(merged, rests, torch.device("cpu"))
+        fill(here, merged, rests)
+        for row, one in enumerate(samples):
+            start, length = here.images[row, [START, LENGTH]].tolist()
+            if one.kind == RESIDENT:
+                assert start == one.place
+            else:
+                assert here.source[start : start + length].tolist() == one.place.ravel().tolist()
+            first, count = here.images[row, [FIRST_BOX, BOXES]].tolist()
+            assert count == len(one.drawn.boxes)
+            for box, (*area, pixels) in zip(here.boxes[first : first + count], one.drawn.boxes, strict=True):
+                noise = here.noise[box[4] : box[4] + pixels.numel()]
+                assert box[:4].tolist() == area and torch.equal(noise, pixels.ravel())
+
+
 @pytest.mark.parametrize("pin", [True, False])
 def test_memory_is_pinned_where_it_is_asked_for(monkeypatch, pin):
     copied = []
     monkeypatch.setattr("images.gpu._pinned", lambda parcel: copied.append(parcel) or parcel)
-    monkeypatch.setattr("images.gpu.fill", lambda here, merged, sources: None)
+    monkeypatch.setattr("images.gpu.fill", lambda here, merged, rests: None)
     monkeypatch.setattr("images.gpu.augment", lambda here, levels, size: None)
     finisher = Finisher(4, (0.5,) * 3, (0.5,) * 3, torch.device("cpu"), pin=pin)
     finisher._device = SimpleNamespace(type="cuda")
-    monkeypatch.setattr("images.gpu.room_for", lambda merged, sources, device: merged)
+    monkeypatch.setattr("images.gpu.room_for", lambda merged, rests, device: merged)
     finisher([pack([sample()], [0])], Decoded({}, []))
     assert len(copied) == pin
 
