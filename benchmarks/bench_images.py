@@ -36,9 +36,11 @@ from config import load_config
 from datasets import Data, build_data
 from engine import Run, train_step
 from images.draws import Drawing
+from images.gpu import Finisher
 from images.order import AUGMENT, seeded
 from images.packed import Draws
-from images.parcel import pack
+from images.parcel import Parcel, pack
+from images.pipeline import PIECE
 from images.transforms import train_transform
 from main import build_run
 from training.processes import environment_number
@@ -255,6 +257,31 @@ def stages(results: Results, root: Path, options: Any) -> None:
     results.add("cpu deit_tiny", "1 core", samples, {name: name for name in samples})
 
 
+def finish(results: Results, root: Path, options: Any, device: torch.device) -> None:
+    """Milliseconds of a batch in pieces, as loader processes have packed it, with nothing else on the device."""
+    cfg = load_config(method_config("deit_tiny", "tetrajet"), config_of("deit_tiny", root, options, "gpu"))
+    size, count = cfg.model.img_size, cfg.data.batch_size
+    draws = Draws(train_transform(cfg), size, 0.0)
+    opened = [draws.open((root / f"{number % 8}.jpg").read_bytes(), 0) for number in range(8)]
+    made = [draws.make(opened[number % 8], 0, AUGMENT, 0, number) for number in range(count)]
+    cuts = [made[start : start + PIECE] for start in range(0, count, PIECE)]
+    parcels = [pack(cut, [0] * len(cut)) for cut in cuts]
+    if device.type == "cuda":
+        parcels = [Parcel(one.memory.pin_memory(), one.layout, one.extent) for one in parcels]
+    finisher = Finisher(size, cfg.data.mean, cfg.data.std, device)
+    samples = {"host": [], "until it is made": []}
+    for turn in range(options.warmup + options.rounds):
+        began = time.perf_counter()
+        finisher(parcels)
+        host = time.perf_counter()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if turn >= options.warmup:
+            samples["host"].append(1e3 * (host - began))
+            samples["until it is made"].append(1e3 * (time.perf_counter() - began))
+    results.add("finish deit_tiny", f"batch {count}", samples, {name: name for name in samples})
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_for(__doc__, rounds=4)
     parser.add_argument(
@@ -292,6 +319,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> None:
             dist.broadcast_object_list(roots, src=0)
         if options.stages:
             stages(results, roots[0], options)
+            finish(results, roots[0], options, device)
         for model in options.models:
             root = roots[model == TINY_IMAGENET]
             if options.loader:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 
 from config import UserError
 
+NICENESS = 5  # of workers beside the main process: there are as many as cores, and a late launch leaves a GPU idle
 CUT_OFF = ConnectionError, EOFError  # in the midst of a batch that a worker was sending
 _OPEN_FILES = "Too many open files"
 _SHARED_MEMORY = re.compile(r"out of shared memory|shared memory object|</torch_|Bus error")
@@ -40,6 +41,8 @@ class Leash:
     def hold(self, worker_id: int) -> None:
         """Runs at the start of a worker: the `worker_init_fn` of a loader."""
         os.close(self._write)
+        with contextlib.suppress(OSError):  # where a system forbids it
+            os.nice(NICENESS)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.excepthook = lambda *_: None  # of threads whose connection the main process has dropped

@@ -50,6 +50,7 @@ CASES = {  # the variants of every case, the baseline of each
             *("decode (Pillow)", "decode (torchvision)", "header", "crop and resize", "flip"),
             *("RandAugment", "to tensor", "normalise", "seeds, and putting them back", "draws", "pack 32 of them"),
         ],
+        ["host", "until it is made"],
         ["float", "cpu"],
         ["resident (cpu)", "cpu"],
     ],

@@ -30,7 +30,7 @@ import engine
 from config import UserError
 from datasets import Data
 from images import pipeline, resident
-from images.workers import failure_of_workers
+from images.workers import NICENESS, failure_of_workers
 
 PATIENCE = 60.0  # seconds for a process to end; it takes one or two, and those that waited for ever still wait
 
@@ -330,6 +330,13 @@ def test_workers_that_cannot_be_started_are_one_sentence(monkeypatch):
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", fail)
     message = user_error_of(make_data("data.num_workers=1").train_batches(0))
     assert message.startswith("The loader processes cannot be started or reached ([Errno 11] Resource temporarily")
+
+
+def test_workers_leave_the_processor_to_the_program_that_they_work_for():
+    data, _ = begin()
+    mine, theirs = (os.getpriority(os.PRIO_PROCESS, p.pid if p else 0) for p in (None, *data.leash._processes[:1]))
+    data.close()
+    assert theirs == min(19, mine + NICENESS) > mine or mine == 19
 
 
 if __name__ == "__main__":
