@@ -5,7 +5,8 @@
 
 It makes its own JPEG files of ImageNet's size (500x375, about 70 kB; --files of them) in a temporary folder, and trains
 from them with the recipe's augmentation, mixup included. `resident` is the same run on one batch that stays on the
-device. Turns of --steps steps alternate; a sample is the mean step of a turn. Rows of `loader` are of the batches
+device. Turns of --steps steps alternate; a sample is the mean step of a turn, after the batches are gone that were made
+in the other's. Rows of `loader` are of the batches
 alone, with nothing else on the device; `float` is what loader processes finish by themselves, as they did before there
 were pipelines. Rows of `cpu` give what one core spends on an image, stage by stage.
 """
@@ -48,12 +49,13 @@ from training.processes import environment_number
 SIZE, SMALL = (500, 375), (64, 64)
 TINY_IMAGENET = "tiny_imagenet"  # DeiT-T at 64x64 pixels, on a set that is kept on the device
 QUALITY = 90  # which with the noise below gives files of about 70 kB
+AHEAD = 16  # steps until the batches are gone that were made while nobody waited
 PIPELINES = {
     "float": [],
     "cpu": ["data.pipeline=cpu"],
     "gpu": ["data.pipeline=gpu"],
     "gpu, libjpeg": ["data.pipeline=gpu", "data.gpu_decode=0"],
-    "gpu, nvjpeg": ["data.pipeline=gpu", "data.gpu_decode=1"],
+    "gpu, nvjpeg": ["data.pipeline=gpu"],  # and --decode
 }
 
 
@@ -104,6 +106,7 @@ def config_of(model: str, root: Path, options: Any, pipeline: str) -> list[str]:
         *("schedule.epochs=90", f"data.resident={kept}"),
         *(smaller if options.quick else []),
         *PIPELINES[pipeline],
+        *([f"data.gpu_decode={options.decode}"] if pipeline.endswith("nvjpeg") else []),
     ]
 
 
@@ -138,7 +141,7 @@ def loader_alone(results: Results, model: str, root: Path, options: Any, device:
         place = "cpu" if name == "float" else device
         data = build_data(cfg, rank=options.rank, world_size=options.world_size, batch_size=size, device=place)
         batches = endless(data)
-        for _ in range(2 if options.quick else 48):  # until those are gone that were made while nobody waited
+        for _ in range(2 if options.quick else 3 * AHEAD):  # `float` has whole batches ahead for each loader process
             next(batches)
         samples[name], used = [], cpu_seconds()
         for _ in range(options.rounds):
@@ -178,18 +181,18 @@ def training(results: Results, model: str, root: Path, options: Any, device: tor
         files = endless(run.data)
         kept = next(files)
         kept = tuple(tensor.clone() for tensor in kept)
-        sources = {"resident": itertools.repeat(kept), name: files}
-        for source in sources.values():  # graphs are recorded after eleven steps
-            turn(run, source, 2 if options.quick else 14 if source is sources["resident"] else 60, device)
+        kept_source = itertools.repeat(kept)
+        turn(run, kept_source, 2 if options.quick else 14, device)  # graphs are recorded after eleven steps
+        resident = f"resident ({name})"
         for _ in range(options.rounds):
-            for variant, source in sources.items():
-                label = f"resident ({name})" if variant == "resident" else variant
-                samples.setdefault(label, []).append(turn(run, source, options.steps, device))
+            samples.setdefault(resident, []).append(turn(run, kept_source, options.steps, device))
+            turn(run, files, 2 if options.quick else AHEAD, device)
+            samples.setdefault(name, []).append(turn(run, files, options.steps, device))
         files.close()
         run.data.close()
         if run.graphs is not None:  # they hold the process group's
             run.graphs.forget()
-        del run, files, sources, kept, source
+        del run, files, kept, kept_source
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -296,6 +299,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--loader", action="store_true", help="the batches alone as well")
     parser.add_argument("--no-training", action="store_true", help="not the training")
     parser.add_argument("--stages", action="store_true", help="what one core spends on an image as well")
+    parser.add_argument("--decode", type=float, default=1.0, help="of `gpu, nvjpeg`, data.gpu_decode (default: 1)")
     parser.add_argument("--carrier", default="bf16", choices=["bf16", "fp8"], help="quant.carrier")
     options, device = parse(parser, argv)
     if options.workers is None:

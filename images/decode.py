@@ -52,11 +52,8 @@ def plain_jpeg(content: bytes) -> tuple[int, int] | None:
     plain = image.mode == "RGB" and image.layers == 3 and image.bits == 8 and info.get("adobe_transform", 1) == 1
     plain &= "jfif" in info or [number for number, *_ in image.layer] == [1, 2, 3]  # "R", "G", "B": not converted
     samplings = [(horizontal, vertical) for _, horizontal, vertical, _ in image.layer]
-    plain &= samplings[1:] == [(1, 1), (1, 1)] and samplings[0] in (
-        (1, 1),
-        (2, 1),
-        (2, 2),
-    )  # of others the decoders differ by levels
+    usual = (1, 1), (2, 1), (2, 2)  # of others the decoders differ by levels
+    plain &= samplings[1:] == [(1, 1), (1, 1)] and samplings[0] in usual
     return (image.height, image.width) if plain and not info.get("progressive") else None
 
 
