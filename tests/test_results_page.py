@@ -8,17 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 from study_helpers import ROOT, write_study
 from test_lines import line
 
 import report
+import results.page as page_module
 from config import UserError
 from record.lines import Line, add_lines, as_csv, read_lines
 from results.evidence import FEW, NOISE, NOT, OPEN, SHOWS, Evidence
-from results.page import PAGE, PICTURE, drawn, gather, page
+from results.page import PAGE, PICTURE, _draw_value, draw, drawn, gather, page
 from results.statistics import compared, paired_error
+from results.style import COLOURS
 from studies.grid import Study, read_study
 
 BASE = {"base": str(ROOT / "configs/<value>_tetrajet.yaml")}
@@ -311,6 +314,32 @@ def test_a_choice_stands_on_the_page(place: Place) -> None:
     )
     add_lines(place.results / "regime.csv", lines_of(chooses, seeds=[0, 1]))
     assert "## How the scale was chosen: two methods" in place.build() and "Chosen: " in place.build()
+
+
+def test_a_row_far_off_leaves_the_others_room(study: Study) -> None:
+    far = {**TOPS, "full_precision": 41.0, "microscaling": 10.0}
+    for tops, written in ((far, ["\u2190 -30.0"]), ({**far, "microscaling": 38.0}, [])):
+        axes = Figure().subplots()
+        _draw_value(axes, Evidence(study, lines_of(study, tops)), study.tables[0], "deit_tiny")
+        low, high = axes.get_xlim()
+        assert -5 < low < 0 < 1 < high
+        ours = [text.get_text() for text in axes.texts if text.get_color() == COLOURS[2]]
+        assert [text.replace("-29.9", "-30.0") for text in ours] == written
+
+
+def test_the_picture_has_every_model_of_the_first_table(
+    place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    halves = [{**TABLES[0], "values": [value]} for value in ("deit_tiny", "swin_tiny")]
+    (tmp_path / "halves").mkdir()
+    split = asked(tmp_path / "halves", tables=[halves[0], TABLES[1], halves[1]])
+    seen: list[str] = []
+    monkeypatch.setattr(page_module, "_draw_value", lambda _axes, _evidence, _table, value: seen.append(value))
+    lines = lines_of(split)
+    draw(Evidence(split, lines), place.png)
+    assert seen == ["deit_tiny", "swin_tiny"]
+    draw(Evidence(split, [one for one in lines if one.value == "deit_tiny"]), place.png)
+    assert seen[2:] == ["deit_tiny"]  # the other has not been begun
 
 
 def test_the_papers_tables_come_first_and_are_drawn(place: Place) -> None:
