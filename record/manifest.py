@@ -6,7 +6,9 @@ import contextlib
 import functools
 import importlib.metadata
 import json
+import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -23,18 +25,22 @@ from record.schema import Manifest, check
 MANIFEST = "manifest.json"
 LARGEST = 2**26  # bytes
 LINES = "results/*.csv"
+COMMIT = "SOURCE_COMMIT"  # of the environment
 _PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "tensorboardX")
 # What the manifest keeps of every start of a run that was stopped and continued.
 _OF_A_START = ("start_time", "command_line", "git", "versions", "device", "world_size")
 
 
 def git_state() -> dict[str, Any]:
-    """{"commit": hash, "dirty": whether tracked files differ from it}; both None without git or outside a checkout.
+    """{"commit": hash, "dirty": whether tracked files differ from it}; both None without git or outside a checkout,
+    where the environment may name the commit: SOURCE_COMMIT, 7 to 40 hexadecimal digits.
 
     The lines of finished runs that studies add to results/ change nothing that a run is made with.
     """
     root = Path(__file__).resolve().parents[1]
     command = ["git", "--no-optional-locks", "-C", str(root)]
+    given = os.environ.get(COMMIT, "")
+    told = {"commit": given if re.fullmatch(r"[0-9a-f]{7,40}", given) else None, "dirty": None}
     ask = functools.partial(subprocess.run, capture_output=True, text=True, check=True, timeout=30)
     try:
         top, commit = ask([*command, "rev-parse", "--show-toplevel", "HEAD"]).stdout.splitlines()
@@ -42,9 +48,9 @@ def git_state() -> dict[str, Any]:
             [*command, "status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude,top){LINES}"]
         ).stdout
     except (OSError, ValueError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
+        return told
     if Path(top).resolve() != root:  # unpacked inside another repository, whose commit says nothing about this one
-        return {"commit": None, "dirty": None}
+        return told
     return {"commit": commit, "dirty": bool(changes)}
 
 

@@ -14,9 +14,10 @@ from studies.questions import Finding, Table, published_figures
 
 ALPHA = 0.05  # of a verdict, all findings of a study together
 FEWEST = 3  # pairs that a verdict is given on
-SHOWS, NOT, NOISE, FEW = "shows", "does not", "within noise", "too few runs"
+SHOWS, NOT, NOISE, OPEN, FEW = "shows", "does not", "within noise", "undecided", "too few runs"
 MODEL = """\
-Differences are taken between runs of one seed, which have initial weights, order of images and augmentation in common.
+Differences are taken between runs of one seed, which have initial weights, order of images and augmentation in common;
+a row with more seeds than the other has a mean of more runs than its difference.
 Their standard error comes from all rows of a model together: the figure of a run is taken for the sum of what its row,
 its seed and chance add to it, with chance of one variance for all rows; interval (95 %) and p are Student's t on the
 degrees of freedom that are left. Rows whose differences vary more than the others' are judged by those differences
@@ -27,9 +28,11 @@ RULE = f"""\
 A finding is the mean of the rows that the paper has higher less that of those it has lower. It **shows** at this scale
 where the difference has the paper's sign and its p, adjusted for the number of findings (Holm), is below {ALPHA:g}; it
 **does not** where that holds with the other sign; else it is **within noise**, and the interval says which differences
-the runs do not rule out. A finding of equality is tested against its margin: it shows where the difference lies within
-by two one-sided t tests, and does not where it lies beyond, p adjusted alike. Fewer than {FEWEST} pairs are too few,
-and so are runs that seeds do not tell apart; "so far" stands where there are fewer than the study is to have."""
+the runs do not rule out. A finding that names a size, such as a collapse, is tested against that size in place of 0. A
+finding of equality is tested against its margin: it shows where the difference lies within by two one-sided t tests,
+and does not where it lies beyond, p adjusted alike. Either is **undecided** else, which is no equality. Fewer than
+{FEWEST} pairs are too few, and so are runs that seeds do not tell apart; "so far" stands where there are fewer than the
+study is to have."""
 
 
 @dataclass(frozen=True)
@@ -194,15 +197,15 @@ class Evidence:
 def _p(finding: Finding, difference: Compared) -> float:
     """p of what the verdict is on: that the difference is none or, against a margin, that it is on its other side."""
     if finding.within is None:
-        return difference.p
+        return difference.p_other_than(finding.beyond)
     inside = abs(difference.mean) < finding.within
     return difference.p_within(finding.within) if inside else difference.p_beyond(finding.within)
 
 
 def _word(finding: Finding, difference: Compared, adjusted: float) -> str:
     if adjusted >= ALPHA:
-        return NOISE
-    holds = difference.mean > 0 if finding.within is None else abs(difference.mean) < finding.within
+        return OPEN if finding.within or finding.beyond else NOISE
+    holds = difference.mean > finding.beyond if finding.within is None else abs(difference.mean) < finding.within
     return SHOWS if holds else NOT
 
 

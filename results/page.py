@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from studies.questions import Table, published_figures
 
 STUDIES, RESULTS = ROOT / "configs/studies", ROOT / "results"
 PAGE, PICTURE = ROOT / "docs/RESULTS.md", ROOT / "docs/images/results.png"
+FARTHEST = 4.0  # times as far as the next: a row whose dot would leave the others no room in the picture
 WORDS = {"deit_tiny": "DeiT", "swin_tiny": "Swin", "top1": "top-1 (%)", "top5": "top-5 (%)", "": ""}
 WORDS |= {"r_w": "r(W)", "r_WQ": "r(W_Q)", "r_Y": "r(Y)", "loss": "loss", "best_top1": "best top-1 (%)"}
 
@@ -57,7 +59,7 @@ def head(evidence: Evidence) -> str:
     changed = sum("+" in line.commit for line in lines)
     seconds = sum(line.seconds for line in lines)
     facts = [
-        f"{len(lines)} runs are done; the study has {planned}, with the seeds of its file.",
+        f"Runs that are done: {len(lines)}; the study has {planned}, with the seeds of its file.",
         f"Devices: {', '.join(total(lines, lambda line: line.device))}; autocast {lines[0].autocast}; "
         f"torch {', '.join(total(lines, lambda line: line.torch))}. "
         f"{seconds / 3600:.1f} hours of runs, several of them at a time.",
@@ -146,7 +148,8 @@ def results_table(evidence: Evidence, table: Table, value: str, figure: str) -> 
 def table_part(evidence: Evidence, table: Table) -> list[str]:
     """The heading of a table and what it holds, value by value and figure by figure."""
     if table.table:
-        text = [f"### Table {table.table}", f"In the paper: {table_cells(table.table)[0].title}."]
+        of = f", {', '.join(map(worded, evidence.of_table(table)))}" if table.values else ""
+        text = [f"### Table {table.table}{of}", f"In the paper: {table_cells(table.table)[0].title}."]
     else:
         text = [f"### {table.title[0].upper()}{table.title[1:]}"]
     for value in evidence.of_table(table):
@@ -157,7 +160,12 @@ def table_part(evidence: Evidence, table: Table) -> list[str]:
     return text
 
 
-def study_part(evidence: Evidence) -> list[str]:
+def counted(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def study_part(evidence: Evidence, shown: str | None) -> list[str]:
+    """All of one study. shown: where its picture is, if it has one."""
     study, verdicts = evidence.study, evidence.verdicts()
     file = study.file.resolve()
     name = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name
@@ -167,17 +175,23 @@ def study_part(evidence: Evidence) -> list[str]:
         text += [
             "### Findings",
             RULE,
-            f"{tested} findings are tested; the tables below show {evidence.comparisons()} "
-            "paired comparisons more, whose p are not adjusted.",
+            f"Tested: {counted(tested, 'finding')}. The tables below show "
+            f"{counted(evidence.comparisons(), 'paired comparison')} more, whose p are not adjusted.",
             findings_table(verdicts),
         ]
+    if shown is not None:
+        against = _row(study.tables[0].against)
+        text.append(f"![each row of the first table less {against}, seed by seed, with mean and interval]({shown})")
     for table in study.tables:
         text += table_part(evidence, table)
     return text
 
 
-def page(evidences: Sequence[Evidence], choices: Sequence[tuple[Study, str]]) -> str:
-    """The whole page. The same lines and studies give the same text, byte for byte."""
+def page(evidences: Sequence[Evidence], choices: Sequence[tuple[Study, str]], shown: str) -> str:
+    """The whole page. The same lines and studies give the same text, byte for byte.
+
+    shown: where the picture is, from there.
+    """
     text = [
         "# Results",
         "Made by `python report.py results` from the lines of finished runs in `results/` and the studies in "
@@ -190,14 +204,15 @@ def page(evidences: Sequence[Evidence], choices: Sequence[tuple[Study, str]]) ->
     if not evidences and not choices:
         text.append("There are no runs yet.")
     for evidence in evidences:
-        text += study_part(evidence)
+        text += study_part(evidence, shown if evidence is drawn(evidences) else None)
     for study, ranking in choices:
         text += [f"## How the scale was chosen: {study.title}", f"`{study.name}`, seeds of its own.", ranking]
     return "\n\n".join(text) + "\n"
 
 
 def gather(studies: Path, results: Path) -> tuple[list[Evidence], list[tuple[Study, str]]]:
-    """(evidence of the studies that ask something and have lines; rankings of those that choose and have lines)."""
+    """(evidence of the studies that ask something and have lines, those of the paper's tables first; rankings of those
+    that choose and have lines)."""
     evidences, choices = [], []
     for file in sorted(studies.glob("*.yaml")):
         lines = read_every_line(results / f"{file.stem}.csv")
@@ -210,7 +225,12 @@ def gather(studies: Path, results: Path) -> tuple[list[Evidence], list[tuple[Stu
             evidence = Evidence(study, lines)
             if evidence.all:
                 evidences.append(evidence)
-    return evidences, choices
+    return sorted(evidences, key=lambda one: all(table.table is None for table in one.study.tables)), choices
+
+
+def drawn(evidences: Sequence[Evidence]) -> Evidence | None:
+    """What the picture is of: the first study with a table."""
+    return next((evidence for evidence in evidences if evidence.study.tables), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,10 +240,13 @@ def gather(studies: Path, results: Path) -> tuple[list[Evidence], list[tuple[Stu
 
 def draw(evidence: Evidence, path: Path) -> None:
     """The first table of a study: each row's differences to the row compared with, seed by seed, their mean and its
-    interval, and the published difference. Raises UserError where the picture cannot be written."""
+    interval, and the published difference. What lies so far off that the others could not be told apart is written at
+    the edge. Raises UserError where the picture cannot be written."""
     table = evidence.study.tables[0]
     rows = [row for row in table.names.values() if row != table.against]
-    values = evidence.of_table(table)
+    alike = [one for one in evidence.study.tables if one.table == table.table and one.names == table.names]
+    values = [*dict.fromkeys(value for one in alike for value in evidence.of_table(one) if one.table or one is table)]
+    values = [value for value in values if any(evidence.lines.get((row, value)) for row in rows)] or values[:1]
     with picture() as figure:
         figure.set_size_inches(4.2 * len(values) + 1, 0.45 * len(rows) + 1.6)
         axes = figure.subplots(1, len(values), squeeze=False, sharey=True)[0]
@@ -249,14 +272,17 @@ def _row(name: str) -> str:
 
 
 def _draw_value(axes: Any, evidence: Evidence, table: Table, value: str) -> None:
-    """One value's column. A published difference far outside of ours is written at the edge that it lies beyond."""
+    """One value's column. What lies outside of it is written at the edge that it lies beyond."""
     name = table.figures[0]
     published = published_figures(table, value)
     base = published.get(table.against, {}).get(name)
     rows = [row for row in table.names.values() if row != table.against]
     ours = {row: evidence.differences([row], [table.against], value, name) for row in rows}
     means = {row: mean for row in rows if (mean := evidence.compare([row], [table.against], value, name)) is not None}
-    ends = [0.0, *(x for found in ours.values() for x in found), *(x for m in means.values() for x in m.interval)]
+    places = {row: abs(statistics.fmean(found)) for row, found in ours.items() if found}
+    *_, second, farthest = [0.0, 0.0, *sorted(places.values())]
+    near = {row for row in places if places[row] < farthest or farthest <= FARTHEST * second or not second}
+    ends = [0.0, *(x for row in near for x in ours[row]), *(x for row in near & {*means} for x in means[row].interval)]
     low, high = min(ends), max(ends)
     margin = 0.15 * (high - low) or 1.0
     low, high = low - margin, high + margin
@@ -264,9 +290,17 @@ def _draw_value(axes: Any, evidence: Evidence, table: Table, value: str) -> None
     axes.plot([], [], ".", color=COLOURS[2], alpha=0.4, label="one seed")
     axes.errorbar([], [], xerr=[], fmt="o", color=COLOURS[2], capsize=3, markersize=4, label="mean, 95 %")
     axes.plot([], [], "x", color=COLOURS[4], label="published, on ImageNet")
+
+    def at_the_edge(difference: float, height: float, colour: str) -> None:
+        left = difference < low
+        text = f"\u2190 {difference:+.1f}" if left else f"{difference:+.1f} \u2192"
+        axes.text(low if left else high, height, text, color=colour, fontsize=7, ha="left" if left else "right")
+
     for place, row in enumerate(rows):
+        if row in places and row not in near:
+            at_the_edge(statistics.fmean(ours[row]), place + 0.1, COLOURS[2])
         axes.plot(ours[row], [place] * len(ours[row]), ".", color=COLOURS[2], alpha=0.4)
-        if row in means:
+        if row in near and row in means:
             mean = means[row].mean
             half = means[row].interval[1] - mean
             axes.errorbar(mean, place, xerr=half, fmt="o", color=COLOURS[2], capsize=3, markersize=4)
@@ -275,9 +309,7 @@ def _draw_value(axes: Any, evidence: Evidence, table: Table, value: str) -> None
             if low <= theirs <= high:
                 axes.plot(theirs, place, "x", color=COLOURS[4])
             else:
-                side = {"ha": "left"} if theirs < low else {"ha": "right"}
-                text = f"\u2190 {theirs:+.1f}" if theirs < low else f"{theirs:+.1f} \u2192"
-                axes.text(low if theirs < low else high, place - 0.25, text, color=COLOURS[4], fontsize=7, **side)
+                at_the_edge(theirs, place - 0.25, COLOURS[4])
     axes.set_xlim(low, high)
     axes.set_title(worded(value))
     axes.grid(axis="x", alpha=0.3)
@@ -286,7 +318,7 @@ def _draw_value(axes: Any, evidence: Evidence, table: Table, value: str) -> None
 def write_results(studies: Path, results: Path, out: Path, png: Path) -> None:
     """`report.py results`. Raises UserError for lines that cannot be read and files that cannot be written."""
     evidences, choices = gather(studies, results)
-    text = page(evidences, choices)
+    text = page(evidences, choices, Path(os.path.relpath(png, out.parent)).as_posix())
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text)
@@ -297,7 +329,6 @@ def write_results(studies: Path, results: Path, out: Path, png: Path) -> None:
     for file in sorted(results.glob("*.csv")):
         if file.stem not in shown:
             print(f"note: {file} has no lines of a study in {studies} that asks something.", file=sys.stderr)
-    drawn = next((evidence for evidence in evidences if evidence.study.tables), None)
-    if drawn is not None:
-        draw(drawn, png)
+    if (of := drawn(evidences)) is not None:
+        draw(of, png)
         print(f"written: {png}")

@@ -113,12 +113,16 @@ class Compared:
     @property
     def p(self) -> float:
         """Two-sided p of no difference, by Student's t."""
-        return self.p_beyond(0.0)
+        return self.p_other_than(0.0)
 
     def p_beyond(self, margin: float) -> float:
         """Two-sided p of a difference of `margin` at most, either way, where the mean lies beyond it."""
         outside = abs(self.mean) - margin
         return min(1.0, 2 * t_cdf(-outside / self.error, self.dof))
+
+    def p_other_than(self, expected: float) -> float:
+        """Two-sided p of a difference of `expected`."""
+        return min(1.0, 2 * t_cdf(-abs(self.mean - expected) / self.error, self.dof))
 
     def p_within(self, margin: float) -> float:
         """p of a difference of `margin` at least, by two one-sided tests."""

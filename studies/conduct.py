@@ -21,6 +21,7 @@ from config import UserError, load_config, recipe_identity
 from config.rows import ROOT
 from record.files import LOCK, FolderLock
 from record.lines import CONFIGS, Finished, Line, add_lines, check_writable, read_finished, read_lines
+from record.manifest import COMMIT, git_state
 from record.metrics import finished_epochs
 from studies.grid import Study, StudyRun
 from studies.pool import Ended, Pool, Signals, threads
@@ -349,6 +350,8 @@ def run_study(places: Places, runs: Sequence[StudyRun], pool: Pool, flags: Seque
                 f"{study.name}: {len(conduct.waiting)} to run, {pool.jobs} at a time, in {places.output}; lines go to "
                 f"{places.results}"
             )
+            if conduct.waiting and git_state()["commit"] is None:
+                say(f"note: git does not say which commit this is; {COMMIT}=HASH in the environment would.")
             if conduct.waiting and not signals.heard:
                 pool.warm_up(MAIN)
             conduct.run(signals)

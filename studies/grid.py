@@ -1,7 +1,7 @@
 """A study: rows x values x seeds over any configuration, read from configs/studies/NAME.yaml.
 
     study = read_study(Path("configs/studies/digits.yaml"))
-    study.runs()[0].name        # "tetrajet-seed0"; all rows with the first seed, then all with the second, ...
+    study.runs()[0].name        # "tetrajet-seed0"; table by table, and all rows of it seed by seed
 
 How such a file is written:
   title      one line
@@ -150,7 +150,8 @@ class Study:
         return self.file.stem
 
     def runs(self, patterns: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[StudyRun]:
-        """Seed by seed, so that a study which is cut off has its rows in pairs; then value by value, then row by row.
+        """What the first of its tables needs, then the second, ..., then what none needs: a study that is cut off can
+        answer what it asks first. Each of these seed by seed, so that rows come in pairs; then value by value.
 
         patterns: names of rows, values, cells or runs, * and ? in them as in names of files; empty: all.
         seeds: in place of the study's. Raises UserError for a pattern that matches nothing.
@@ -158,7 +159,8 @@ class Study:
         found = []
         for cell in self.cells:
             chosen = seeds or cell.seeds
-            found += [(place, StudyRun(cell, seed)) for place, seed in enumerate(dict.fromkeys(chosen))]
+            asked = next((n for n, one in enumerate(self.tables) if one.has(cell.row, cell.value)), len(self.tables))
+            found += [((asked, place), StudyRun(cell, seed)) for place, seed in enumerate(dict.fromkeys(chosen))]
         runs = [run for _, run in sorted(found, key=lambda pair: pair[0])]
         for pattern in patterns:
             if not any(run.matches(pattern) for run in runs):

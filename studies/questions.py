@@ -1,12 +1,13 @@
 """What a study asks, stated before it is run: the tables of the paper that it repeats, and findings to be tested.
 
 In a study's file (studies/grid.py):
-  tables     each: table (its number in the paper) or a title; rows, the names they have in the paper and in the study,
-             one name where it is the same; against, the row that the others are compared with; values, its columns;
-             published, the paper's column whose figures stand beside (where a value is not named after it); figures
+  tables     in order of importance, in which they are run; each: table (its number in the paper) or a title; rows, the
+             names they have in the paper and in the study, one name where it is the same; against, the row that the
+             others are compared with; values, its columns; published, the paper's column whose figures stand beside
+             (where a value is not named after it); figures
   findings   each: says, a sentence; higher and lower, rows whose mean is expected to be so; figure; values, each of
-             which is a finding of its own; within, where the two are expected to be so near; table, which of those
-             above has the paper's figures
+             which is a finding of its own; beyond, by more than what; within, where the two are expected to be so
+             near; table, which of those above has the paper's figures
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class Table(Part):
         """The study's rows by the paper's."""
         return self.rows if isinstance(self.rows, dict) else {name: name for name in self.rows}
 
+    def has(self, row: str, value: str) -> bool:
+        """Whether a row of the study with a value stands in it."""
+        return row in self.names.values() and (self.values is None or value in self.values)
+
     def published_column(self, value: str) -> str:
         return self.published or value
 
@@ -56,6 +61,7 @@ class Finding(Part):
     lower: Names
     figure: Figure = "top1"
     values: Names | None = None
+    beyond: Annotated[float, Field(ge=0)] = 0.0
     within: Annotated[float, Field(gt=0)] | None = None
     table: int | None = None
 
@@ -108,6 +114,8 @@ def check_questions(
         if said is None and (again := next((row for row in sides if sides.count(row) > 1), None)):
             said = f"{where}: {again} is there twice; a finding compares rows with others."
         said = said or unknown(f"{where}.values", finding.values or [], values, "value")
+        if said is None and finding.beyond and finding.within:
+            said = f"{where} has both beyond and within; a difference is expected or an equality."
         for value in [] if said else finding.values or values:
             if lacking := next((row for row in (*finding.higher, *finding.lower) if (row, value) not in cells), None):
                 said = f"{where}: {lacking} is not run with {value}; name the finding's values."

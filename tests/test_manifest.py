@@ -90,3 +90,10 @@ def test_git_commit_and_dirty_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(manifest_module, "__file__", str(tmp_path / "record" / "manifest.py"))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_state() == nothing  # no git
+    monkeypatch.setenv("SOURCE_COMMIT", "main")
+    assert git_state() == nothing  # no hash
+    monkeypatch.setenv("SOURCE_COMMIT", "0123456789ab")
+    assert git_state() == {"commit": "0123456789ab", "dirty": None}
+    monkeypatch.undo()
+    monkeypatch.setenv("SOURCE_COMMIT", "0123456789ab")
+    assert git_state()["commit"] == git(Path(manifest_module.__file__).parent, "rev-parse", "HEAD")  # git knows better

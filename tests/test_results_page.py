@@ -8,15 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
+from scipy import stats
 from study_helpers import ROOT, write_study
 from test_lines import line
 
 import report
+import results.page as page_module
 from config import UserError
 from record.lines import Line, add_lines, as_csv, read_lines
-from results.evidence import FEW, NOISE, NOT, SHOWS, Evidence
-from results.page import gather, page
+from results.evidence import FEW, NOISE, NOT, OPEN, SHOWS, Evidence
+from results.page import PAGE, PICTURE, _draw_value, draw, drawn, gather, page
+from results.statistics import compared, paired_error
+from results.style import COLOURS
 from studies.grid import Study, read_study
 
 BASE = {"base": str(ROOT / "configs/<value>_tetrajet.yaml")}
@@ -84,7 +89,18 @@ def test_verdicts_are_by_their_rule(study: Study) -> None:
     assert words(study, lines_of(study)) == [SHOWS, NOISE, SHOWS]
     turned = {**TOPS, "full_precision": 38.0, "microscaling": 39.0, "fp8": 37.0}
     assert words(study, lines_of(study, turned)) == [NOT, SHOWS, NOT]
-    assert words(study, lines_of(study, {**TOPS, "fp8": 39.5})) == [SHOWS, NOISE, NOISE]
+    assert words(study, lines_of(study, {**TOPS, "fp8": 39.5})) == [SHOWS, NOISE, OPEN]
+
+
+def test_a_difference_of_a_size_is_tested_against_it(tmp_path: Path) -> None:
+    """Two points are no collapse of ten: that would show by the test against none."""
+    collapse = asked(tmp_path, findings=[{**FINDINGS[0], "beyond": 10.0}])
+    for top, word in ((42.0, NOT), (49.99, OPEN), (55.0, SHOWS), (30.0, NOT)):
+        [verdict, _] = Evidence(collapse, lines_of(collapse, {**TOPS, "full_precision": top})).verdicts()
+        assert verdict.word == word, top
+    ours = compared([1.8, 2.1, 2.3], paired_error([1.8, 2.1, 2.3]))
+    theirs = stats.ttest_1samp([1.8, 2.1, 2.3], 2.5)
+    assert ours.p_other_than(2.5) == pytest.approx(theirs.pvalue, rel=1e-9)
 
 
 def test_differences_are_taken_seed_by_seed(study: Study) -> None:
@@ -209,8 +225,8 @@ def cells_of(text: str, start: str) -> list[str]:
 
 def test_what_the_page_says(place: Place) -> None:
     text = place.build()
-    assert "- 40 runs are done; the study has 40, with the seeds of its file." in text
-    assert "6 findings are tested; the tables below show 6 paired comparisons more" in text
+    assert "- Runs that are done: 40; the study has 40, with the seeds of its file." in text
+    assert "Tested: 6 findings. The tables below show 6 paired comparisons more" in text
     assert "### Table 2\n\nIn the paper: top-1 accuracy (%) after 90 epochs of ImageNet-1K." in text
     assert "### Products in FP8" in text
     finding = cells_of(text, "full precision is better")
@@ -300,11 +316,52 @@ def test_a_choice_stands_on_the_page(place: Place) -> None:
     assert "## How the scale was chosen: two methods" in place.build() and "Chosen: " in place.build()
 
 
+def test_a_row_far_off_leaves_the_others_room(study: Study) -> None:
+    far = {**TOPS, "full_precision": 41.0, "microscaling": 10.0}
+    for tops, written in ((far, ["\u2190 -30.0"]), ({**far, "microscaling": 38.0}, [])):
+        axes = Figure().subplots()
+        _draw_value(axes, Evidence(study, lines_of(study, tops)), study.tables[0], "deit_tiny")
+        low, high = axes.get_xlim()
+        assert -5 < low < 0 < 1 < high
+        ours = [text.get_text() for text in axes.texts if text.get_color() == COLOURS[2]]
+        assert [text.replace("-29.9", "-30.0") for text in ours] == written
+
+
+def test_the_picture_has_every_model_of_the_first_table(
+    place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    halves = [{**TABLES[0], "values": [value]} for value in ("deit_tiny", "swin_tiny")]
+    (tmp_path / "halves").mkdir()
+    split = asked(tmp_path / "halves", tables=[halves[0], TABLES[1], halves[1]])
+    seen: list[str] = []
+    monkeypatch.setattr(page_module, "_draw_value", lambda _axes, _evidence, _table, value: seen.append(value))
+    lines = lines_of(split)
+    draw(Evidence(split, lines), place.png)
+    assert seen == ["deit_tiny", "swin_tiny"]
+    draw(Evidence(split, [one for one in lines if one.value == "deit_tiny"]), place.png)
+    assert seen[2:] == ["deit_tiny"]  # the other has not been begun
+
+
+def test_the_papers_tables_come_first_and_are_drawn(place: Place) -> None:
+    own = [{**TABLES[1], "title": "other methods"}]
+    other = read_study(
+        write_study(place.studies, "early", rows=ROWS, values={"deit_tiny": {}}, seeds=SEEDS, tables=own)
+    )
+    add_lines(place.results / "early.csv", lines_of(other))
+    text = place.build()
+    evidences, _ = gather(place.studies, place.results)
+    assert [one.study.name for one in evidences] == ["small", "early"]
+    assert drawn(evidences) is evidences[0]
+    assert text.count("![") == 1 and "](images/results.png)" in text
+    assert text.index("### Table 2") > text.index("![")
+    assert text.index("### Other methods") > text.index("### Products in FP8")
+
+
 def test_the_page_of_the_repository_is_up_to_date() -> None:
-    out = ROOT / "docs/RESULTS.md"
+    out, shown = PAGE, PICTURE.relative_to(PAGE.parent).as_posix()
     evidences, choices = gather(ROOT / "configs/studies", ROOT / "results")
     if evidences or choices or out.exists():
-        assert out.read_text() == page(evidences, choices), "run python report.py results"
+        assert out.read_text() == page(evidences, choices, shown), "run python report.py results"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,22 @@ def test_seeds_come_first_and_rows_in_the_order_of_the_file(tmp_path: Path) -> N
     assert (study.name, study.title) == ("small", "two methods")
 
 
+def test_what_the_first_table_needs_is_run_first(tmp_path: Path) -> None:
+    """With all of its seeds, so that a study that is cut off has enough pairs to say something."""
+    rows = {"floor": {"base": DEIT, "set": {"quant": {"scale_rule": "floor"}}}, "tetrajet": {"base": DEIT}}
+    rows |= {"away": {"base": DEIT, "set": {"quant": {"rounding": {"forward": "nearest_away"}}}}}
+    tables = [{"title": "ties", "rows": ["away", "tetrajet"], "against": "tetrajet", "values": ["deit_tiny"]}]
+    tables += [{"title": "scales", "rows": ["floor", "tetrajet"], "against": "tetrajet", "values": ["deit_tiny"]}]
+    values = {"deit_tiny": {}, "swin_tiny": {}}
+    study = read_study(write_study(tmp_path, rows=rows, values=values, seeds=[0, 1], tables=tables))
+    names = [run.name for run in study.runs(["*deit*"])]
+    ties = ["tetrajet-deit_tiny", "away-deit_tiny"]
+    assert names[:4] == [f"{name}-seed{seed}" for seed in (0, 1) for name in ties]
+    assert names[4:] == ["floor-deit_tiny-seed0", "floor-deit_tiny-seed1"]
+    rest = [run.name for run in study.runs()][6:]
+    assert rest[:3] == ["floor-swin_tiny-seed0", "tetrajet-swin_tiny-seed0", "away-swin_tiny-seed0"] and len(rest) == 6
+
+
 def test_a_row_may_have_seeds_of_its_own(tmp_path: Path) -> None:
     rows = {**TWO["rows"], "tetrajet": {**TWO["rows"]["tetrajet"], "seeds": [7]}}
     study = read_study(write_study(tmp_path, rows=rows))
