@@ -236,6 +236,22 @@ def test_nothing_is_written_over_what_it_is_made_of(runs: Callable, tmp_path: Pa
     assert before == (packed.read_bytes(), image.read_bytes())
 
 
+def test_a_file_does_not_claim_the_accuracy_of_other_quantizers(runs: Callable, tmp_path: Path, say: Say) -> None:
+    run, path, other = runs("qema") / "last.pt", tmp_path / "own.safetensors", tmp_path / "other.safetensors"
+    say("--device", "cpu", "--export", path, "--resume", run)
+    assert read_info(path).trained.top1 is not None
+    for flags in (["--quant.scale_rule", "floor"], ["--quant.active", "q2"], ["--data.mean", "0", "0", "0"]):
+        mx = MX if flags[0].startswith("--quant") else []
+        say("--device", "cpu", "--export", other, "--resume", run, *mx, *flags)
+        trained = read_info(other).trained
+        assert (trained.top1, trained.data_set) == (None, None) and trained.commit == read_info(path).trained.commit
+        if "floor" not in flags:  # of a packed file nothing changes
+            said = refusal(
+                say, "--device", "cpu", "--export", tmp_path / "x.safetensors", "--resume", path, *mx, *flags
+            )
+            assert said == f"{path} is packed and written again as it is; leave flags that change its model away."
+
+
 def relabelled(source: Path, target: Path, change: Callable) -> Path:
     """A packed file of which somebody has changed tensors and what it says."""
     with safetensors.safe_open(source, framework="pt") as file:

@@ -77,9 +77,14 @@ def export(restored: Restored, source: Path, target: Path, form: str, dtype: str
     file had that the model comes from. Raises UserError.
     """
     refuse_suffix(target)
-    model = restored.model
-    if not is_packed(source):
+    model, as_it_was = restored.model, _as_it_was(source, restored.cfg)
+    if is_packed(source):
+        if not as_it_was:
+            raise UserError(f"{source} is packed and written again as it is; leave flags that change its model away.")
+    else:
         trained = provenance(source, restored.cfg.run.use_ema)
+        if not as_it_was:  # the run's accuracy is that of another model
+            trained = Trained(commit=trained.commit)
         model = pack_model(model, restored.cfg, restored.classes, restored.num_classes, trained)
     info = model.packed_info
     if form == "packed":
@@ -89,6 +94,13 @@ def export(restored: Restored, source: Path, target: Path, form: str, dtype: str
         save_dequantized(model, target, dtype or info.dtype)
         what = f"dequantized, in {dtype or info.dtype}"
     return f"{target}: {info.model.name}, {what}, {target.stat().st_size / 1e6:.2f} MB"
+
+
+def _as_it_was(path: Path, cfg: Config) -> bool:
+    """Whether the model of a file is evaluated by `cfg` as by the file's own configuration."""
+    own = load_config(None, overrides_of(saved_config(path) or {}, whole=True))
+    kept, used = (overrides_of(of.model_dump(mode="json"), whole=True) for of in (own, cfg))
+    return kept == used
 
 
 def provenance(path: Path, average: bool) -> Trained:
