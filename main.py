@@ -227,16 +227,26 @@ def hand_on(
         raise UserError(f"{flag} needs a model; pass --resume CHECKPOINT.")
     if cfg.run.eval or options.smoke:
         raise UserError("--export and --predict neither train nor evaluate; leave --smoke and --eval away.")
+    images, picture = [Path(image) for image in options.predict or ()], Path(options.png or PICTURE)
+    if images:
+        keep("The picture", picture, [*images, path])
+    if options.export is not None:
+        keep("The file", Path(options.export), [*images, path])
     restored = restore(path, options.config, overrides, device)
-    if options.predict is not None:
-        predictions = predict(restored, [Path(image) for image in options.predict], device)
+    if images:
+        predictions = predict(restored, images, device)
         for prediction in predictions:
             say(str(prediction))
-        picture = Path(options.png or PICTURE)
         draw_predictions(predictions, picture)
         say(f"{picture}: the picture of {'it' if len(predictions) == 1 else 'them'}")
     if options.export is not None:
         say(export(restored, path, Path(options.export), options.export_form, options.export_dtype))
+
+
+def keep(what: str, target: Path, sources: Sequence[Path]) -> None:
+    """Raises UserError where a file that is to be written is one of those that it is made of."""
+    if target.exists() and any(source.exists() and source.samefile(target) for source in sources):
+        raise UserError(f"{what} {target} would be written over what it is made of; give another name.")
 
 
 def smoke_overrides(cfg: Config, world_size: int) -> list[str]:

@@ -22,7 +22,8 @@ def _number(error_type: Literal["int_type", "float_type"]) -> BeforeValidator:
 
 Int = Annotated[int, _number("int_type")]
 Float = Annotated[float, _number("float_type")]
-Positive = Annotated[Float, Field(gt=0)]
+Deviation = Annotated[Float, Field(ge=1e-6, le=1e6)]  # of pixels from 0 to 1, so that float32 divides by it
+Mean = Annotated[Float, Field(ge=-1e6, le=1e6)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 
 

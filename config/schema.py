@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic.fields import FieldInfo
 
-from config.keys import Float, Int, Positive, Section, Share, ascending, key, path_on_disk
+from config.keys import Deviation, Float, Int, Mean, Section, Share, ascending, key, path_on_disk
 from config.quant import Int4Quant, MXQuant, NoQuant
 
 # DeiT's spellings of data sets, kept working.
@@ -250,8 +250,8 @@ class DataConfig(Section):
         "--resident",
     )
     eval_crop_ratio: Float = key(0.875, "evaluation: centre crop over resized side", "--eval-crop-ratio", ge=0.1, le=1)
-    mean: tuple[Float, Float, Float] = key((0.485, 0.456, 0.406), "channel means for normalisation")
-    std: tuple[Positive, Positive, Positive] = key((0.229, 0.224, 0.225), "channel deviations for normalisation")
+    mean: tuple[Mean, Mean, Mean] = key((0.485, 0.456, 0.406), "channel means for normalisation")
+    std: tuple[Deviation, Deviation, Deviation] = key((0.229, 0.224, 0.225), "channel deviations for normalisation")
     on_corrupt: Literal["error", "skip"] = key(
         "error", "an image that cannot be read stops the run (error) or is replaced and counted (skip)", "--on-corrupt"
     )

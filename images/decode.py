@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import EpsImagePlugin, Image, UnidentifiedImageError
+from PIL import EpsImagePlugin, Image, ImageOps, UnidentifiedImageError
 
 # What data sets hold. Pillow knows many more by their content, whatever a file is called; one starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
@@ -34,6 +34,14 @@ def open_image(source: str | Path | IO[bytes]) -> Image.Image:
         source.seek(start)
         raise UnidentifiedImageError(_what_is_it(source.read(64))) from None
     return to_rgb(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its camera notes (EXIF), for those that people look at; sets are read as they are stored."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # notes may be broken where the image is not
+        return image
 
 
 def plain_jpeg(content: bytes) -> tuple[int, int] | None:

@@ -369,7 +369,9 @@ class LinearRecipe:
         """The quantizers, those that are alike named together, as `print(model)` shows them."""
         groups: dict[str, list[str]] = {}
         for name in self.active:
-            groups.setdefault(str(getattr(self, name)), []).append(name)
+            spec = getattr(self, name)
+            block = "" if spec.block_size == QuantizerSpec.block_size else f" block {spec.block_size}"
+            groups.setdefault(f"{spec}{block}", []).append(name)
         rotations = [f"{p} {self.rotation(p)}" for p in PRODUCTS if self.rotation(p) is not None]
         if not groups and not rotations:
             return "full_precision"

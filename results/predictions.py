@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,7 +41,9 @@ def draw_predictions(predictions: Sequence[Predicted], path: Path) -> None:
             left.set_title(_short(prediction.path.name), parse_math=False)
             _bars(right, prediction.classes)
         try:
-            figure.savefig(path, format="png", dpi=DPI)
+            with warnings.catch_warnings():  # letters that the font has not are drawn as boxes
+                warnings.filterwarnings("ignore", message="Glyph ")
+                figure.savefig(path, format="png", dpi=DPI)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"The picture {path} cannot be written: {reason}.") from None

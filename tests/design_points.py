@@ -9,7 +9,7 @@ import torch
 from test_kernels import DTYPES, awkward, by, noise_on, unequal
 
 from quantization import QuantizerSpec
-from quantization.formats import FORMATS
+from quantization.formats import FORMATS, SCALE_FORMATS
 from quantization.job import DENSE, NOTHING, PACKED, SCALED, Dense, Job, Packed
 from quantization.noise import Noise
 from quantization.operands import prepare, values_of
@@ -40,14 +40,14 @@ def spec_of(draw: random.Random, axis: int) -> QuantizerSpec:
     name = draw.choice(("e8m0", "e8m0", "e8m3", "e4m3", "e4m3", "ue5m3", "ue5m3_61440", "fp32"))
     element = draw.choice(("e2m1", "e2m1", "e2m1", *FORMATS))
     size = draw.choice((16, 16, 32, 32, 8, 64))
-    fields = {"correction": draw.choice((1.0, 1.0, 1.009276))}
+    fmt, fields = SCALE_FORMATS[name], {"correction": draw.choice((1.0, 1.0, 1.009276))}
     if name == "e8m0":
         rules = SCALE_RULES if size == 32 and element == "e2m1" else NOT_RMS
         fields["scale_rule"] = draw.choice(rules if element == "e2m1" else ("truncation_free", "floor", "even"))
     else:
         fields |= {"target": draw.choice(TARGETS), "scale_rounding": draw.choice(("nearest", "nearest", "up"))}
-        if name in ("e4m3", "ue5m3", "ue5m3_61440") and draw.random() < 0.6:
-            fields |= {"outer": "pow2", "target_scale": draw.choice((None, 256.0, 10.0))}
+        if fmt.subnormal and fmt.fraction and draw.random() < 0.6:
+            fields |= {"outer": "pow2", "target_scale": draw.choice((None, min(256.0, fmt.max), 10.0))}
             fields["outer_delay"] = draw.choice((0, 0, 3))
     by_deviation = fields.get("scale_rule", "").startswith("rms")
     rows = size if size in (16, 32) and not by_deviation and draw.random() < 0.25 else 1

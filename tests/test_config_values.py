@@ -76,7 +76,9 @@ MEANINGLESS = [
     ("aug.scale=[-0.1, 1]", "aug.scale.0 is -0.1: input should be greater than or equal to 0."),
     ("aug.aa=''", "aug.aa: the name of a policy was expected, or null for none."),
     ("data.mean=[0.5, 0.5]", "data.mean is [0.5, 0.5]: it needs more values."),
-    ("data.std=[0.5, 0.5, 0]", "data.std.2 is 0: input should be greater than 0."),
+    ("data.std=[0.5, 0.5, 0]", "data.std.2 is 0: input should be greater than or equal to 0.000001."),
+    ("data.std=[0.5, 0.5, 1e-300]", "data.std.2 is 1e-300: input should be greater than or equal to 0.000001."),
+    ("data.mean=[1e300, 0.5, 0.5]", "data.mean.0 is 1e+300: input should be less than or equal to 1000000."),
     *((f"model.kwargs={{{name}: {value}}}", f"model.kwargs: {name} is not for this program") for name, value in [
         ("pretrained", "true"), ("pretrained", "1"), ("pretrained_cfg", "x"), ("pretrained_cfg_overlay", "x"),
         ("cache_dir", "x"), ("features_only", "true"),

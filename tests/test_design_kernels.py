@@ -94,7 +94,7 @@ else:
         assert {s.scale_rule for s in specs} == set(SCALE_RULES)
         assert {s.block_size for s in specs if s.block_rows > 1} == {16, 32}
         for name, many in (("rounding", 4), ("element", 3), ("target", 5), ("target_scale", 3), ("scale_rounding", 2)):
-            assert len({getattr(s, name) for s in specs}) == many
+            assert len({getattr(s, name) for s in specs}) >= many
         turns = [turn for job in jobs for turn in (job.row_turn, job.column_turn) if turn is not None]
         assert {turn.signs for turn in turns} == {"none", "fixed", "fresh"}
         assert {turn.size for turn in turns} >= {2, 4, 8, 16, 32, 64, 128}

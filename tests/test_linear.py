@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import fields
 
 import pytest
 import timm
@@ -363,3 +364,14 @@ def test_every_set_of_quantizers_prints_and_hashes_apart():
         for active in itertools.combinations(("q1", "q2", "q3", "q4", "q5", "q6"), n)
     ]
     assert len(set(recipes)) == len({str(r) for r in recipes}) == 64
+
+
+def test_quantizers_that_differ_in_one_word_print_apart():
+    pow2 = {"scale_format": "e4m3", "outer": "pow2"}
+    words = [{}, pow2, {"element": "e3m0"}, {"scale_rule": "floor"}, {"rounding": "nearest_up"}, {"block_size": 16}]
+    words += [{"scale_format": "e4m3"}, {"scale_format": "e4m3", "scale_rounding": "up"}, {"block_rows": 32}]
+    words += [{"scale_format": "e4m3", "target": 4.0}, {**pow2, "outer_delay": 3}, {**pow2, "target_scale": 64.0}]
+    words += [{"scale_format": "e4m3", "outer": "fp32", "arithmetic": "te"}, {"correction": 1.5}, {"gradient": "mask"}]
+    assert {word for some in words for word in some} == {f.name for f in fields(QuantizerSpec)} - {"axis"}
+    assert len({str(LinearRecipe(q2=QuantizerSpec(**some))) for some in words}) == len(words)
+    assert str(PRESETS["fqt"]).startswith("q1 q2 q4: e2m1/e4m3/nearest_even outer pow2 block 16, q3 q5 q6: ")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
+import os
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +22,10 @@ from config import load_config
 from models import load_packed
 from quantization.stabilizers import Plan
 from record.checkpoint import load_checkpoint, save_checkpoint
-from record.packed import read_info
+from record.packed import KEY, read_info
 from record.weights import saved_config
 from training.build import build_model, stabilize
+from training.export import _read
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -214,3 +219,91 @@ def test_mistakes_get_one_sentence(runs: Callable, tmp_path: Path, say: Say) -> 
     assert f"The picture {nowhere} cannot be written: No such file" in err and err.count("\n") == 1
     target.write_bytes(b"\x10")
     assert "is truncated, damaged" in refusal(say, *cpu, "--predict", text, "--resume", target)
+
+
+def test_nothing_is_written_over_what_it_is_made_of(runs: Callable, tmp_path: Path, say: Say) -> None:
+    packed, link, cpu = tmp_path / "file.safetensors", tmp_path / "link.safetensors", ("--device", "cpu")
+    say(*cpu, "--export", packed, "--resume", runs("none") / "last.pt")
+    link.symlink_to(packed)
+    image = photograph(tmp_path / "predictions.png")
+    before = packed.read_bytes(), image.read_bytes()
+    for target in (packed, link):
+        said = refusal(say, *cpu, "--export", target, "--export-dtype", "bfloat16", "--resume", packed)
+        assert said == f"The file {target} would be written over what it is made of; give another name."
+    for target in (image, packed):
+        said = refusal(say, *cpu, "--predict", image, "--resume", packed, "--png", target)
+        assert said == f"The picture {target} would be written over what it is made of; give another name."
+    assert before == (packed.read_bytes(), image.read_bytes())
+
+
+def test_a_file_does_not_claim_the_accuracy_of_other_quantizers(runs: Callable, tmp_path: Path, say: Say) -> None:
+    run, path, other = runs("qema") / "last.pt", tmp_path / "own.safetensors", tmp_path / "other.safetensors"
+    say("--device", "cpu", "--export", path, "--resume", run)
+    assert read_info(path).trained.top1 is not None
+    for flags in (["--quant.scale_rule", "floor"], ["--quant.active", "q2"], ["--data.mean", "0", "0", "0"]):
+        mx = MX if flags[0].startswith("--quant") else []
+        say("--device", "cpu", "--export", other, "--resume", run, *mx, *flags)
+        trained = read_info(other).trained
+        assert (trained.top1, trained.data_set) == (None, None) and trained.commit == read_info(path).trained.commit
+        if "floor" not in flags:  # of a packed file nothing changes
+            said = refusal(
+                say, "--device", "cpu", "--export", tmp_path / "x.safetensors", "--resume", path, *mx, *flags
+            )
+            assert said == f"{path} is packed and written again as it is; leave flags that change its model away."
+
+
+def relabelled(source: Path, target: Path, change: Callable) -> Path:
+    """A packed file of which somebody has changed tensors and what it says."""
+    with safetensors.safe_open(source, framework="pt") as file:
+        said = json.loads(file.metadata()[KEY])
+    tensors = safetensors.torch.load_file(source)
+    change(tensors, said)
+    safetensors.torch.save_file(tensors, target, {KEY: json.dumps(said)})
+    return target
+
+
+@pytest.mark.parametrize(
+    "name", ["\ud800", "\x1b[31mred\r\nerror: x", "$\\frac{$", "", "漢字🐶", "a" * 3000], ids=ascii
+)
+def test_any_name_of_a_class_or_an_image_is_printed_on_one_line(
+    name: str, runs: Callable, tmp_path: Path, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, out = tmp_path / "file.safetensors", io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    say("--device", "cpu", "--export", packed, "--resume", runs("none") / "last.pt")
+    relabelled(packed, packed, lambda _, said: said.update(classes=[name] * 4))
+    image = photograph(tmp_path / "gl\u00fcck.png").rename(tmp_path / os.fsdecode(b"photo \xff.png"))
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr(sys, "stdout", out)
+        words = ["--device", "cpu", "--predict", image, "--resume", packed, "--png", tmp_path / "p.png"]
+        assert exit_code([str(word) for word in words]) == 0
+    lines = out.buffer.getvalue().decode().splitlines()
+    assert len(lines) == 2 and "\\udcff.png: " in lines[0] and lines[0].isprintable() and len(lines[0]) < 1200
+
+
+def test_logits_that_are_no_numbers_are_one_sentence(runs: Callable, tmp_path: Path, say: Say) -> None:
+    packed, image = tmp_path / "file.safetensors", photograph(tmp_path / "a.png")
+    say("--device", "cpu", "--export", packed, "--resume", runs("none") / "last.pt")
+    relabelled(packed, packed, lambda tensors, _: [tensors[f"norm.{n}"].fill_(3e38) for n in ("weight", "bias")])
+    assert f"says of the image {image} is no number" in refusal(
+        say, "--device", "cpu", "--predict", image, "--resume", packed
+    )
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_a_photograph_is_seen_as_its_camera_was_held(kind: str, runs: Callable, tmp_path: Path, say: Say) -> None:
+    upright = Image.open(photograph(tmp_path / "a.png")).convert("L").convert("RGB")
+    seen = []
+    for mode in ("RGB", "L"):
+        for orientation, image in ((1, upright), (6, upright.transpose(Image.Transpose.ROTATE_90))):
+            path = tmp_path / f"{orientation}.{kind.lower()}"
+            exif = Image.Exif()
+            exif[274] = orientation
+            image.convert(mode).save(path, kind, exif=exif)
+            seen.append(np.asarray(_read(path), dtype=int))
+            assert seen[-1].shape == (30, 40, 3)
+    assert all(np.abs(other - seen[0]).mean() < (40 if kind == "JPEG" else 0.01) for other in seen)
+    out, _ = say(
+        "--device", "cpu", "--predict", path, "--resume", runs("none") / "last.pt", "--png", tmp_path / "p.png"
+    )
+    assert out.startswith(f"{path}: ")

@@ -107,7 +107,7 @@ CONFIGURATION_MISTAKES = {
     "type of flag": (["--lr", "fast"], ["the command line: optim.lr is 'fast'", "valid number"]),
     "switch for a number": (["--epochs", "true"], ["the command line: schedule.epochs is true", "valid integer"]),
     "switch in a list": (["--opt-betas", "0.9", "true"], ["optim.betas.1 is true", "valid number"]),
-    "deviation of zero": (["--data.std", "0", "0", "0"], ["data.std.0 is 0", "greater than 0"]),
+    "deviation of zero": (["--data.std", "0", "0", "0"], ["data.std.0 is 0", "greater than or equal to 0.000001"]),
     "area": (["--aug.scale", "-1", "1"], ["aug.scale.0 is -1", "greater than or equal to 0"]),
     "crop ratio": (["--eval-crop-ratio", "1e-9"], ["data.eval_crop_ratio is", "greater than or equal to 0.1"]),
     "fraction of an epoch": (["--epochs", "1.5"], ["schedule.epochs is 1.5", "valid integer"]),

@@ -73,6 +73,8 @@ LIES: dict[str, tuple[Change, str]] = {
     "top-1": (lambda t, s: s["trained"].update(top1=1000.0), "trained.top1 is 1000.0"),
     "top-1 that is none": (lambda t, s: s["trained"].update(top1=float("nan")), "trained.top1 is nan"),
     "deviation of 0": (lambda t, s: s["images"].update(std=[0.0, 1.0, 1.0]), "images.std.0 is 0.0"),
+    "deviation beside float32": (lambda t, s: s["images"].update(std=[1e-300, 1.0, 1.0]), "images.std.0 is 1e-300"),
+    "mean beyond float32": (lambda t, s: s["images"].update(mean=[0.5, 1e300, 0.5]), "images.mean.1 is 1e+300"),
     "an element": (lambda t, s: s["quant"]["element"].update(activation_weight="e9m9"), "activation_weight"),
     "a block size": (lambda t, s: s["quant"].update(block_size=9999999), "block_size"),
     "other blocks": (

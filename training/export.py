@@ -13,7 +13,8 @@ from PIL import Image
 from torch import nn
 
 from config import Config, UserError, load_config
-from images.decode import open_image, reason
+from config.explain import shorten
+from images.decode import open_image, reason, upright
 from images.transforms import eval_transform
 from models.packed import pack_model, save_dequantized, save_packed
 from quantization.export import packed_layers
@@ -76,9 +77,14 @@ def export(restored: Restored, source: Path, target: Path, form: str, dtype: str
     file had that the model comes from. Raises UserError.
     """
     refuse_suffix(target)
-    model = restored.model
-    if not is_packed(source):
+    model, as_it_was = restored.model, _as_it_was(source, restored.cfg)
+    if is_packed(source):
+        if not as_it_was:
+            raise UserError(f"{source} is packed and written again as it is; leave flags that change its model away.")
+    else:
         trained = provenance(source, restored.cfg.run.use_ema)
+        if not as_it_was:  # the run's accuracy is that of another model
+            trained = Trained(commit=trained.commit)
         model = pack_model(model, restored.cfg, restored.classes, restored.num_classes, trained)
     info = model.packed_info
     if form == "packed":
@@ -88,6 +94,13 @@ def export(restored: Restored, source: Path, target: Path, form: str, dtype: str
         save_dequantized(model, target, dtype or info.dtype)
         what = f"dequantized, in {dtype or info.dtype}"
     return f"{target}: {info.model.name}, {what}, {target.stat().st_size / 1e6:.2f} MB"
+
+
+def _as_it_was(path: Path, cfg: Config) -> bool:
+    """Whether the model of a file is evaluated by `cfg` as by the file's own configuration."""
+    own = load_config(None, overrides_of(saved_config(path) or {}, whole=True))
+    kept, used = (overrides_of(of.model_dump(mode="json"), whole=True) for of in (own, cfg))
+    return kept == used
 
 
 def provenance(path: Path, average: bool) -> Trained:
@@ -117,12 +130,12 @@ class Prediction(NamedTuple):
     classes: tuple[tuple[str, float], ...]
 
     def __str__(self) -> str:
-        return f"{self.path}: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.classes)
+        return f"{self.path}: " + ", ".join(f"{shorten(name)} {100 * share:.1f} %" for name, share in self.classes)
 
 
 @torch.no_grad()
 def predict(restored: Restored, paths: Sequence[Path], device: torch.device) -> list[Prediction]:
-    """What a model sees in image files. Raises UserError for one that cannot be read."""
+    """What a model sees in image files. Raises UserError for one that cannot be read, and for logits that are none."""
     *crop, to_tensor, normalize = eval_transform(restored.cfg).transforms
     amp = autocast_dtype(restored.cfg, device)
     names = restored.classes or tuple(f"class {label}" for label in range(restored.num_classes))
@@ -133,6 +146,9 @@ def predict(restored: Restored, paths: Sequence[Path], device: torch.device) -> 
         inputs = torch.stack([normalize(to_tensor(image)) for image in shown]).to(device)
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
             logits = restored.model(inputs)
+        if not (finite := torch.isfinite(logits).all(-1)).all():
+            image = chunk[int(finite.int().argmin())]
+            raise UserError(f"What the model says of the image {image} is no number; its weights are not usable.")
         best = logits.float().softmax(-1).topk(min(SHOWN, logits.shape[-1]))
         for path, image, shares, labels in zip(chunk, shown, best.values.tolist(), best.indices.tolist(), strict=True):
             classes = tuple((names[label], share) for label, share in zip(labels, shares, strict=True))
@@ -142,6 +158,6 @@ def predict(restored: Restored, paths: Sequence[Path], device: torch.device) -> 
 
 def _read(path: Path) -> Image.Image:
     try:
-        return open_image(path)
+        return upright(open_image(path))
     except Exception as error:  # Pillow's readers raise nearly every kind
         raise UserError(f"The image {path} cannot be read: {reason(error)}.") from None

@@ -40,7 +40,10 @@ def environment_number(name: str, default: int) -> int:
 
 
 def say(text: str) -> None:
-    """Print to stdout, at once. Raises UserError where nobody takes it: a pipe that was closed, a full disk."""
+    """Print to stdout, at once; characters that it cannot have, of file names say, as escapes. Raises UserError where
+    nobody takes it: a pipe that was closed, a full disk."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(text, flush=True)
     except OSError as error:
