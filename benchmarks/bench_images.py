@@ -183,6 +183,7 @@ def training(results: Results, model: str, root: Path, options: Any, device: tor
         kept = tuple(tensor.clone() for tensor in kept)
         kept_source = itertools.repeat(kept)
         turn(run, kept_source, 2 if options.quick else 14, device)  # graphs are recorded after eleven steps
+        name = f"{name} {options.decode:.0%}" if name.endswith("nvjpeg") else name
         resident = f"resident ({name})"
         for _ in range(options.rounds):
             samples.setdefault(resident, []).append(turn(run, kept_source, options.steps, device))
