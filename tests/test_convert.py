@@ -141,6 +141,50 @@ def test_a_layer_whose_weights_are_read_is_found_in_other_models_and_parts(make,
         assert convert_linears(make(), "tetrajet", others) == others
 
 
+class Joined(nn.Module):
+    """Two layers whose weights are put together for one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, torch.cat([self.q.weight, self.k.weight]))
+
+
+class InTraining(nn.Module):
+    """A layer that is called in evaluation, and in training has its weight read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.q.weight) if self.training else self.q(x)
+
+
+@pytest.mark.parametrize(("make", "refused"), [(Joined, "q, k"), (InTraining, "q")], ids=["joined", "in training"])
+def test_weights_read_in_a_list_or_in_training_alone_are_found(make, refused):
+    with pytest.raises(ValueError, match=f"never calls {refused}: it reads"):
+        convert_linears(make(), "tetrajet", refused.split(", "))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_torch_s_encoder_layer_quantizes_in_evaluation_too(wrapped):
+    """Its fast path, which it takes without gradients, reads the weights itself."""
+    layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1) if wrapped else nn.Sequential(layer)
+    place = "layers.0" if wrapped else "0"
+    convert_linears(model, "tetrajet", [f"{place}.linear1", f"{place}.linear2"])
+    x, padding = torch.randn(2, 5, 32), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    expected = model.train()(x)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(x), expected, atol=1e-6)
+        if wrapped:
+            padded = model(x, src_key_padding_mask=padding)
+            assert torch.allclose(padded[0], expected[0], atol=1e-6)
+
+
 def test_a_layer_that_a_guessed_pass_leaves_out_is_not_refused():
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from quantization.layers.clock import NoiseClock, clock_of
 from quantization.layers.int4 import Int4Linear
@@ -101,7 +102,19 @@ def convert_linears(
             quant.join(clock, next(number for number, other in enumerate(linears) if other is linear))
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, made[id(linear)])
+    _leave_fast_paths(model)
     return converted
+
+
+def _leave_fast_paths(model: nn.Module) -> None:
+    """Let torch's own encoder layers call their linears in evaluation too, where a fast path would read the weights."""
+    layers = {m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)}
+    changed = {m for m in layers if any(isinstance(child, QuantLinear | Int4Linear) for child in m.children())}
+    for layer in changed:
+        layer.activation_relu_or_gelu = 0  # a condition of the fast path, and of nothing else
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and changed & {*encoder.layers}:
+            encoder.use_nested_tensor = False  # which the fast path alone can take
 
 
 def _refuse_own_class(name: str, linear: nn.Linear) -> None:
@@ -129,16 +142,20 @@ def _listed(names: Sequence[str]) -> str:
 def never_called(model: nn.Module, names: Sequence[str], shape: tuple[int, ...] | None = None) -> list[str]:
     """Those of the layers `names` whose weights the model reads itself, so that they are not called.
 
-    A forward pass of shapes alone, without memory or arithmetic, finds them. shape: of its input; None asks the model's
-    patch embedding, and then a layer that the pass leaves out altogether is found too. Without one shapes are guessed.
-    Empty where the model cannot be run in this way.
+    Forward passes of shapes alone, without memory or arithmetic, in evaluation and in training, find them. shape: of
+    its input; None asks the model's patch embedding, and then a layer that evaluation leaves out altogether is found
+    too. Without one shapes are guessed. Empty where the model cannot be run in this way.
     """
     known = [shape] if shape is not None else _shape_of_images(model)
-    for given in known or _guessed_shapes(model):
-        if (passed := _pass_of_shapes(model, names, given)) is not None:
-            called, read = passed
-            return [name for name in names if name not in called and (known or name in read)]
-    return []
+    unused: set[str] = set()
+    for training in (False, True):
+        for given in known or _guessed_shapes(model):
+            if (passed := _pass_of_shapes(model, names, given, training)) is not None:
+                called, read = passed
+                left_out = not training and bool(known)  # training may leave blocks out at random
+                unused |= {name for name in names if name not in called and (left_out or name in read)}
+                break
+    return [name for name in names if name in unused]
 
 
 def _shape_of_images(model: nn.Module) -> list[tuple[int, ...]]:
@@ -158,7 +175,9 @@ def _guessed_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     return [*dict.fromkeys(images), (2, 49, width), (2, 197, width), (2, 7, 7, width), (2, width)]
 
 
-def _pass_of_shapes(model: nn.Module, names: Sequence[str], shape: tuple[int, ...]) -> tuple[set[str], set[str]] | None:
+def _pass_of_shapes(
+    model: nn.Module, names: Sequence[str], shape: tuple[int, ...], training: bool
+) -> tuple[set[str], set[str]] | None:
     """(layers called, layers whose weights other functions than the layers' own were given); None if it fails.
 
     The pass is that of a copy on the device of shapes: models keep tables for later that they make in a pass.
@@ -168,7 +187,7 @@ def _pass_of_shapes(model: nn.Module, names: Sequence[str], shape: tuple[int, ..
         tensors = {id(t): t.detach().to("meta") for t in (*model.parameters(), *model.buffers(), *held)}
         for p in model.parameters():
             tensors[id(p)] = nn.Parameter(tensors[id(p)], requires_grad=p.requires_grad)
-        twin = copy.deepcopy(model, dict(tensors)).eval()
+        twin = copy.deepcopy(model, dict(tensors)).train(training)
         dtype = next(p.dtype for p in twin.parameters() if p.is_floating_point())
         for module in twin.modules():
             for hooks in _HOOKS:
@@ -194,7 +213,7 @@ class _Reads(TorchFunctionMode):
         self.names: set[str] = set()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        given = (*args, *(kwargs or {}).values())
+        given = tree_leaves((args, kwargs))  # torch.cat and its like are given lists
         self.names |= {self.watched[id(value)] for value in given if id(value) in self.watched}
         return func(*args, **(kwargs or {}))
 
