@@ -169,6 +169,38 @@ def test_weights_read_in_a_list_or_in_training_alone_are_found(make, refused):
         convert_linears(make(), "tetrajet", refused.split(", "))
 
 
+class OfTwo(nn.Module):
+    """A model of two arguments; `strict`: the second one can be no guess."""
+
+    def __init__(self, strict: bool) -> None:
+        super().__init__()
+        self.q, self.strict = nn.Linear(32, 32), strict
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if self.strict and mask.dtype != torch.bool:
+            raise TypeError("a mask is boolean")
+        return nn.functional.linear(x, self.q.weight) * mask
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: OfTwo(strict=False), "q"),
+        (lambda: nn.MultiheadAttention(32, 2, batch_first=True), "out_proj"),
+        (lambda: nn.TransformerDecoderLayer(32, 2, 64, batch_first=True), "multihead_attn.out_proj"),
+    ],
+    ids=["own", "attention", "decoder"],
+)
+def test_a_model_of_several_arguments_is_asked_too(make, name):
+    with pytest.raises(ValueError, match=f"never calls {name}: it reads"):
+        convert_linears(make(), "tetrajet", [name])
+
+
+def test_where_nobody_can_see_whether_layers_are_called_this_is_said():
+    with pytest.warns(UserWarning, match="OfTwo cannot be run on shapes alone"):
+        assert convert_linears(OfTwo(strict=True), "tetrajet", ["q"]) == ["q"]
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_torch_s_encoder_layer_quantizes_in_evaluation_too(wrapped):
     """Its fast path, which it takes without gradients, reads the weights itself."""

@@ -158,7 +158,7 @@ def test_splits_in_the_place_of_classes_are_refused(tmp_path, inside, packed):
     root.mkdir(exist_ok=True)
     for split in SPLITS if packed else ():
         pack_with_folders(root / f"{split}.tar", source / split, ".")
-    with pytest.raises(UserError, match="train.*, each with folders of its own, in the place of classes"):
+    with pytest.raises(UserError, match=r"train.*, each with folders of its own, in the place of classes"):
         make_data(base=folder_config(root), batch_size=2)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -45,7 +47,7 @@ def convert_linears(
         seed: of the noise of stochastic rounding, from 0 to 2^32 - 1; None draws one from torch's default generator, so
             that no two models, or parts of one converted in two calls, share their noise.
 
-    Returns the names of the converted layers in the model's order.
+    Returns the names of the converted layers in the model's order. Warns where it cannot see that the model calls them.
     Raises ValueError where there is nothing to convert, a name is not that of a linear layer in the model, a layer is
     of a class of its own that would be lost, or the model would never call it.
     """
@@ -78,7 +80,13 @@ def convert_linears(
             raise ValueError("policy spares every layer")
     for name in converted:
         _refuse_own_class(name, places[name])
-    if unused := never_called(model, converted):
+    if (unused := _unused(model, converted, None)) is None:
+        warnings.warn(
+            f"{kind_of_model} cannot be run on shapes alone, so nobody has seen that it calls the layers which are "
+            "converted: one whose weight it reads itself would not be quantized",
+            stacklevel=2,
+        )
+    elif unused:
         raise ValueError(
             f"{kind_of_model} never calls {_listed(unused)}: it reads their weights itself, so quantizers there would "
             "do nothing; pass the names of other layers"
@@ -144,18 +152,24 @@ def never_called(model: nn.Module, names: Sequence[str], shape: tuple[int, ...] 
 
     Forward passes of shapes alone, without memory or arithmetic, in evaluation and in training, find them. shape: of
     its input; None asks the model's patch embedding, and then a layer that evaluation leaves out altogether is found
-    too. Without one shapes are guessed. Empty where the model cannot be run in this way.
+    too. Without one shapes are guessed. Each argument that the model must be given has that shape. Empty where the
+    model cannot be run in this way.
     """
+    return _unused(model, names, shape) or []
+
+
+def _unused(model: nn.Module, names: Sequence[str], shape: tuple[int, ...] | None) -> list[str] | None:
+    """As never_called; None where the model cannot be run."""
     known = [shape] if shape is not None else _shape_of_images(model)
-    unused: set[str] = set()
+    unused, ran = set(), False
     for training in (False, True):
         for given in known or _guessed_shapes(model):
             if (passed := _pass_of_shapes(model, names, given, training)) is not None:
-                called, read = passed
+                ran, (called, read) = True, passed
                 left_out = not training and bool(known)  # training may leave blocks out at random
                 unused |= {name for name in names if name not in called and (left_out or name in read)}
                 break
-    return [name for name in names if name in unused]
+    return [name for name in names if name in unused] if ran else None
 
 
 def _shape_of_images(model: nn.Module) -> list[tuple[int, ...]]:
@@ -197,8 +211,10 @@ def _pass_of_shapes(
         for name in names:
             twin.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
         reads = _Reads({id(twin.get_submodule(name).weight): name for name in names})
+        needed = [p for p in inspect.signature(twin.forward).parameters.values() if p.default is p.empty]
+        count = max(1, sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in needed))
         with torch.no_grad(), reads:
-            twin(torch.empty(shape, device="meta", dtype=dtype))
+            twin(*(torch.empty(shape, device="meta", dtype=dtype) for _ in range(count)))
     except Exception:  # whatever such a model raises, nothing is known of it then
         return None
     return called, reads.names
