@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,19 @@ class OfTwo(nn.Module):
 def test_a_model_of_several_arguments_is_asked_too(make, name):
     with pytest.raises(ValueError, match=f"never calls {name}: it reads"):
         convert_linears(make(), "tetrajet", [name])
+
+
+def test_a_hybrid_and_a_model_that_is_quantized_already_are_asked():
+    hybrid = timm.create_model("vit_tiny_r_s16_p8_224", img_size=64, depth=1)
+    names = convert_linears(hybrid, "tetrajet")
+    for recipe in RECIPES:  # a warning would say that it cannot be run
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert convert_linears(hybrid, recipe) == names
+    own = Own()
+    convert_linears(own, "tetrajet", ["used"])
+    with pytest.raises(ValueError, match="Own never calls read"):
+        convert_linears(own, "tetrajet", ["used", "read"])
 
 
 def test_where_nobody_can_see_whether_layers_are_called_this_is_said():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import inspect
 import re
 import warnings
@@ -175,8 +176,10 @@ def _unused(model: nn.Module, names: Sequence[str], shape: tuple[int, ...] | Non
 def _shape_of_images(model: nn.Module) -> list[tuple[int, ...]]:
     """[(images, channels, height, width)] by the model's patch embedding; empty where it has none."""
     embed = getattr(model, "patch_embed", None)
-    size, channels = getattr(embed, "img_size", None), getattr(getattr(embed, "proj", None), "in_channels", 3)
-    return [(2, channels, *size)] if isinstance(size, tuple | list) else []
+    if not isinstance(size := getattr(embed, "img_size", None), tuple | list):
+        return []
+    channels = next((m.in_channels for m in embed.modules() if isinstance(m, nn.Conv2d)), 3)  # a backbone comes first
+    return [(2, channels, *size)]
 
 
 def _guessed_shapes(model: nn.Module) -> list[tuple[int, ...]]:
@@ -207,6 +210,8 @@ def _pass_of_shapes(
             for hooks in _HOOKS:
                 if isinstance(kept := getattr(module, hooks, None), dict):
                     kept.clear()
+            if isinstance(module, QuantLinear | Int4Linear):  # quantizers have no form for shapes alone
+                module.forward = functools.partial(nn.Linear.forward, module)
         called: set[str] = set()
         for name in names:
             twin.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
