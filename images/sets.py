@@ -23,7 +23,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from config import Config, UserError
 from images.chosen import hold_out, read_class_map, with_classes
 from images.decode import open_image
-from images.tars import ImageTar
+from images.tars import ImageTar, refuse_splits, split_of
 
 _SETS = ("imagenet", "cifar10", "cifar100", "digits", "generated", "torch/", "hfds/", "hfids/", "wds/", "tfds/")
 _NEEDS = {  # optional packages: import name and what to pip install
@@ -121,11 +121,16 @@ def _image_folder(root: Path, split: str) -> ImageFolder | ImageTar:
     try:
         if source is tar or (any(folder.glob("*.tar")) and not any(entry.is_dir() for entry in folder.iterdir())):
             return ImageTar(source, split)
+        refuse_splits(str(inner) for inner in folder.iterdir() if split_of(inner.name) and _holds_folders(inner))
         return ImageFolder(source, loader=open_image)
     except (OSError, AssertionError, ValueError, tarfile.TarError) as error:  # torchvision names the empty class
         raise UserError(
             f"{source} must hold one folder a class, each with at least one image: {_first_line(error)}"
         ) from None
+
+
+def _holds_folders(folder: Path) -> bool:
+    return folder.is_dir() and any(entry.is_dir() for entry in folder.iterdir())
 
 
 def _cifar(cfg: Config, *, train: bool) -> CIFAR10 | CIFAR100:

@@ -6,7 +6,7 @@ import io
 import itertools
 import posixpath
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -17,7 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from images.decode import open_image
 
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
-_SPLITS = frozenset(("train", "val", "valid", "validation", "test"))
+_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 
 class Member(NamedTuple):
@@ -34,10 +34,10 @@ class ImageTar(Dataset[tuple[Image.Image, int]]):
 
     Classes are the folders of the first level, sorted, and what lies below one belongs to it. Around a single tar
     file's classes there may be further folders: "./", "train/", "imagenet/train/". A tar file inside a tar file counts
-    as a folder. Nothing is unpacked, and nothing is written.
+    as a folder. What macOS adds to its archives is left out. Nothing is unpacked, and nothing is written.
 
-    Raises OSError or tarfile.TarError for what is no tar file, and FileNotFoundError where there is no class, or one
-    without an image.
+    Raises OSError or tarfile.TarError for what is no tar file, ValueError where splits stand in the place of classes,
+    and FileNotFoundError where there is no class, or one without an image.
     """
 
     def __init__(self, root: Path, split: str) -> None:
@@ -102,6 +102,8 @@ def _scan(file: IO[bytes], tar: str, folder: str, base: int) -> Iterator[Member 
         while (info := opened.next()) is not None:
             opened.members.clear()  # a million of them take a gigabyte
             path = posixpath.normpath(posixpath.join(folder, info.name.lstrip("/")))
+            if "__MACOSX" in path.split("/") or posixpath.basename(path).startswith("._"):
+                continue
             if info.isdir():
                 yield Member(path, tar, 0, -1)
             elif info.isfile() and path.lower().endswith(".tar"):
@@ -125,10 +127,26 @@ def _top(folders: set[str], split: str) -> str:
             children.setdefault(parent, set()).add(child)
     top = ""
     while inside := sorted(children.get(top, ())):
-        if f"{top}/{split}".lstrip("/") in inside and _SPLITS.issuperset(map(posixpath.basename, inside)):
-            top = f"{top}/{split}".lstrip("/")
+        own = [folder for folder in inside if split_of(folder) == split]
+        if len(own) == 1 and all(map(split_of, inside)):
+            top = own[0]
         elif len(inside) == 1 and inside[0] in children:
             top = inside[0]
         else:
+            refuse_splits(folder for folder in inside if folder in children)
             break
     return top
+
+
+def split_of(folder: str) -> str | None:
+    """The split (train, val, test) that a folder has its name from; None for another name."""
+    name = posixpath.basename(folder).lower()
+    return next((split for split, names in _SPLITS.items() if name in names), None)
+
+
+def refuse_splits(folders: Iterable[str]) -> None:
+    """Raises ValueError where several of the `folders`, each of which holds folders itself, have names of splits: the
+    classes lie one level further down, and all of a split would be taken for one class."""
+    splits = sorted(posixpath.basename(folder) for folder in folders if split_of(folder))
+    if len(splits) > 1:
+        raise ValueError(f"it holds {' and '.join(splits)}, each with folders of its own, in the place of classes")

@@ -69,16 +69,24 @@ def fake_quantize(
             seed = Noise(torch.cat([draw, torch.zeros_like(draw)]).to(x.device))
         noise = seed if isinstance(seed, Noise) else Noise.from_seed(seed, x.device)
     result = implementation.quantize(x.detach(), spec, noise, None if shadow is None else shadow.detach())
-    return _StraightThrough.apply(x, result) if x.requires_grad and torch.is_grad_enabled() else result
+    return _StraightThrough.apply(x, result)  # always: in forward mode x does not say that it has a derivative
 
 
 class _StraightThrough(torch.autograd.Function):
     """`result`, as a function of x whose derivative is 1."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, result: Tensor) -> Tensor:
+    def forward(x: Tensor, result: Tensor) -> Tensor:
         return result.view_as(result)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Nothing is kept."""
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
+
+    @staticmethod
+    def jvp(ctx: FunctionCtx, tangent: Tensor | None, _: Tensor | None) -> Tensor | None:
+        return tangent if tangent is None else tangent.view_as(tangent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,95 @@ def test_a_layer_whose_weights_are_read_is_found_in_other_models_and_parts(make,
     if names is not None:
         others = [name for name in names if name != refused]
         assert convert_linears(make(), "tetrajet", others) == others
+
+
+class Joined(nn.Module):
+    """Two layers whose weights are put together for one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, torch.cat([self.q.weight, self.k.weight]))
+
+
+class InTraining(nn.Module):
+    """A layer that is called in evaluation, and in training has its weight read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.q.weight) if self.training else self.q(x)
+
+
+@pytest.mark.parametrize(("make", "refused"), [(Joined, "q, k"), (InTraining, "q")], ids=["joined", "in training"])
+def test_weights_read_in_a_list_or_in_training_alone_are_found(make, refused):
+    with pytest.raises(ValueError, match=f"never calls {refused}: it reads"):
+        convert_linears(make(), "tetrajet", refused.split(", "))
+
+
+class OfTwo(nn.Module):
+    """A model of two arguments; `strict`: the second one can be no guess."""
+
+    def __init__(self, strict: bool) -> None:
+        super().__init__()
+        self.q, self.strict = nn.Linear(32, 32), strict
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if self.strict and mask.dtype != torch.bool:
+            raise TypeError("a mask is boolean")
+        return nn.functional.linear(x, self.q.weight) * mask
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: OfTwo(strict=False), "q"),
+        (lambda: nn.MultiheadAttention(32, 2, batch_first=True), "out_proj"),
+        (lambda: nn.TransformerDecoderLayer(32, 2, 64, batch_first=True), "multihead_attn.out_proj"),
+    ],
+    ids=["own", "attention", "decoder"],
+)
+def test_a_model_of_several_arguments_is_asked_too(make, name):
+    with pytest.raises(ValueError, match=f"never calls {name}: it reads"):
+        convert_linears(make(), "tetrajet", [name])
+
+
+def test_a_hybrid_and_a_model_that_is_quantized_already_are_asked():
+    hybrid = timm.create_model("vit_tiny_r_s16_p8_224", img_size=64, depth=1)
+    names = convert_linears(hybrid, "tetrajet")
+    for recipe in RECIPES:  # a warning would say that it cannot be run
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert convert_linears(hybrid, recipe) == names
+    own = Own()
+    convert_linears(own, "tetrajet", ["used"])
+    with pytest.raises(ValueError, match="Own never calls read"):
+        convert_linears(own, "tetrajet", ["used", "read"])
+
+
+def test_where_nobody_can_see_whether_layers_are_called_this_is_said():
+    with pytest.warns(UserWarning, match="OfTwo cannot be run on shapes alone"):
+        assert convert_linears(OfTwo(strict=True), "tetrajet", ["q"]) == ["q"]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_torch_s_encoder_layer_quantizes_in_evaluation_too(wrapped):
+    """Its fast path, which it takes without gradients, reads the weights itself."""
+    layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1) if wrapped else nn.Sequential(layer)
+    place = "layers.0" if wrapped else "0"
+    convert_linears(model, "tetrajet", [f"{place}.linear1", f"{place}.linear2"])
+    x, padding = torch.randn(2, 5, 32), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    expected = model.train()(x)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(x), expected, atol=1e-6)
+        if wrapped:
+            padded = model(x, src_key_padding_mask=padding)
+            assert torch.allclose(padded[0], expected[0], atol=1e-6)
 
 
 def test_a_layer_that_a_guessed_pass_leaves_out_is_not_refused():

@@ -63,6 +63,25 @@ def pack_both_splits(tar_path: Path, folder: Path, prefix: str) -> None:
             tar.add(folder.parent / split, f"{prefix}{split}")
 
 
+def pack_with_capitals(tar_path: Path, folder: Path, prefix: str) -> None:
+    with tarfile.open(tar_path, "w") as tar:
+        for split, name in zip(SPLITS, prefix.split(), strict=True):
+            tar.add(folder.parent / split, name)
+
+
+def pack_on_a_mac(tar_path: Path, folder: Path, prefix: str) -> None:
+    """As macOS packs a folder: each file has a second one for what its file system knows of it."""
+    with tarfile.open(tar_path, "w") as tar:
+        tar.add(folder, prefix)
+        for path in sorted(folder.rglob("*")):
+            place = path.relative_to(folder)
+            beside = place.with_name(f"._{place.name}")
+            for name in (f"{prefix}/{beside}", f"__MACOSX/{prefix}/{beside}"):
+                info = tarfile.TarInfo(name)
+                info.size = 4
+                tar.addfile(info, io.BytesIO(b"\0\5\x16\7"))
+
+
 def pack_tars_in_a_tar(tar_path: Path, folder: Path, prefix: str) -> None:
     """As ImageNet's training images come."""
     with tarfile.open(tar_path, "w") as tar:
@@ -87,6 +106,10 @@ PACKINGS = {
     "files in an inner folder": (pack_files, "./imagenet/{split}/"),
     "both splits inside": (pack_both_splits, ""),
     "both splits in an inner folder": (pack_both_splits, "imagenet/"),
+    "both splits, in capitals": (pack_with_capitals, "Train VAL"),
+    "both splits, by other names": (pack_with_capitals, "training validation"),
+    "on a Mac": (pack_on_a_mac, "."),
+    "on a Mac, an inner folder": (pack_on_a_mac, "{split}"),
     "one tar a class": (pack_a_class_each, ""),
     "one tar a class, from ./": (pack_a_class_each, "./"),
     "tars in a tar": (pack_tars_in_a_tar, "."),
@@ -121,6 +144,27 @@ def test_a_class_is_a_folder_of_the_first_level(tmp_path, files, packing):
     for root in (source, target):
         data = make_data(base=folder_config(root), batch_size=2)
         assert data.classes == ("a", "b") and data.eval_size == 2
+
+
+BOTH, MORE = "train/a train/b val/a val/b", "train/a train/b test/a more/a"
+
+
+# Of a tar file that holds all splits, and nothing else, the right one is taken.
+@pytest.mark.parametrize(("inside", "packed"), [(BOTH, False), (MORE, False), (MORE, True)])
+def test_splits_in_the_place_of_classes_are_refused(tmp_path, inside, packed):
+    """Each would be one class, of images of all of them."""
+    source = make_tree(tmp_path / "folder", [f"{name}/1.png" for name in inside.split()])
+    root = tmp_path / "packed" if packed else source
+    root.mkdir(exist_ok=True)
+    for split in SPLITS if packed else ():
+        pack_with_folders(root / f"{split}.tar", source / split, ".")
+    with pytest.raises(UserError, match=r"train.*, each with folders of its own, in the place of classes"):
+        make_data(base=folder_config(root), batch_size=2)
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path):
+    source = make_tree(tmp_path / "folder", ["train/1.png", "test/1.png", "train/steam/2.png", "car/1.png"])
+    assert make_data(base=folder_config(source), batch_size=2).classes == ("car", "test", "train")
 
 
 def test_one_tar_a_class_with_the_folder_of_the_class_inside(tree, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from data_helpers import make_folder
 from helpers import FULL, differences, exit_code, metrics, tiny, train
 from stabilizer_helpers import captured
@@ -91,6 +92,29 @@ def test_a_flag_wins_and_the_difference_is_said(
     out, err = score(*flags, weights=weights)
     assert figures_of(trained) not in out
     assert f"{weights} was trained with {key}" in err and "it is evaluated as the command says" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"kwargs": {"num_heads": 1}}, "model.kwargs"),
+        ({"kwargs": {"act_layer": "relu"}}, "model.kwargs"),
+        ({"name": "deit3_small_patch16_224"}, "model.name deit3_small_patch16_224"),
+        ({"patch_size": 8}, "model.patch_size 8"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_another_model_that_the_weights_fit_is_said(
+    change: dict, key: str, trained: Path, tmp_path: Path, score: Score
+) -> None:
+    """Heads and activations leave no trace in the shapes of weights."""
+    state = load_checkpoint(trained / "last.pt")
+    own = yaml.safe_load(state["config"])
+    own["model"] |= change
+    torch.save({**state, "config": yaml.safe_dump(own)}, tmp_path / "other.pt")
+    _, err = score(*MX, *OWN, weights=tmp_path / "other.pt")
+    assert err.count("\n") == 1 and f"other.pt was trained with {key}" in err
+    assert "it is evaluated as the command says" in err
 
 
 def test_a_file_of_another_method_does_not_change_the_score(trained: Path, tmp_path: Path, score: Score) -> None:

@@ -412,3 +412,33 @@ def test_a_model_copied_or_pickled_has_a_clock_of_its_own_that_goes_on():
         with model.noise.elsewhere(1):
             expected = model(X)
         assert torch.equal(twin(X), expected)
+
+
+def by_to_empty(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    model.to_empty(device="cpu").load_state_dict(weights)
+
+
+def by_assign(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    model.load_state_dict(weights, assign=True)
+
+
+@pytest.mark.parametrize("fill", [by_to_empty, by_assign], ids=lambda f: f.__name__)
+def test_a_model_made_on_the_device_of_shapes_draws_what_another_would(fill):
+    torch.manual_seed(0)
+    weights, found = vit().state_dict(), []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(5)
+        with torch.device(device):
+            model = timm.create_model("mxfp4_deit_tiny_patch16_224", **SMALL)
+        model.noise.reseed(3, None)
+        fill(model, weights) if device == "meta" else model.load_state_dict(weights)
+        model(IMAGES).square().sum().backward()
+        found.append((model.blocks[0].attn.qkv.weight.grad, model.noise.next_position.item()))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1] == 1
+
+
+def test_to_empty_leaves_the_clock_where_it_stood():
+    model = stack()
+    model.noise.seek(7)
+    model.to_empty(device="cpu")
+    assert model.noise.next_position.item() == 7 and model.noise.laps.item() == 0

@@ -531,6 +531,21 @@ def test_the_gradient_goes_straight_through(spec, dtype):
         assert not fake_quantize(leaf, spec, seed=1).requires_grad
 
 
+@pytest.mark.parametrize("transform", ["grad", "jvp", "dual numbers"])
+def test_the_derivative_goes_straight_through_in_every_mode_of_differentiation(transform):
+    """In forward mode a tensor does not say that it requires a gradient."""
+    x, factors = torch.randn(4, 40), torch.arange(160.0).view(4, 40)
+    if transform == "grad":
+        found, expected = torch.func.grad(lambda t: (fake_quantize(t, QuantizerSpec()) * factors).sum())(x), factors
+    elif transform == "jvp":
+        found, expected = torch.func.jvp(lambda t: fake_quantize(t, QuantizerSpec()), (x,), (factors,))[1], factors
+    else:
+        with torch.autograd.forward_ad.dual_level():
+            y = fake_quantize(torch.autograd.forward_ad.make_dual(x, factors), QuantizerSpec())
+            found, expected = torch.autograd.forward_ad.unpack_dual(y).tangent, factors
+    assert torch.equal(found, expected)
+
+
 def test_the_gradient_of_a_sum_reaches_all_its_terms():
     w, b = torch.randn(4, 32, requires_grad=True), torch.zeros(4, requires_grad=True)
     (fake_quantize(w, QuantizerSpec()).sum(1) + b).sum().backward()

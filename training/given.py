@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from config import Config, UserError, load_config, recipe_differences
 from models.packed import dequantized_weights, load_packed
+from models.zoo import PREFIX
 from quantization import LinearRecipe, resolve
 from record.packed import is_packed
 from record.weights import finetune_from, load_weights, restore_model, saved_config
@@ -46,8 +47,26 @@ def as_trained(
         said.append(f"{path} is evaluated by its own configuration, {_some(differences)}.")
     if differences := recipe_differences(_scored_by(trained), _scored_by(used)):
         said.append(f"{path} was trained with {_some(differences)}; it is evaluated as the command says.")
+    said += _other_model(path, own, used)
     said += _other_images(path, own, used)
     return used, own, said
+
+
+def _other_model(path: Path, own: Mapping[str, Any], used: Config) -> list[str]:
+    """What to say where weights are put into another model than was trained, which their shapes may not tell: of other
+    heads, say, or another activation. Another size of images is a matter of its own (`fit`)."""
+    asked, differences = used.model_dump(mode="json"), []
+    for section, keys in (("model", ("name", "patch_size", "kwargs")), ("run", ("amp",))):
+        held = own.get(section)
+        for key in keys if isinstance(held, Mapping) else ():
+            theirs, ours = held.get(key, asked[section][key]), asked[section][key]
+            if key == "name" and str(theirs).removeprefix(PREFIX) == ours.removeprefix(PREFIX):
+                continue
+            if theirs != ours:
+                differences.append(f"{section}.{key} {theirs} (here {ours})")
+    return (
+        [f"{path} was trained with {_some(differences)}; it is evaluated as the command says."] if differences else []
+    )
 
 
 def _other_images(path: Path, own: Mapping[str, Any], used: Config) -> list[str]:

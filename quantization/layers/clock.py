@@ -132,6 +132,19 @@ class NoiseClock(nn.Module):
             model.__dict__["noise"] = self
         model.register_forward_pre_hook(_advance)
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> NoiseClock:
+        """What .to() and its like do, and to_empty(), which a model made on the device of shapes needs: that brings no
+        values along, so those there were are put back, and where there were none the clock starts over."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, kept in before.items():
+            now = getattr(self, name)
+            if now is not kept and not kept.is_meta:
+                now.copy_(kept)
+        if before["state"].is_meta and not self.state.is_meta:
+            self.reseed(self.seed, self.given_rank)
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> NoiseClock:
         model = self._model and self._model()
         # A module is noted in `memo` before what it holds is copied.
@@ -180,6 +193,8 @@ class NoisyLinear(nn.Linear):
 
     def draw_noise(self) -> Tensor:
         """The noise state of this call, or of the call that this one repeats for a backward pass."""
+        if self.noise.state.is_meta and not self.weight.is_meta:  # load_state_dict(assign=True) has filled such a model
+            self.noise.to_empty(device=self.weight.device)
         if torch.compiler.is_compiling() or not may_be_checkpointed():
             return self.noise.draw(self.layer)
         return noise_of_call(self, lambda: self.noise.draw(self.layer))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
+import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from quantization.layers.clock import NoiseClock, clock_of
 from quantization.layers.int4 import Int4Linear
@@ -44,7 +48,7 @@ def convert_linears(
         seed: of the noise of stochastic rounding, from 0 to 2^32 - 1; None draws one from torch's default generator, so
             that no two models, or parts of one converted in two calls, share their noise.
 
-    Returns the names of the converted layers in the model's order.
+    Returns the names of the converted layers in the model's order. Warns where it cannot see that the model calls them.
     Raises ValueError where there is nothing to convert, a name is not that of a linear layer in the model, a layer is
     of a class of its own that would be lost, or the model would never call it.
     """
@@ -77,7 +81,13 @@ def convert_linears(
             raise ValueError("policy spares every layer")
     for name in converted:
         _refuse_own_class(name, places[name])
-    if unused := never_called(model, converted):
+    if (unused := _unused(model, converted, None)) is None:
+        warnings.warn(
+            f"{kind_of_model} cannot be run on shapes alone, so nobody has seen that it calls the layers which are "
+            "converted: one whose weight it reads itself would not be quantized",
+            stacklevel=2,
+        )
+    elif unused:
         raise ValueError(
             f"{kind_of_model} never calls {_listed(unused)}: it reads their weights itself, so quantizers there would "
             "do nothing; pass the names of other layers"
@@ -101,7 +111,19 @@ def convert_linears(
             quant.join(clock, next(number for number, other in enumerate(linears) if other is linear))
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, made[id(linear)])
+    _leave_fast_paths(model)
     return converted
+
+
+def _leave_fast_paths(model: nn.Module) -> None:
+    """Let torch's own encoder layers call their linears in evaluation too, where a fast path would read the weights."""
+    layers = {m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)}
+    changed = {m for m in layers if any(isinstance(child, QuantLinear | Int4Linear) for child in m.children())}
+    for layer in changed:
+        layer.activation_relu_or_gelu = 0  # a condition of the fast path, and of nothing else
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and changed & {*encoder.layers}:
+            encoder.use_nested_tensor = False  # which the fast path alone can take
 
 
 def _refuse_own_class(name: str, linear: nn.Linear) -> None:
@@ -129,23 +151,35 @@ def _listed(names: Sequence[str]) -> str:
 def never_called(model: nn.Module, names: Sequence[str], shape: tuple[int, ...] | None = None) -> list[str]:
     """Those of the layers `names` whose weights the model reads itself, so that they are not called.
 
-    A forward pass of shapes alone, without memory or arithmetic, finds them. shape: of its input; None asks the model's
-    patch embedding, and then a layer that the pass leaves out altogether is found too. Without one shapes are guessed.
-    Empty where the model cannot be run in this way.
+    Forward passes of shapes alone, without memory or arithmetic, in evaluation and in training, find them. shape: of
+    its input; None asks the model's patch embedding, and then a layer that evaluation leaves out altogether is found
+    too. Without one shapes are guessed. Each argument that the model must be given has that shape. Empty where the
+    model cannot be run in this way.
     """
+    return _unused(model, names, shape) or []
+
+
+def _unused(model: nn.Module, names: Sequence[str], shape: tuple[int, ...] | None) -> list[str] | None:
+    """As never_called; None where the model cannot be run."""
     known = [shape] if shape is not None else _shape_of_images(model)
-    for given in known or _guessed_shapes(model):
-        if (passed := _pass_of_shapes(model, names, given)) is not None:
-            called, read = passed
-            return [name for name in names if name not in called and (known or name in read)]
-    return []
+    unused, ran = set(), False
+    for training in (False, True):
+        for given in known or _guessed_shapes(model):
+            if (passed := _pass_of_shapes(model, names, given, training)) is not None:
+                ran, (called, read) = True, passed
+                left_out = not training and bool(known)  # training may leave blocks out at random
+                unused |= {name for name in names if name not in called and (left_out or name in read)}
+                break
+    return [name for name in names if name in unused] if ran else None
 
 
 def _shape_of_images(model: nn.Module) -> list[tuple[int, ...]]:
     """[(images, channels, height, width)] by the model's patch embedding; empty where it has none."""
     embed = getattr(model, "patch_embed", None)
-    size, channels = getattr(embed, "img_size", None), getattr(getattr(embed, "proj", None), "in_channels", 3)
-    return [(2, channels, *size)] if isinstance(size, tuple | list) else []
+    if not isinstance(size := getattr(embed, "img_size", None), tuple | list):
+        return []
+    channels = next((m.in_channels for m in embed.modules() if isinstance(m, nn.Conv2d)), 3)  # a backbone comes first
+    return [(2, channels, *size)]
 
 
 def _guessed_shapes(model: nn.Module) -> list[tuple[int, ...]]:
@@ -158,7 +192,9 @@ def _guessed_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     return [*dict.fromkeys(images), (2, 49, width), (2, 197, width), (2, 7, 7, width), (2, width)]
 
 
-def _pass_of_shapes(model: nn.Module, names: Sequence[str], shape: tuple[int, ...]) -> tuple[set[str], set[str]] | None:
+def _pass_of_shapes(
+    model: nn.Module, names: Sequence[str], shape: tuple[int, ...], training: bool
+) -> tuple[set[str], set[str]] | None:
     """(layers called, layers whose weights other functions than the layers' own were given); None if it fails.
 
     The pass is that of a copy on the device of shapes: models keep tables for later that they make in a pass.
@@ -168,18 +204,22 @@ def _pass_of_shapes(model: nn.Module, names: Sequence[str], shape: tuple[int, ..
         tensors = {id(t): t.detach().to("meta") for t in (*model.parameters(), *model.buffers(), *held)}
         for p in model.parameters():
             tensors[id(p)] = nn.Parameter(tensors[id(p)], requires_grad=p.requires_grad)
-        twin = copy.deepcopy(model, dict(tensors)).eval()
+        twin = copy.deepcopy(model, dict(tensors)).train(training)
         dtype = next(p.dtype for p in twin.parameters() if p.is_floating_point())
         for module in twin.modules():
             for hooks in _HOOKS:
                 if isinstance(kept := getattr(module, hooks, None), dict):
                     kept.clear()
+            if isinstance(module, QuantLinear | Int4Linear):  # quantizers have no form for shapes alone
+                module.forward = functools.partial(nn.Linear.forward, module)
         called: set[str] = set()
         for name in names:
             twin.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
         reads = _Reads({id(twin.get_submodule(name).weight): name for name in names})
+        needed = [p for p in inspect.signature(twin.forward).parameters.values() if p.default is p.empty]
+        count = max(1, sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in needed))
         with torch.no_grad(), reads:
-            twin(torch.empty(shape, device="meta", dtype=dtype))
+            twin(*(torch.empty(shape, device="meta", dtype=dtype) for _ in range(count)))
     except Exception:  # whatever such a model raises, nothing is known of it then
         return None
     return called, reads.names
@@ -194,7 +234,7 @@ class _Reads(TorchFunctionMode):
         self.names: set[str] = set()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        given = (*args, *(kwargs or {}).values())
+        given = tree_leaves((args, kwargs))  # torch.cat and its like are given lists
         self.names |= {self.watched[id(value)] for value in given if id(value) in self.watched}
         return func(*args, **(kwargs or {}))
 
