@@ -249,6 +249,21 @@ def keep(what: str, target: Path, sources: Sequence[Path]) -> None:
         raise UserError(f"{what} {target} would be written over what it is made of; give another name.")
 
 
+def check_average(cfg: Config) -> None:
+    """Raises UserError where --use-ema is given and weights are read of which it says nothing."""
+    if not cfg.run.use_ema:
+        return
+    if cfg.run.eval and (cfg.run.finetune is None or cfg.run.resume is None):
+        raise UserError(
+            "--use-ema is for --finetune, --export and --predict: with --eval, --model-ema scores the moving average."
+        )
+    if cfg.run.finetune is None:
+        raise UserError(
+            "--use-ema says from which weights of a file --finetune starts, and there is no --finetune; leave it away. "
+            "To keep a moving average in training, take --model-ema."
+        )
+
+
 def smoke_overrides(cfg: Config, world_size: int) -> list[str]:
     """What --smoke changes: a few generated images in the smallest batches, no worker processes."""
     images = 4 * SMOKE_STEPS * SMOKE_BATCH * world_size
@@ -266,6 +281,7 @@ def smoke_overrides(cfg: Config, world_size: int) -> list[str]:
         "run.eval=false",
         "run.resume=null",
         "run.finetune=null",
+        "run.use_ema=false",
         "distillation.type=none",
         *(["stabilizer.detect_steps=1"] if cfg.stabilizer.kind == "qramping" else []),
     ]
@@ -290,6 +306,7 @@ def main(argv: Sequence[str] | None = None, processes: Processes | None = None) 
         if rank == 0:
             hand_on(options, overrides, resume_path(cfg, output_dir), cfg, device)
         return
+    check_average(cfg)
     if cfg.run.eval:
         path = resume_path(cfg, output_dir) or (Path(cfg.run.finetune) if cfg.run.finetune else None)
         if path is None:

@@ -130,7 +130,7 @@ class ScheduleConfig(Section):
     warmup_prefix: bool = key(False, "start the cosine after the warm-up instead of under it")
     min_lr: Float = key(1e-5, "learning rate the schedule ends at", "--min-lr", ge=0)
     decay_epochs: Float = key(30, "epochs between steps of the step schedule", "--decay-epochs", gt=0)
-    decay_rate: Float = key(0.1, "factor of each step of the step schedule", "--decay-rate", gt=0, le=1)
+    decay_rate: Float = key(0.1, "factor of each step of the step schedule", "--decay-rate", "--dr", gt=0, le=1)
 
 
 class AugConfig(Section):

@@ -93,15 +93,15 @@ _BESIDE += [(OrderedDict, "yacs.config.CfgNode"), (_no_entries, "collections.def
 _BESIDE += [(_no_items, "collections.deque")]
 
 
-def _check_plain(value: Any, where: str) -> None:
+def check_plain(value: Any, where: str) -> None:
     """TypeError for anything torch.load would refuse with weights_only=True: better now than on the day of a resume."""
     if type(value) in (dict, OrderedDict):
         for key, item in value.items():
-            _check_plain(key, f"a key of {where}")
-            _check_plain(item, f"{where}[{key!r}]")
+            check_plain(key, f"a key of {where}")
+            check_plain(item, f"{where}[{key!r}]")
     elif type(value) in (list, tuple):
         for index, item in enumerate(value):
-            _check_plain(item, f"{where}[{index}]")
+            check_plain(item, f"{where}[{index}]")
     elif type(value) not in _PLAIN:
         raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors, numbers, strings and None")
 
@@ -111,7 +111,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
     Raises UserError on a full disk or an unwritable folder, with the old checkpoint as it was.
     """
-    _check_plain(state, "state")
+    check_plain(state, "state")
     atomic_write(Path(path), lambda file: torch.save({**state, "format": FORMAT}, file))
 
 

@@ -28,6 +28,18 @@ _STALE_S = 24 * 3600  # age of a temporary file of another machine that nobody w
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
+def open_ordinary(path: Path) -> BinaryIO:
+    """An ordinary file, to be read. Raises OSError for a folder, a device or a pipe, which would be waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "It is no ordinary file", str(path))
+    return open(descriptor, "rb")
+
+
 def open_new(path: str | Path, flags: int = os.O_WRONLY) -> int:
     """A descriptor of `path`, which is made; FileExistsError where there is anything of the name, a link too."""
     return os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError, load_config, recipe_identity
-from record.files import lock
+from record.files import lock, open_ordinary
 from record.manifest import read_manifest
 from record.metrics import METRICS, read_metrics
 
@@ -214,7 +214,8 @@ def once(lines: Iterable[Line]) -> tuple[list[Line], list[Line]]:
 def read_every_line(path: Path) -> list[Line]:
     """The lines of a study as they are; none where there is no file. Raises UserError."""
     try:
-        return _parse(_split(path.read_bytes(), path)[0], path)
+        with open_ordinary(path) as file:
+            return _parse(_split(file.read(), path)[0], path)
     except FileNotFoundError:
         return []
     except (OSError, UnicodeError, csv.Error) as error:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from config import Config, UserError
+from record.files import open_ordinary
 from record.schema import Manifest, check
 
 MANIFEST = "manifest.json"
@@ -101,9 +102,10 @@ def read_manifest(output_dir: Path) -> dict[str, Any]:
     """manifest.json of a run, of the form schema.Manifest; empty where there is none. Raises UserError, and OSError."""
     path = output_dir / MANIFEST
     try:
-        if path.stat().st_size > LARGEST:
-            raise UserError(f"{path} is larger than {LARGEST} bytes and was not read; move it away.")
-        read = json.loads(path.read_bytes())
+        with open_ordinary(path) as file:
+            if os.fstat(file.fileno()).st_size > LARGEST:
+                raise UserError(f"{path} is larger than {LARGEST} bytes and was not read; move it away.")
+            read = json.loads(file.read())
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError
+from record.files import open_ordinary
 from record.schema import MetricsLine, check
 
 METRICS = "metrics.log"
@@ -83,9 +84,10 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     """
     path = Path(output_dir) / METRICS
     try:
-        if path.stat().st_size > LARGEST:
-            raise UserError(f"{path} is larger than {LARGEST} bytes and was not read; move it away.")
-        lines = path.read_bytes().split(b"\n")
+        with open_ordinary(path) as file:
+            if os.fstat(file.fileno()).st_size > LARGEST:
+                raise UserError(f"{path} is larger than {LARGEST} bytes and was not read; move it away.")
+            lines = file.read().split(b"\n")
     except OSError as error:
         raise UserError(f"There are no metrics at {path} ({error.strerror}); give the directory of a run.") from None
     steps: dict[tuple[int, ...], dict[str, Any]] = {}

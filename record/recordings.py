@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from config import UserError
-from record.files import atomic_write
+from record.files import atomic_write, open_ordinary
 from record.schema import Arrays, check
 
 PROBES = "probes"
@@ -32,7 +32,7 @@ def read_recording(path: Path) -> dict[str, np.ndarray]:
     Raises UserError for a file that cannot be read, would grow beyond LARGEST or is not a recording.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_ordinary(path) as file, zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             if (size := sum(member.file_size for member in members)) > LARGEST:
                 raise ValueError(f"it unpacks to {size} bytes, and a recording has {LARGEST} at most")

@@ -203,6 +203,8 @@ class Checkpoint(WithConfig):
                 raise ValueError(f"step is {self.step} after the last of its run's {epochs} epochs")
         if self.step > self.steps_per_epoch:
             raise ValueError(f"step is {self.step}, and its epochs have {self.steps_per_epoch} steps")
+        if "passes" in self.model_fields_set and self.passes < self.epoch + self.step:  # epochs may grow between two
+            raise ValueError(f"passes is {self.passes} at epoch {self.epoch}, step {self.step}")
         if (self.epoch > 0) != (self.best_top1 >= 0):
             raise ValueError(f"best_top1 is {self.best_top1} after {self.epoch} epochs")
         if self.step and "loss" not in self.meter:

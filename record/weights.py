@@ -117,8 +117,9 @@ def _values_amiss(own: Mapping[str, Any], given: Mapping[str, Any]) -> str | Non
         ):
             here, there = (str(v.dtype).removeprefix("torch.") for v in (value, other))
             return f"{name} is {here} here and {there} in the file"
-        if other.is_floating_point() and not other.isfinite().all() and value.isfinite().all():
-            return f"{name} holds values that are not finite"
+        if other.is_floating_point() and not other.to(value.dtype).isfinite().all() and value.isfinite().all():
+            beyond = f", as {str(value.dtype).removeprefix('torch.')}" if other.isfinite().all() else ""
+            return f"{name} holds values that are not finite{beyond}"
     return None
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import UserError, load_config
+from config import UserError
 from record.metrics import finished_epochs
 from record.runlog import CONFIG
-from results.style import DPI, check_run, labels, line_styles, method_name, picture, read_all
+from results.style import DPI, check_run, labels, line_styles, method_name, picture, read_all, resolved
 
 PARTS = ("train", "eval")  # of an epoch
 
@@ -44,7 +44,7 @@ def read_run(directory: Path) -> RunFigures:
     epochs = finished.values()
     return RunFigures(
         directory=directory,
-        method=method_name(load_config(directory / CONFIG)),
+        method=method_name(resolved(directory / CONFIG)),
         epochs=list(finished),
         train_loss=[figure_of(data, "train.loss") for data in epochs],
         eval_loss=[figure_of(data, "eval.loss") for data in epochs],

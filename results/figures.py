@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from config import UserError, load_config
+from config import UserError
 from quantization.oscillation import OSCILLATING
 from record.recordings import PROBES, read_recording
 from record.runlog import CONFIG
-from results.style import COLOURS, DPI, STYLES, check_run, labels, line_styles, method_name, picture, read_all
+from results.style import COLOURS, DPI, STYLES, check_run, labels, line_styles, method_name, picture, read_all, resolved
 
 THRESHOLD = {"color": "#999999", "linestyle": ":", "linewidth": 0.8}
 FOLLOWED, JUMP = 3, 0.1  # of Figure 3: weights in a panel; a step of w / S that no optimizer makes
@@ -49,7 +49,7 @@ def read_recordings(directory: Path) -> ProbedRun:
     recordings = [read_recording(path) for path in sorted((directory / PROBES).glob("epoch_*.npz"))]
     if not recordings:
         raise UserError(f"The run in {directory} has no recordings of a probe; train it with --probes.")
-    return ProbedRun(directory, method_name(load_config(directory / CONFIG)), recordings)
+    return ProbedRun(directory, method_name(resolved(directory / CONFIG)), recordings)
 
 
 def styles(runs: Sequence[ProbedRun]) -> list[dict[str, Any]]:

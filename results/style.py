@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from config import Config, UserError
+from config import Config, UserError, load_config, read_yaml
 from quantization import PRESETS, resolve
 from record.runlog import CONFIG
 
@@ -24,6 +24,14 @@ DPI = 150
 
 
 Read = TypeVar("Read")
+
+
+def resolved(path: Path) -> Config:
+    """The configuration of a run; one that does not even say what was trained is not that of the defaults."""
+    cfg, given = load_config(path), read_yaml(path)
+    if missing := [name for name in ("model", "quant", "optim", "schedule", "data", "run") if name not in given]:
+        raise UserError(f"{path} is no resolved configuration: {missing[0]} is missing.")
+    return cfg
 
 
 def check_run(directory: Path) -> None:

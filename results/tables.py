@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config import UserError, load_config, read_yaml, recipe_differences
+from config import UserError, load_config, recipe_differences
 from config.fold import mixes, precision
 from config.rows import QUANTITIES, ROOT, Cell, all_cells, shown
 from record.manifest import read_manifest
 from record.metrics import finished_epochs
 from record.runlog import CONFIG
 from results.curves import figure_of
+from results.style import resolved
 
 RUNS = ROOT / "runs"
 METRICS = {name: f"eval.{name}" for name in QUANTITIES}  # what runs call the paper's figures
@@ -93,15 +94,6 @@ class TableRun:
         return list(found)
 
 
-def _resolved(path: Path) -> dict[str, Any]:
-    """The configuration of a run; one that does not even say what was trained is not that of the defaults."""
-    cfg = load_config(path).model_dump(mode="json")
-    given = read_yaml(path)
-    if missing := [name for name in ("model", "quant", "optim", "schedule", "data", "run") if name not in given]:
-        raise UserError(f"{path} is no resolved configuration: {missing[0]} is missing.")
-    return cfg
-
-
 def read_table_run(directory: Path) -> TableRun:
     """Raises UserError where a file of the run cannot be read."""
     epochs = finished_epochs(directory, required=False)
@@ -113,7 +105,7 @@ def read_table_run(directory: Path) -> TableRun:
         raise UserError(f"The manifest in {directory} cannot be read ({error.strerror or error}).") from None
     return TableRun(
         directory=directory,
-        configs=[_resolved(path) for path in sorted(directory.glob("resolved*.yaml"))],
+        configs=[resolved(path).model_dump(mode="json") for path in sorted(directory.glob("resolved*.yaml"))],
         epochs=last,
         figures={name: value for name, key in METRICS.items() if math.isfinite(value := figure_of(data, key))},
         manifest=manifest,

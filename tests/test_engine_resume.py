@@ -121,7 +121,7 @@ def test_what_a_checkpoint_holds_is_needed(
     straight: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = main.load_checkpoint
-    replace(monkeypatch, main.load_checkpoint, lambda path: {**load(path), "ema": None})
+    replace(monkeypatch, main.load_checkpoint, lambda path: {**(state := load(path)), "ema": state["model"]})
     resumed = killed_then_resumed(monkeypatch, tmp_path / "run", 4)
     found = differences(outcome(straight["epoch"]), outcome(resumed))
     assert found and all("ema" in where for where in found)

@@ -84,6 +84,7 @@ DEIT = [
     ("--unscale-lr", "optim.unscale_lr", True),
     ("--nb-classes 10", "model.num_classes", 10),
     ("--decay-rate 0.5", "schedule.decay_rate", 0.5),
+    ("--dr 0.5", "schedule.decay_rate", 0.5),
 ]
 # These state what is so without them.
 # Keys that are mappings, and values of theirs.

@@ -30,10 +30,15 @@ pytestmark = pytest.mark.usefixtures("in_this_process")
 
 @pytest.fixture
 def used_rates() -> Iterator[list[float]]:
-    """Gains the rate of every optimizer step, read off the optimizer as it starts the step."""
+    """Gains the rate of every optimizer step, read off the optimizer as it starts the step.
+
+    Steps of zeros are those by which a resumed run finds out what an optimizer keeps.
+    """
     used: list[float] = []
 
     def note(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if not any(p.grad is not None and p.grad.any() for group in optimizer.param_groups for p in group["params"]):
+            return
         rates = {group["lr"] for group in optimizer.param_groups}
         assert len(rates) == 1
         used.extend(rates)

@@ -25,6 +25,7 @@ from models import create_model
 from quantization.layers.clock import clock_of
 from quantization.stabilizers import Plan, Stabilizer, build_stabilizer
 from quantization.watch.probe import OscillationProbe, Probe
+from record.checkpoint import check_plain
 from record.runlog import RunLog
 from record.weights import finetune_from, saved_classes
 from training.compilers import check_compilers
@@ -103,6 +104,7 @@ def build_optimizer(
             optimizer.found_inf = torch.zeros((), device=device)  # it updates nothing where this is 1
         if getattr(optimizer, "is_second_order", False):
             raise ValueError("it needs second derivatives, which this program does not compute")
+        check_plain(optimizer.state_dict(), "its state")  # now, and not when the first epoch is to be saved
     except (ValueError, AssertionError, TypeError, IndexError) as error:
         raise UserError(
             f"The optimizer {o.opt} cannot be made: {error}; check --opt, --opt-betas and --opt-eps."

@@ -72,9 +72,17 @@ class Run(TrainingState):
         check_classes(path, state.get("classes", ()), self.data.classes)
         restore_model(self.model, state["model"], path)
         done = state["epoch"] * state["steps_per_epoch"] + state["step"]
-        restore_optimizer(self.optimizer, state["optimizer"], path, opt=self.cfg.optim.opt, steps=done)
+        without = restore_optimizer(self.optimizer, state["optimizer"], path, opt=self.cfg.optim.opt, steps=done)
+        if without and self.rank == 0:
+            print(
+                f"note: {path} has no optimizer state of {len(without)} of {len(self.parameters)} parameters (number "
+                f"{without[0]} is the first), which have had no gradient so far, or begin anew.",
+                file=sys.stderr,
+            )
         if self.ema is not None:
-            restore_model(self.ema.module, state["ema"] or state["model"], path)
+            if state["ema"] is None:
+                raise UserError(f"{path} holds no moving average of the weights, which its run keeps (--model-ema).")
+            restore_model(self.ema.module, state["ema"], path)
         restore_state(self.stabilizer, state["stabilizer"], path, "stabilizer")
         restore_probe(self.probe, state.get("probe", {}), path)
         self.epoch, self.step, self.best_top1 = state["epoch"], state["step"], state["best_top1"]
