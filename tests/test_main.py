@@ -220,7 +220,7 @@ def test_the_printed_configuration_reads_back_as_it_is(tmp_path: Path, capsys: p
 
 # Flags under DeiT's names, each beside the key it sets; every key is a flag under its own name too.
 DEIT_FLAGS = """
---model --input-size --nb-classes --drop --drop-path --opt --lr --unscale-lr --global-batch --opt-betas --opt-eps
+--model --input-size --nb-classes --drop --drop-path --dr --opt --lr --unscale-lr --global-batch --opt-betas --opt-eps
 --momentum --weight-decay --layer-decay --clip-grad --epochs --sched --warmup-epochs --warmup-lr --min-lr --decay-epochs
 --decay-rate --src --color-jitter --aa --ThreeAugment --train-interpolation --repeated-aug --no-repeated-aug --reprob
 --remode --recount --mixup --cutmix --cutmix-minmax --mixup-prob --mixup-switch-prob --mixup-mode --smoothing
