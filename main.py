@@ -46,10 +46,15 @@ def resume_path(cfg: Config, output_dir: Path) -> Path | None:
 
 
 def evaluate_only(
-    cfg: Config, own: Mapping[str, Any] | None, path: Path, processes: Processes, device: torch.device
+    cfg: Config,
+    own: Mapping[str, Any] | None,
+    path: Path,
+    notes: Sequence[str],
+    processes: Processes,
+    device: torch.device,
 ) -> None:
     """--eval: print loss and accuracy of a checkpoint's weights and, with --model-ema, of their moving average; writes
-    nothing. own: the checkpoint's configuration, if it has one."""
+    nothing. own: the checkpoint's configuration, if it has one. notes: printed once its weights are in the model."""
     packed = path if is_packed(path) else None
     run = build_evaluation(cfg, rank=processes.rank, world_size=processes.world_size, device=device, packed=packed)
     check_classes(path, saved_classes(path), run.data.classes)
@@ -58,8 +63,10 @@ def evaluate_only(
         resampled = packed is None and fit(
             run.model, load_weights(path, average=bool(prefix)), path, own, cfg.model.img_size
         )
-        if resampled and not prefix and run.rank == 0:
-            print(f"note: {path} is resampled to images of {cfg.model.img_size} pixels.", file=sys.stderr)
+        if resampled:
+            notes = [*notes, f"{path} is resampled to images of {cfg.model.img_size} pixels."]
+        for note in notes if not prefix and run.rank == 0 else []:
+            print(f"note: {note}", file=sys.stderr)
         figures |= {f"{prefix}{name}": value for name, value in evaluate(run, run.model).items()}
     if run.rank == 0:
         stabilizer = "" if cfg.stabilizer.kind == "none" else f", stabilizer.kind {cfg.stabilizer.kind}"
@@ -312,10 +319,8 @@ def main(argv: Sequence[str] | None = None, processes: Processes | None = None) 
         if path is None:
             raise UserError("--eval needs weights to evaluate; pass --resume CHECKPOINT.")
         cfg, own, said = as_trained(path, options.config, overrides, source="the command line")
-        for sentence in said if rank == 0 else []:
-            print(f"note: {sentence}", file=sys.stderr)
         with processes.group(device):
-            evaluate_only(cfg, own, path, processes, device)
+            evaluate_only(cfg, own, path, said, processes, device)
         return
     with processes.group(device), tempfile.TemporaryDirectory() as scratch:
         output_dir = Path(scratch) / "smoke" if options.smoke else output_dir

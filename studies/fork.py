@@ -28,7 +28,7 @@ from typing import BinaryIO, NoReturn
 from studies.leash import tie
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_TASKS, _MAPS = Path("/proc/self/task"), Path("/proc/self/maps")  # of Linux
+_TASKS, _OPEN = Path("/proc/self/task"), Path("/proc/self/fd")  # of Linux
 
 
 class Forked:
@@ -77,13 +77,20 @@ def on_disk(files: Iterable[str]) -> Files:
 
 
 def can_fork() -> bool:
-    """Whether a copy of this process is fit to run a program."""
+    """Whether a copy of this process is fit to run a program: there is one thread, and no driver of a GPU is in use. Its
+    library alone, which some builds of torch load as they are imported, does no harm."""
     if sys.platform != "linux":
         return False
     try:
-        return len([*_TASKS.iterdir()]) == 1 and "/libcuda.so" not in _MAPS.read_text()
+        return len([*_TASKS.iterdir()]) == 1 and not any(map(_of_a_gpu, [*_OPEN.iterdir()]))
     except OSError:
         return False
+
+
+def _of_a_gpu(opened: Path) -> bool:
+    with contextlib.suppress(OSError):  # closed by now, such as that of the listing
+        return os.readlink(opened).startswith(("/dev/nvidia", "/dev/kfd", "/dev/dri"))
+    return False
 
 
 def fork(words: Sequence[str], log: BinaryIO, environment: Mapping[str, str]) -> Forked:

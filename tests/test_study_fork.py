@@ -151,14 +151,15 @@ def test_a_pool_kills_copies_that_have_no_session_yet(tmp_path: Path) -> None:
 
 def test_copies_are_made_of_what_is_fit_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "task/1").mkdir(parents=True)
-    (tmp_path / "maps").write_text("7f00 r-xp /usr/lib/libcudart.so.13\n")
+    (tmp_path / "fd").mkdir()
+    (tmp_path / "fd/0").symlink_to("/dev/null")
     monkeypatch.setattr(fork, "_TASKS", tmp_path / "task")
-    monkeypatch.setattr(fork, "_MAPS", tmp_path / "maps")
+    monkeypatch.setattr(fork, "_OPEN", tmp_path / "fd")
     assert fork.can_fork()
     (tmp_path / "task/2").mkdir()
     assert not fork.can_fork()  # a second thread
     (tmp_path / "task/2").rmdir()
-    (tmp_path / "maps").write_text("7f00 r-xp /usr/lib/libcuda.so.580.1\n")
+    (tmp_path / "fd/3").symlink_to("/dev/nvidiactl")
     assert not fork.can_fork()  # CUDA has been begun
     monkeypatch.undo()
     waiting = threading.Event()
