@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from studies.pool import visible_gpus
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
+# Several processes of tests begin with different GPUs of a machine; tests of two GPUs see them all.
+_GPUS, _PROCESS = visible_gpus(), os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+if len(_GPUS) > 1:
+    _FIRST = int(_PROCESS.removeprefix("gw")) % len(_GPUS)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(_GPUS[_FIRST:] + _GPUS[:_FIRST])
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
