@@ -73,7 +73,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rate=lambda _, seconds, moved=moved: moved / seconds / 1e9,
                 rate_unit="GB/s",
             )
-    results.write()
 
 
 if __name__ == "__main__":

@@ -331,8 +331,6 @@ def measure(options: argparse.Namespace, device: torch.device) -> None:
                 loader_alone(results, model, root, options, device)
             if not options.no_training:
                 training(results, model, root, options, device)
-            if options.rank == 0:
-                results.write()
         if options.world_size > 1:
             dist.barrier()  # the files are the first process's, and the others may still read
 

@@ -86,7 +86,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rate_unit="TFLOP/s",
                 peaks=peaks,
             )
-    results.write()
 
 
 if __name__ == "__main__":

@@ -114,7 +114,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             for product in products["bf16"]:
                 calls = {carrier: products[carrier][product] for carrier in CARRIERS}
                 record(f"{layer} {product}", calls, dict.fromkeys(calls, 2e-12 * tokens * inputs * outputs), "TFLOP/s")
-    results.write()
 
 
 if __name__ == "__main__":

@@ -76,7 +76,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rate_unit="images/s",
                 peaks={name: peak_gib(passes[name], own[name], device, on_cpu=True) for name in models},
             )
-    results.write()
 
 
 if __name__ == "__main__":

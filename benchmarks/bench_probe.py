@@ -69,7 +69,6 @@ def main(argv: Sequence[str] | None) -> None:
     share = (probe.cfg.steps * (on - off) + ending - off) / recipe
     at_last = (epoch * (last - off) + ending - off) / recipe
     print(f"share of an epoch of {epoch} steps of {global_batch} images: {share:.2%}; of the last epoch: {at_last:.2%}")
-    results.write()
 
 
 if __name__ == "__main__":

@@ -117,7 +117,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rate=lambda name, seconds, variants=variants: variants[name][1] / seconds / 1e9,
                 rate_unit="GB/s",
             )
-    results.write()
 
 
 if __name__ == "__main__":

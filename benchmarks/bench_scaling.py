@@ -43,13 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with process_group(device) as (device, rank, world_size):
         if world_size < 2:
             raise UserError("This benchmark needs several processes; start it with torchrun --nproc-per-node 2.")
-        results = measure(options, device, rank, world_size)
-    if results is not None:
-        results.write()
+        measure(options, device, rank, world_size)
 
 
-def measure(options: argparse.Namespace, device: torch.device, rank: int, world_size: int) -> Results | None:
-    """The rows, on the first process; None on the others."""
+def measure(options: argparse.Namespace, device: torch.device, rank: int, world_size: int) -> None:
     results = Results("scaling", options, device) if rank == 0 else None
     for model in options.models:
         batch_size = 4 if options.quick else options.batch or BATCH[model]
@@ -92,7 +89,6 @@ def measure(options: argparse.Namespace, device: torch.device, rank: int, world_
                 rate=lambda name, seconds, images=images: images[name] / seconds,
                 rate_unit="images/s",
             )
-    return results
 
 
 if __name__ == "__main__":

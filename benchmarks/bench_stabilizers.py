@@ -87,7 +87,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     results.add(options.model, shape, samples, dict.fromkeys(KINDS, "none"))
     del runs  # and their memory
     bench_optimizers(options, device, results)
-    results.write()
 
 
 if __name__ == "__main__":

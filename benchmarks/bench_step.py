@@ -94,7 +94,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             rate_unit="images/s",
             peaks=peaks,
         )
-        results.write()  # what has been measured outlives a failure of the next model
         del runs, steps, batch
         gc.collect()
         torch.compiler.reset()

@@ -350,9 +350,10 @@ def state_of(run: Run, batch: tuple[Tensor, Tensor]) -> list[object]:
 
 @dataclass
 class Results:
-    """The rows of one benchmark, printed as they come and appended to a CSV file.
+    """The rows of one benchmark, printed and appended to a CSV file as they come.
 
-    benchmark: its name; options: those of `parse`.
+    benchmark: its name; options: those of `parse`, and of several processes their `rank`, of which the first writes.
+    Raises UserError where the file is another's.
     """
 
     benchmark: str
@@ -373,6 +374,9 @@ class Results:
         print(
             ", ".join(f"{value}" if key == "gpu" else f"{key} {value}" for key, value in self._where.items() if value)
         )
+        recorded = self.options.output or not self.options.quick
+        print(f"rows go to {self.options.output or RESULTS}" if recorded else "A quick run: nothing is recorded.")
+        self._write()  # a file that cannot be written is known before anything is measured
 
     def _cpu(self) -> str:
         """Quick runs, which show that a benchmark works, are of any CPU."""
@@ -417,15 +421,16 @@ class Results:
             figures += f" {row['rate']:10.4g} {rate_unit}" if rate else ""
             figures += f" {peak:7.2f} GiB" if peak is not None else ""
             print(f"  {variant:<34}{figures}", flush=True)
+        self._write()  # what has been measured outlives a failure of the next case
 
-    def write(self) -> None:
+    def _write(self) -> None:
         """Append the rows since the last call; of a quick run only where --output says so.
 
         Raises UserError where the file is another's.
         """
         path = self.options.output or (None if self.options.quick else RESULTS)
-        if path is None:
-            print("\nA quick run: nothing is recorded.")
+        if path is None or getattr(self.options, "rank", 0):
+            self.rows.clear()
             return
         header = f"{','.join(FIELDS)}\n"
         try:
@@ -437,7 +442,6 @@ class Results:
                 csv.DictWriter(file, FIELDS, lineterminator="\n").writerows(map(_as_text, self.rows))
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}); choose another --output.") from None
-        print(f"\n{len(self.rows)} rows added to {path}", flush=True)
         self.rows.clear()
 
 

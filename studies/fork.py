@@ -77,8 +77,8 @@ def on_disk(files: Iterable[str]) -> Files:
 
 
 def can_fork() -> bool:
-    """Whether a copy of this process is fit to run a program: there is one thread, and no driver of a GPU is in use. Its
-    library alone, which some builds of torch load as they are imported, does no harm."""
+    """Whether a copy of this process is fit to run a program: it has one thread and does not use a GPU's driver. The
+    driver's library alone, which some builds of torch load as they are imported, does no harm."""
     if sys.platform != "linux":
         return False
     try:

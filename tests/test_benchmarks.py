@@ -255,20 +255,16 @@ def test_percentiles_ratios_and_rates(tmp_path: Path) -> None:
     samples = {"base": [float(n) for n in range(11)], "other": [20.0, 20.0, 26.0, 10.0, 30.0]}
     baselines, peaks = {"base": "base", "other": "base"}, {"base": 1.23456789, "other": None}
     results.add("case", "2x3", samples, baselines, rate=lambda name, s: len(name) / s, rate_unit="x/s", peaks=peaks)
-    results.write()
-    results.write()  # nothing is written twice
     assert len(rows_of(tmp_path / "a.csv")) == 2
     results.add("case", "2x3", samples, baselines, rate=lambda name, s: len(name) / s, rate_unit="x/s", peaks=peaks)
-    results.write()  # below the same header
     rows = rows_of(tmp_path / "a.csv")
-    assert len(rows) == 4 and rows[:2] == rows[2:]
+    assert len(rows) == 4 and rows[:2] == rows[2:]  # below the same header, and nothing twice
     figures = [[row[name] for name in ("p20_ms", "p50_ms", "p80_ms", "ratio", "rate", "peak_gib")] for row in rows[:2]]
     assert figures == [["2", "5", "8", "1", "800", "1.2346"], ["18", "20", "26.8", "4", "250", ""]]
     before = (tmp_path / "a.csv").read_text()
     (tmp_path / "b.csv").write_text("time,case\n")
-    other = common.Results("made", options_of(output=tmp_path / "b.csv"), torch.device("cpu"))
     with pytest.raises(UserError, match=r"b\.csv has other columns than date, gpu, "):
-        other.write()
+        common.Results("made", options_of(output=tmp_path / "b.csv"), torch.device("cpu"))
     assert ((tmp_path / "b.csv").read_text(), (tmp_path / "a.csv").read_text()) == ("time,case\n", before)
 
 
@@ -276,7 +272,6 @@ def test_results_go_where_they_belong(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results.csv")
     results = common.Results("made", options_of(), torch.device("cpu"))
     results.add("case", "1", {"a": [1.0, 1.0]}, {"a": "a"})
-    results.write()
     assert len(rows_of(tmp_path / "results.csv")) == 1
     assert common.Results("made", options_of(commit=None), torch.device("cpu"))._where["commit"]
 
