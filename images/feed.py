@@ -115,7 +115,8 @@ class Feed:
         if not batch.parcels:
             nothing = torch.empty(0, dtype=torch.int64)
             return _Finished(Loaded(torch.empty(0), nothing, batch.unreadable, batch.missing, nothing), [])
-        for parcel in batch.parcels:
+        # The largest first: by the first of all the room of every slot is chosen.
+        for parcel in sorted(batch.parcels, key=lambda parcel: -parcel.memory.numel()):
             if parcel.slot is not None and self._device.type == "cuda":
                 parcel.slot.pin(parcel.memory.numel())
         try:
