@@ -22,7 +22,7 @@ TRIES = (
 
 
 class GpuDecoder:
-    """Decodes batches of files, for one thread at a time; whom it has failed too often it leaves alone for good.
+    """Decodes batches of files, for one thread at a time; a decoder that has failed too often is left alone for good.
 
     alone: (1,) uint8, whether it is left alone; in shared memory, so that loader processes that are forked see it.
     held: a lock that is held while it decodes; who holds it, to record a graph, say, holds it back.

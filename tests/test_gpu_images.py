@@ -148,8 +148,8 @@ def test_slots_are_pinned_anew_while_a_step_is_recorded():
 
 
 def test_memory_that_cannot_be_pinned_is_copied_all_the_same(capsys):
-    slots, others = Slots(2, 2**20, pinned=True), Slots(1, 2**20, pinned=True)
-    others._maps = slots._maps
+    slots, others = (Slots(2, 2**20, pinned=True) for _ in range(2))
+    others._maps[:] = slots._maps
     others.pin(0, 2**16)
     slots.pin(0, 2**16)  # which is registered already
     assert "not pinned" in capsys.readouterr().err and not slots.pinned
