@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import torch
 from PIL import EpsImagePlugin, Image, ImageOps, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_jpeg
 
 # What data sets hold. Pillow knows many more by their content, whatever a file is called; one starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
@@ -63,6 +65,16 @@ def plain_jpeg(content: bytes) -> tuple[int, int] | None:
     usual = (1, 1), (2, 1), (2, 2)  # of others the decoders differ by levels
     plain &= samplings[1:] == [(1, 1), (1, 1)] and samplings[0] in usual
     return (image.height, image.width) if plain and not info.get("progressive") else None
+
+
+def decode_plain(content: bytes) -> np.ndarray:
+    """A plain JPEG as (height, width, 3): libjpeg-turbo in torchvision, which takes less time than through Pillow, with
+    the same bits. Raises whatever Pillow does."""
+    try:
+        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        return decode_jpeg(data, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    except RuntimeError:
+        return np.asarray(open_image(io.BytesIO(content)))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

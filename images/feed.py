@@ -86,6 +86,11 @@ class Feed:
             if self._thread is finishing:  # and not that of a later pass
                 self.stop(PATIENCE)
 
+    def held(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which the GPU's JPEG decoder waits: what its library does in the midst of a recording is not
+        for us to say."""
+        return contextlib.nullcontext() if self._finisher is None else self._finisher.decoder.held
+
     def stop(self, patience: float = math.inf) -> None:
         """End the threads of an earlier pass, if there are any, and wait for their copies out of slots.
 
@@ -115,7 +120,8 @@ class Feed:
         if not batch.parcels:
             nothing = torch.empty(0, dtype=torch.int64)
             return _Finished(Loaded(torch.empty(0), nothing, batch.unreadable, batch.missing, nothing), [])
-        for parcel in batch.parcels:
+        # The largest first: by the first of all the room of every slot is chosen.
+        for parcel in sorted(batch.parcels, key=lambda parcel: -parcel.memory.numel()):
             if parcel.slot is not None and self._device.type == "cuda":
                 parcel.slot.pin(parcel.memory.numel())
         try:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import io
 import os
-import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,16 +18,17 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from images import parcel as columns
-from images.decode import open_image
+from images.decode import decode_plain, open_image
+from images.jpegs import GpuDecoder
 from images.parcel import JPEG, PIXELS, RESIDENT, Parcel, drawn_of, fill, merge, room_for
 from images.replay import erase, normalise, replay
 from images.resident import Resident
 
 # Pixels of a program; fewer of an operation, since bicubic transforms take many registers.
 PIXELS_AT_A_TIME, PIXELS_OF_AN_OPERATION = 1024, 256
+THREADS = 8  # that decode what the GPU does not
 
 
 class Decoded(NamedTuple):
@@ -40,7 +41,7 @@ class Decoded(NamedTuple):
 class Finisher:
     """From parcels to batches on a device, by the kernels on a GPU and by Pillow on a CPU.
 
-    pin: whether memory is pinned for copies to a GPU.
+    pin: whether memory is pinned for copies to a GPU. decoder: of files that were left to the GPU.
     """
 
     def __init__(
@@ -52,10 +53,11 @@ class Finisher:
         resident: Resident | None = None,
         *,
         pin: bool = True,
+        decoder: GpuDecoder | None = None,
     ) -> None:
         self._size, self._mean, self._std, self._device, self._resident = size, mean, std, device, resident
         every_level = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
-        self._pin, self._said = pin, False
+        self._pin, self.decoder = pin, decoder or GpuDecoder(device)
         self._levels = normalise(every_level, mean, std).reshape(3, 256).to(device)
 
     def __call__(self, parcels: Sequence[Parcel], decoded: Decoded | None = None) -> tuple[Tensor, Tensor, list[int]]:
@@ -103,37 +105,19 @@ class Finisher:
             places += [(before + row, parcel, row) for row in rows]
             before += len(parcel)
         files = [_file(parcel, row) for _, parcel, row in places]
-        images = self._by_gpu(files) if self._device.type == "cuda" else [None] * len(files)
+        images = self.decoder(files) if self._device.type == "cuda" else [None] * len(files)
+        left = [file for file, image in zip(files, images, strict=True) if image is None]
+        with ThreadPoolExecutor(THREADS) as threads:  # which it starts as it needs them
+            others = threads.map(_by_libjpeg, left)
         decoded, failed = {}, []
-        for (number, parcel, row), file, image in zip(places, files, images, strict=True):
+        for (number, parcel, row), image in zip(places, images, strict=True):
             if image is None:
-                try:
-                    pixels = np.array(open_image(io.BytesIO(file.numpy().tobytes())))
-                except Exception:  # as for all images
+                pixels = next(others)
+                if pixels is None:
                     pixels, failed = np.zeros((*_box_end(parcel, row), 3), np.uint8), [*failed, number]
                 image = torch.from_numpy(pixels).to(self._device).permute(2, 0, 1)
             decoded[number] = image
         return Decoded(decoded, failed)
-
-    def _by_gpu(self, files: list[Tensor]) -> list[Tensor | None]:
-        """(3, height, width) uint8 of JPEG files; None of those that the GPU refuses, whatever else is in the batch."""
-        if not files:
-            return []
-        try:
-            return decode_jpeg(files, mode=ImageReadMode.RGB, device=self._device)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            if len(files) == 1:
-                self._say_once(error)
-                return [None]
-        return [image for file in files for image in self._by_gpu([file])]
-
-    def _say_once(self, error: Exception) -> None:
-        if not self._said:
-            self._said = True
-            said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            print(
-                f"note: files that the GPU cannot decode ({said}) are decoded by Pillow.", file=sys.stderr, flush=True
-            )
 
     def _place(self, merged: Parcel, here: Parcel, decoded: dict[int, Tensor]) -> None:
         """Addresses into the table of a batch: where on the device each image is, or will be."""
@@ -159,6 +143,14 @@ def _file(parcel: Parcel, row: int) -> Tensor:
     """A file of a parcel, (bytes,) uint8."""
     start, length = parcel.images[row, [columns.START, columns.LENGTH]].tolist()
     return parcel.source[start : start + length]
+
+
+def _by_libjpeg(file: Tensor) -> np.ndarray | None:
+    """(height, width, 3) of a JPEG file; None where it cannot be decoded."""
+    try:
+        return decode_plain(file.numpy().tobytes())
+    except Exception:  # as for all images
+        return None
 
 
 def _pinned(parcel: Parcel) -> Parcel:

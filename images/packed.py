@@ -13,15 +13,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import get_worker_info
 from torchvision import transforms
-from torchvision.io import ImageReadMode, decode_jpeg
 
-from images.decode import Unreadable, open_image, plain_jpeg, reason
+from images.decode import Unreadable, decode_plain, open_image, plain_jpeg, reason
 from images.draws import TENSOR_STEPS, CannotDraw, Crop, Drawing, Drawn, Erasing
 from images.order import Key, reseed, seeded
 from images.parcel import JPEG, PIXELS, RESIDENT, Parcel, Sample, pack
@@ -73,7 +71,10 @@ class Draws:
     """What a transform draws; the image stays a file, where the device decodes it, or whole pixels.
 
     share: of the files that a GPU can decode, those that it is given. resident: where the images are already.
+    alone: (1,), of a GpuDecoder, where it is given them no longer.
     """
+
+    alone: np.ndarray | None = None
 
     def __init__(
         self, transform: transforms.Compose, size: int, share: float, resident: Resident | None = None
@@ -90,9 +91,10 @@ class Draws:
         if isinstance(content, bytes):
             size = plain_jpeg(content) if content.startswith(b"\xff\xd8") else None
             small = size is not None and 3 * math.prod(size) <= _MOST_BYTES_OF_A_FILE
-            if small and len(content) <= self._most_bytes and position * _GOLDEN % 1 < self.share:
+            chosen = position * _GOLDEN % 1 < self.share and (self.alone is None or not self.alone[0])
+            if small and len(content) <= self._most_bytes and chosen:
                 return Opened(JPEG, content, *size)
-            pixels = _decoded(content) if size is not None else np.asarray(open_image(io.BytesIO(content)))
+            pixels = decode_plain(content) if size is not None else np.asarray(open_image(io.BytesIO(content)))
         else:
             pixels = np.asarray(content)
         return Opened(PIXELS, pixels, *pixels.shape[:2])
@@ -134,15 +136,6 @@ def _seeded(seed: int, *key: int) -> contextlib.AbstractContextManager[None]:
         return seeded(seed, *key)
     reseed(seed, *key)
     return contextlib.nullcontext()
-
-
-def _decoded(content: bytes) -> np.ndarray:
-    """A plain JPEG as (height, width, 3): libjpeg-turbo in torchvision, which takes less time than through Pillow."""
-    try:
-        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        return decode_jpeg(data, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
-    except RuntimeError:
-        return np.asarray(open_image(io.BytesIO(content)))
 
 
 class Told(NamedTuple):

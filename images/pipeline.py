@@ -14,6 +14,7 @@ from config import Config, UserError
 from images.draws import CannotDraw
 from images.feed import AHEAD, Feed
 from images.gpu import Finisher
+from images.jpegs import GpuDecoder
 from images.memory import available_bytes, processes_here
 from images.order import Pieces
 from images.packed import Collate, Draws, PackedImages, PackedStream, Pixels, most_bytes
@@ -45,12 +46,15 @@ class FeedMaker:
         kept = range(len(images)) if training and not isinstance(images, Stream) else [key[0] for key in order or ()]
         part = "training" if training else "evaluation"
         self.described[part] = {"pipeline": self._name}
+        decoder = GpuDecoder(self._device)
         maker, resident = self._maker(images, kept, part)
         if maker is None:
             loader = self._loader(images, collate, batch_size=size, sampler=order, drop_last=training)
             return Feed(loader, self._device, None, self._leash, whole)
         pixels = cfg.model.img_size, cfg.data.mean, cfg.data.std
-        finisher = Finisher(*pixels, self._device, resident, pin=cfg.data.pin_mem)
+        finisher = Finisher(*pixels, self._device, resident, pin=cfg.data.pin_mem, decoder=decoder)
+        if isinstance(maker, Draws):
+            maker.alone = decoder.alone
         if isinstance(images, Stream):
             packed = images.packed(PackedStream, maker)
             loader = self._loader(packed, Collate(), batch_size=size, drop_last=training)

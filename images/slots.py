@@ -37,6 +37,7 @@ class Slots:
         self._maps = [np.frombuffer(mmap.mmap(-1, size, flags=flags), np.uint8) for _ in range(min(count, MOST))]
         self.pinned = pinned
         self._registered: dict[int, int] = {}  # bytes of a slot that a GPU knows
+        self._room = 0  # bytes that are registered of a slot
         self._read, self._write = os.pipe()  # of the numbers of free slots: a killed reader can leave no lock behind
         ends = self._read, self._write, self._maps, self._registered
         self._close = weakref.finalize(self, _close, os.getpid(), *ends)
@@ -65,20 +66,28 @@ class Slots:
     def pin(self, number: int, size: int) -> None:
         """Let a GPU copy so many bytes of a slot while the program goes on; else it copies them without.
 
+        A registration takes milliseconds, in which the driver may let nobody launch. So the first one is of all slots,
+        with room for larger pieces, and a slot that is outgrown all the same gets room for the largest of any slot.
+
         All or nothing: a copy from memory that is registered in part is refused. Nothing is waited for, since a slot
         comes back only when it has been copied, and the device may be recording the training step's graph.
         """
-        known = self._registered.get(number, 0)
-        if known >= size or not self.pinned:
+        if not self.pinned or self._registered.get(number, 0) >= size:
             return
-        pointer, runtime = self._maps[number].ctypes.data, torch.cuda.cudart()
-        if known:
+        if size > self._room:
+            self._room = min(size + size // 2, self._maps[number].size)
+        if number in self._registered:
             del self._registered[number]
-            runtime.cudaHostUnregister(pointer)
-        size = min(size + size // 4, self._maps[number].size)
-        error = runtime.cudaHostRegister(pointer, size, 0)
+            torch.cuda.cudart().cudaHostUnregister(self._maps[number].ctypes.data)
+        first = () if self._registered else range(len(self._maps))
+        for one in dict.fromkeys((number, *first)):
+            if self.pinned:
+                self._register(one)
+
+    def _register(self, number: int) -> None:
+        error = torch.cuda.cudart().cudaHostRegister(self._maps[number].ctypes.data, self._room, 0)
         if int(error) == 0:
-            self._registered[number] = size
+            self._registered[number] = self._room
         else:
             self.pinned = False  # by ulimit -l, say, and not to be asked for with every batch
             _forget_error()

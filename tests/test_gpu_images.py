@@ -19,7 +19,7 @@ from test_draws import photograph
 from test_pipeline import ALWAYS_PILLOWS, FILES, folder  # noqa: F401 (a fixture)
 from torchvision.io import decode_jpeg
 
-from images.gpu import Finisher
+from images.jpegs import GpuDecoder
 from images.parcel import JPEG
 from images.slots import Slots
 from images.workers import failure_of_workers
@@ -99,7 +99,7 @@ def test_a_file_that_the_gpu_cannot_decode_is_pillows(folder, monkeypatch, capsy
     def fail(*_args: object, **_kwargs: object) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr("images.gpu.decode_jpeg", fail)
+    monkeypatch.setattr("images.jpegs.decode_jpeg", fail)
     images, targets = stack(make_data(**options, device="cuda").train_batches(0))
     assert_same(expected.train_batches(0), [(images.cpu(), targets.cpu())])
 
@@ -109,10 +109,27 @@ def test_a_file_that_the_gpu_refuses_leaves_its_neighbours_alone(capsys):
     photograph(1, 64, 80).save(stream, "JPEG")
     files = [torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8) for _ in range(3)]
     files[1] = torch.zeros(50, dtype=torch.uint8)
-    images = Finisher(32, (0.5,) * 3, (0.5,) * 3, GPU)._by_gpu(files)
+    images = GpuDecoder(GPU)(files)
     alone = decode_jpeg([files[0]], device=GPU)[0]
     assert images[1] is None and "are decoded by Pillow" in capsys.readouterr().err
     assert torch.equal(images[0], alone) and torch.equal(images[2], alone)
+
+
+def test_the_decoder_waits_for_a_recording():
+    stream = io.BytesIO()
+    photograph(1, 64, 80).save(stream, "JPEG")
+    files, numbers = [torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)] * 3, torch.zeros(8, device=GPU)
+    decoder, graph, made = GpuDecoder(GPU), torch.cuda.CUDAGraph(), []
+    thread = threading.Thread(target=lambda: made.extend(decoder(files)))
+    with decoder.held, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        numbers += 1
+        thread.start()
+        thread.join(1.0)
+        assert thread.is_alive() and not made
+        numbers += 1
+    thread.join(60)
+    graph.replay()
+    assert numbers.eq(2).all() and len(made) == 3 and all(image.shape == (3, 64, 80) for image in made)
 
 
 def test_slots_are_pinned_anew_while_a_step_is_recorded():
@@ -125,14 +142,14 @@ def test_slots_are_pinned_anew_while_a_step_is_recorded():
         thread.join()
         numbers += 1
     graph.replay()
-    assert numbers.eq(2).all() and slots._registered == {0: 2**21 + 2**19}
+    assert numbers.eq(2).all() and slots._registered == {0: 2**21 + 2**20}
     slots.memory(0, 2**21).fill_(7)
     assert slots.memory(0, 2**21).to(GPU, non_blocking=True).eq(7).all()
 
 
 def test_memory_that_cannot_be_pinned_is_copied_all_the_same(capsys):
-    slots, others = Slots(2, 2**20, pinned=True), Slots(1, 2**20, pinned=True)
-    others._maps = slots._maps
+    slots, others = (Slots(2, 2**20, pinned=True) for _ in range(2))
+    others._maps[:] = slots._maps
     others.pin(0, 2**16)
     slots.pin(0, 2**16)  # which is registered already
     assert "not pinned" in capsys.readouterr().err and not slots.pinned

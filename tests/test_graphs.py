@@ -3,6 +3,7 @@ test_gpu_graphs.py."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -98,3 +99,24 @@ def test_what_is_forgotten_is_recorded_anew(parameter: nn.Parameter) -> None:
     assert not step.passes.recorded and step.passes.shapes is None
     step([5])
     assert [one.images.shape for one in step.passes.recorded.values()] == [(5, 3)]
+
+
+def test_a_recording_holds_back_whom_it_is_told_to(parameter: nn.Parameter) -> None:
+    """And nothing else of a step does."""
+    lock, seen = threading.Lock(), []
+
+    class Seeing(Recording):
+        def _record(self, *args: Any) -> graphs._Recorded:
+            seen.append(lock.locked())
+            return super()._record(*args)
+
+    def compute(images: Tensor, targets: Tensor) -> Tensor:
+        assert seen or not lock.locked()
+        parameter.grad = torch.ones_like(parameter)
+        return torch.zeros(())
+
+    passes = Seeing([parameter], lambda: lock)
+    for _ in range(WARM_UP + 2):
+        passes.run(compute, torch.ones(1, 3), torch.ones(1), Pass(first=True, last=True))
+        assert not lock.locked()
+    assert seen == [True]

@@ -97,18 +97,47 @@ def test_a_slot_is_pinned_anew_without_waiting_for_the_device(monkeypatch, event
     runtime = Runtime()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     slots = Slots(1, 10_000, pinned=True)
-    for size in (400, 500, 501, 9000, 10_000):
+    for size in (400, 600, 601, 9000, 10_000):
         slots.pin(0, size)
     place = slots.memory(0, 1).data_ptr()
     assert runtime.asked == [
-        ("register", place, 500),
+        ("register", place, 600),
         ("unregister", place),
-        ("register", place, 626),
+        ("register", place, 901),
         ("unregister", place),
         ("register", place, 10_000),
     ]
     del slots
     assert runtime.asked[-1] == ("unregister", place)
+
+
+def test_all_slots_are_pinned_at_the_start_and_none_later(monkeypatch, events):
+    """Pieces have other sizes each time. A registration in the midst of training holds up its launches."""
+    runtime, sizes = Runtime(), np.random.default_rng(0).uniform(0.08, 1.0, (4000, 32)).sum(axis=1) * 1000
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    slots = Slots(112, 40_000, pinned=True)
+    feed = Feed(None, torch.device("cuda"), Finishing(), None, None)
+    for number in range(0, len(sizes), 4):
+        made = [
+            SimpleNamespace(memory=torch.empty(int(size)), slot=slots.take(1), source=torch.zeros(1), targets=sample)
+            for size, sample in zip(sizes[number : number + 4], torch.zeros(4, 1), strict=True)
+        ]
+        for parcel in made:
+            parcel.slot._held = True
+        feed._finish(SimpleNamespace(parcels=made, unreadable=[], missing=0), None)
+        assert [what for what, *_ in runtime.asked] == ["register"] * 112
+        feed.stop()
+    assert len({size for *_, size in runtime.asked}) == 1 and runtime.asked[0][2] < 1.6 * sizes[:4].max()
+
+
+def test_a_slot_that_is_outgrown_gets_room_for_the_largest_piece_of_any(monkeypatch, events):
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    slots = Slots(3, 10_000, pinned=True)
+    for number, size in ((1, 100), (0, 1000), (2, 160), (2, 1500), (1, 1400)):
+        slots.pin(number, size)
+    assert [size for what, _, *size in runtime.asked if what == "register"] == [[150]] * 3 + [[1500]] * 3
+    assert len(runtime.asked) == 9
 
 
 def test_memory_that_cannot_be_pinned_is_not_asked_for_again(monkeypatch, events, capsys):

@@ -21,10 +21,8 @@ from data_helpers import (
 )
 from PIL import Image
 from test_draws import photograph
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from images.decode import open_image, plain_jpeg
-from images.gpu import Finisher
 from images.packed import Draws
 from images.pipeline import choose_pipeline
 from images.transforms import train_transform
@@ -229,25 +227,6 @@ def test_files_that_only_their_pixels_give_away(folder, tmp_path, policy, worker
     (one, count, said), (other, other_count, other_said) = outcomes
     assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
     assert count == other_count >= 8 and said == other_said
-
-
-def test_a_file_that_the_gpu_refuses_is_pillows_and_no_other(folder, monkeypatch, capsys):
-    """Which pixels an image has does not depend on its neighbours."""
-    names = ("train/ant/00.jpg", "train/ant/06.jpg", "train/bee/00.jpg")
-    files = [torch.frombuffer(bytearray((folder / name).read_bytes()), dtype=torch.uint8) for name in names]
-
-    def decode(files, mode, device):
-        if any(file is refused for file in files):
-            raise RuntimeError("nvjpegDecode failed: 4\nhere")
-        return decode_jpeg(files, mode=mode, device=device)
-
-    refused = files[1]
-    monkeypatch.setattr("images.gpu.decode_jpeg", decode)
-    finisher = Finisher(16, (0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
-    images = finisher._by_gpu(files)
-    assert [image is None for image in images] == [False, True, False]
-    assert all(torch.equal(images[n], decode_jpeg(files[n], mode=ImageReadMode.RGB)) for n in (0, 2))
-    assert "(nvjpegDecode failed: 4) are decoded by Pillow" in capsys.readouterr().err
 
 
 def test_a_jpeg_of_red_green_and_blue_is_not_plain(folder):

@@ -290,6 +290,6 @@ def build_run(cfg: Config, output_dir: Path, *, rank: int, world_size: int, devi
         stabilizer=stabilizer,
         probe=build_probe(cfg, model, plan, data, setup.amp),
         log=RunLog(output_dir, enabled=False),
-        graphs=GraphedPasses(list(model.parameters())) if graphed else None,
+        graphs=GraphedPasses(list(model.parameters()), data.train.held) if graphed else None,
         not_loaded=not_loaded,
     )

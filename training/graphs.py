@@ -10,8 +10,10 @@ waits for the device, or that the host tells something new at every pass, cannot
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,11 +51,16 @@ class GraphedPasses:
     """Runs passes: eagerly at first, then recorded ones, one recording for each kind of pass.
 
     All recordings are of one shape of batch. A batch of another shape is computed eagerly.
-    parameters: those whose gradients a pass computes.
+    parameters: those whose gradients a pass computes. held: makes a context for a recording, in which others wait that
+    would disturb it, or it them.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = parameters
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        held: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        self.parameters, self._held = parameters, held
         self.steps = 0
         self.forget()
 
@@ -78,7 +85,8 @@ class GraphedPasses:
         if not (self.in_step and fits):
             return compute(images, targets)
         if which not in self.recorded:
-            self.recorded[which] = self._record(compute, images, targets, which)
+            with self._held():
+                self.recorded[which] = self._record(compute, images, targets, which)
             self.shapes = shapes
         recorded = self.recorded[which]
         recorded.images.copy_(images)
