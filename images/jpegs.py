@@ -16,9 +16,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 PATIENCE = 30.0  # seconds for a batch to come back at all; the first call sets the decoder up
 SLOW = 5.0  # seconds for a batch that are as bad as a failure: one core needs less
 IN_A_ROW = 4  # failing batches after which the decoder is left alone
-TRIES = (
-    24  # failing calls in a row after which a batch is given up: a few refused files of a thousand are found in less
-)
+# Failing calls in a row after which a batch is given up: a few refused files of a thousand are found in less.
+TRIES = 24
 
 
 class GpuDecoder:
