@@ -99,3 +99,14 @@ def test_square_blocks_take_no_more_instructions_than_blocks_in_a_row(launches, 
         square, in_a_row = (one.compiled.asm["ptx"].count(";\n") for one in launchers)
         assert square <= in_a_row
         launchers.clear()
+
+
+@pytest.mark.parametrize("scale_format", ["e8m0", "e8m3"])
+def test_a_thread_has_at_most_128_numbers(scale_format):
+    """Else kernels compile for minutes too."""
+    plan = launch._plan if scale_format == "e8m0" else design_launch._plan
+    for size in (2**power for power in range(8)):
+        row, column = (QuantizerSpec(axis=axis, block_size=size, scale_format=scale_format) for axis in (-1, 0))
+        assert launch.serves(row) and launch.serves(column)
+        tile = plan(Job(row, column, DENSE, DENSE, torch.bfloat16), 256, 256).launch.tile
+        assert tile.rows * tile.columns <= 128 * 32 * tile.warps
