@@ -6,6 +6,7 @@ driver for what it has, and passes a kernel the same arguments when Triton launc
 
 from __future__ import annotations
 
+import itertools
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from quantization import PRESETS
+from quantization import PRESETS, QuantizerSpec
+from quantization.job import DENSE, NOTHING, Job
 from quantization.noise import Noise
 from quantization.operands import G, LinearJobs, W, X
 
@@ -26,7 +28,7 @@ from triton.backends.driver import GPUDriver  # noqa: E402
 from triton.backends.nvidia.driver import CudaDriver  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from quantization.backends.gpu import launch  # noqa: E402
+from quantization.backends.gpu import design_launch, launch  # noqa: E402
 
 SHARED_MEMORY = 232448  # bytes of a multiprocessor that a program may have
 
@@ -77,3 +79,34 @@ def test_kernels_compile_and_are_launched(preset, role, launches):
         launches.clear()
     by_triton, by_us = counts
     assert by_triton == by_us and by_us
+
+
+def test_square_blocks_take_no_more_instructions_than_blocks_in_a_row(launches, monkeypatch):
+    """Else threads do the work of others too, in kernels that compile for minutes; of matrices that are widened."""
+    launchers = []
+
+    def launcher(*arguments) -> launch.Launcher:
+        launchers.append(launch.Launcher(*arguments))
+        return launchers[-1]
+
+    monkeypatch.setattr(design_launch, "Launcher", launcher)
+    for size, axis in itertools.product(design_launch.SQUARES, (-1, 0)):
+        design_launch._plan.cache_clear()
+        for rows in (size, 1):
+            spec = QuantizerSpec(axis=axis, block_size=size, block_rows=rows, scale_format="e4m3")
+            specs, forms = ((spec, None), (DENSE, NOTHING)) if axis else ((None, spec), (NOTHING, DENSE))
+            launch.prepare(torch.zeros(64, 96, dtype=torch.bfloat16), Job(*specs, *forms, torch.bfloat16))
+        square, in_a_row = (one.compiled.asm["ptx"].count(";\n") for one in launchers)
+        assert square <= in_a_row
+        launchers.clear()
+
+
+@pytest.mark.parametrize("scale_format", ["e8m0", "e8m3"])
+def test_a_thread_has_at_most_128_numbers(scale_format):
+    """Else kernels compile for minutes too."""
+    plan = launch._plan if scale_format == "e8m0" else design_launch._plan
+    for size in (2**power for power in range(8)):
+        row, column = (QuantizerSpec(axis=axis, block_size=size, scale_format=scale_format) for axis in (-1, 0))
+        assert launch.serves(row) and launch.serves(column)
+        tile = plan(Job(row, column, DENSE, DENSE, torch.bfloat16), 256, 256).launch.tile
+        assert tile.rows * tile.columns <= 128 * 32 * tile.warps

@@ -138,24 +138,32 @@ def rotated(x, state_ptr, stream, TURN: tl.constexpr, AXIS: tl.constexpr, ROWS: 
 
 
 @triton.jit
-def _over_square(largest, SPEC: tl.constexpr, AXIS: tl.constexpr):
-    """The bits of the largest magnitude of square blocks from those of their rows, as `in_blocks` has them."""
-    if AXIS == 1:
-        D0: tl.constexpr = largest.shape[0]
-        D2: tl.constexpr = largest.shape[2]
-        D3: tl.constexpr = largest.shape[3]
-        N: tl.constexpr = SPEC.block // PATCH_ROWS
-        over = tl.reshape(largest, (D0, 1, D2 // N, N, D3, 1, PATCH_ROWS))
-        over = tl.max(tl.max(over, axis=6, keep_dims=True), axis=3, keep_dims=True)
-        return tl.reshape(tl.broadcast_to(over, (D0, 1, D2 // N, N, D3, 1, 1)), (D0, 1, D2, D3, 1, 1))
+def _in_groups(x, SPEC: tl.constexpr, AXIS: tl.constexpr):
+    """A tile in patches as `in_blocks` has it; of square blocks with the dimensions 1, 3, 4 and 5 those inside one.
+
+    Nothing that has one number a block is reshaped: Triton knows no layout of it but one in which threads have numbers
+    of each other's too, and may give this layout to the whole tile. Then each thread computes much of the tile or all
+    of it, in more registers than there are, by a kernel that compiles for minutes.
+    """
+    if SPEC.square:
+        DOWN: tl.constexpr = SPEC.block // PATCH_ROWS
+        ACROSS: tl.constexpr = SPEC.block // PATCH_COLUMNS
+        x = tl.reshape(x, (x.shape[0] // ACROSS, ACROSS, x.shape[1] // DOWN, DOWN, PATCH_COLUMNS, PATCH_ROWS))
     else:
-        D0: tl.constexpr = largest.shape[0]
-        D1: tl.constexpr = largest.shape[1]
-        D4: tl.constexpr = largest.shape[4]
-        N: tl.constexpr = SPEC.block // PATCH_COLUMNS
-        over = tl.reshape(largest, (D0 // N, N, D1, 1, PATCH_COLUMNS, D4, 1))
-        over = tl.max(tl.max(over, axis=4, keep_dims=True), axis=1, keep_dims=True)
-        return tl.reshape(tl.broadcast_to(over, (D0 // N, N, D1, 1, 1, D4, 1)), (D0, D1, 1, 1, D4, 1))
+        x = in_blocks(x, SPEC.block, AXIS)
+    return x
+
+
+@triton.jit
+def _largest_of_groups(x, SPEC: tl.constexpr, AXIS: tl.constexpr):
+    """`largest_of_blocks` of what `_in_groups` returns."""
+    if SPEC.square:
+        bits = x.to(tl.int32, bitcast=True) & MAGNITUDE
+        bits = tl.max(tl.max(bits, axis=4, keep_dims=True), axis=5, keep_dims=True)  # of patches, which threads have
+        largest = tl.max(tl.max(bits, axis=3, keep_dims=True), axis=1, keep_dims=True)
+    else:
+        largest = largest_of_blocks(x, AXIS)
+    return largest
 
 
 @triton.jit
@@ -315,20 +323,15 @@ def quantized_tile(
     Returns its numbers, float32 in patches, without the spec's factor; and whether each was inside the range, int1.
     """
     tile = x
-    x = in_blocks(x, SPEC.block, AXIS)
-    largest = largest_of_blocks(x, AXIS)
-    if SPEC.square:
-        largest = _over_square(largest, SPEC, AXIS)
+    x = _in_groups(x, SPEC, AXIS)
+    largest = _largest_of_groups(x, SPEC, AXIS)
     broken = largest
     if shadow is not None:
-        shadow = in_blocks(shadow, SPEC.block, AXIS)
-        of_shadow = largest_of_blocks(shadow, AXIS)
-        if SPEC.square:
-            of_shadow = _over_square(of_shadow, SPEC, AXIS)
-        broken = tl.maximum(broken, of_shadow)
+        shadow = _in_groups(shadow, SPEC, AXIS)
+        broken = tl.maximum(broken, _largest_of_groups(shadow, SPEC, AXIS))
     largest = tl.where(largest < INFINITY, largest, _ONE)
     if SPEC.stochastic:
-        halves = in_blocks(halves, SPEC.block, AXIS)
+        halves = _in_groups(halves, SPEC, AXIS)
 
     if SPEC.scale == "power" or SPEC.scale == "rms":
         code = _rms_code(tile, SPEC, AXIS, ROWS, COLUMNS) if SPEC.scale == "rms" else scale_code(largest, SPEC)

@@ -100,7 +100,8 @@ class _Plan(NamedTuple):
 def _plan(job: Job, rows: int, columns: int, *_compiled_alike: Any) -> _Plan:
     """_compiled_alike: what else Triton compiles for: dtypes and alignments; and the device."""
     block = max(32, *(spec.block_size for spec in (job.row, job.column) if spec is not None))
-    tile = Tile(block, block, 1) if block > 32 else CARRIED_TILE if job.carried else TILE
+    warps = 1 if block <= 64 else 16  # with one a thread would have 512 numbers, and its kernel compile for a minute
+    tile = Tile(block, block, warps) if block > 32 else CARRIED_TILE if job.carried else TILE
     row, column = (Outputs.shapes(job, spec, form, rows, columns) for spec, form in job.uses)
     strides = [1 if side.carried is None else side.carried[0][1] for side in (row, column)]
     specs = [None if spec is None else kernel_spec(spec) for spec in (job.row, job.column)]
