@@ -210,8 +210,10 @@ def _pass_of_shapes(
             for hooks in _HOOKS:
                 if isinstance(kept := getattr(module, hooks, None), dict):
                     kept.clear()
-            if isinstance(module, QuantLinear | Int4Linear):  # quantizers have no form for shapes alone
-                module.forward = functools.partial(nn.Linear.forward, module)
+            if type(module) is nn.Linear or isinstance(module, QuantLinear | Int4Linear):
+                module.forward = functools.partial(_shape_of_product, module.out_features)
+            elif isinstance(module, nn.LayerNorm | nn.GELU | nn.Dropout):  # whose shapes torch finds out slowly
+                module.forward = _same_shape
         called: set[str] = set()
         for name in names:
             twin.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
@@ -223,6 +225,14 @@ def _pass_of_shapes(
     except Exception:  # whatever such a model raises, nothing is known of it then
         return None
     return called, reads.names
+
+
+def _shape_of_product(out_features: int, x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _same_shape(x: Tensor) -> Tensor:
+    return x
 
 
 class _Reads(TorchFunctionMode):
