@@ -243,6 +243,37 @@ def test_a_layer_that_a_guessed_pass_leaves_out_is_not_refused():
     assert convert_linears(Two(), "tetrajet", ["a", "b"]) == ["a", "b"]
 
 
+class Modulated(nn.LayerNorm):
+    """A norm that calls a linear of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.scale = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale(x)
+
+
+class ByLength(nn.Module):
+    """Takes tokens of its own length alone, and reads its weight itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 48), nn.Linear(48, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.first(x), self.second.weight)
+
+
+def test_what_the_pass_leaves_out_changes_nothing_of_what_it_finds():
+    """A norm is passed over only where it has no layers; a product still refuses inputs of another length."""
+    model = nn.Sequential(nn.Linear(32, 32), Modulated(32))
+    assert never_called(model, ["0", "1.scale"], (2, 7, 32)) == []
+    assert convert_linears(model, PRESETS["tetrajet"], ["0", "1.scale"]) == ["0", "1.scale"]
+    assert never_called(ByLength(), ["first", "second"]) == ["second"]
+    assert never_called(ByLength(), ["first", "second"], (2, 7, 31)) == []  # which it cannot be run with
+
+
 def test_a_model_is_as_it_was_after_the_pass():
     """ConViT makes tables in its first pass, and keeps them; a user's hook has not seen anything."""
     small = {"img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 4, "local_up_to_layer": 1}

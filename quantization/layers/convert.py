@@ -211,8 +211,8 @@ def _pass_of_shapes(
                 if isinstance(kept := getattr(module, hooks, None), dict):
                     kept.clear()
             if type(module) is nn.Linear or isinstance(module, QuantLinear | Int4Linear):
-                module.forward = functools.partial(_shape_of_product, module.out_features)
-            elif isinstance(module, nn.LayerNorm | nn.GELU | nn.Dropout):  # whose shapes torch finds out slowly
+                module.forward = functools.partial(_shape_of_product, module)
+            elif isinstance(module, nn.LayerNorm | nn.GELU | nn.Dropout) and not [*module.children()]:
                 module.forward = _same_shape
         called: set[str] = set()
         for name in names:
@@ -227,11 +227,14 @@ def _pass_of_shapes(
     return called, reads.names
 
 
-def _shape_of_product(out_features: int, x: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
+def _shape_of_product(linear: nn.Linear, x: Tensor) -> Tensor:
+    if x.shape[-1] != linear.in_features:  # a shape was guessed that the model does not take
+        raise ValueError("the input has another length")
+    return x.new_empty((*x.shape[:-1], linear.out_features))
 
 
-def _same_shape(x: Tensor) -> Tensor:
+def _same_shape(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """What torch finds out slowly on the device of shapes."""
     return x
 
 
