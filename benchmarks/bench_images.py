@@ -6,19 +6,21 @@
 It makes its own JPEG files of ImageNet's size (500x375, about 70 kB; --files of them) in a temporary folder, and trains
 from them with the recipe's augmentation, mixup included. `resident` is the same run on one batch that stays on the
 device. Turns of --steps steps alternate; a sample is the mean step of a turn, after the batches are gone that were made
-in the other's. Rows of `loader` are of the batches
-alone, with nothing else on the device; `float` is what loader processes finish by themselves, as they did before there
-were pipelines. Rows of `cpu` give what one core spends on an image, stage by stage.
+in the other's. Rows of `loader` are of the batches alone, with nothing else on the device; `float` is what loader
+processes finish by themselves, as they did before there were pipelines. Rows of `cpu` give what one core spends on an
+image, stage by stage, and rows of `finish` what the main process and the device spend on a batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import io
 import itertools
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from bench_step import BATCH
-from common import MODELS, TINY, Results, command, method_config, parse, parser_for, process_group
+from common import MODELS, TINY, Results, command, method_config, parse, parser_for
 from PIL import Image
 
 from config import load_config
@@ -44,7 +46,7 @@ from images.parcel import Parcel, pack
 from images.pipeline import PIECE
 from images.transforms import train_transform
 from main import build_run
-from training.processes import environment_number
+from training.processes import Processes, environment_number
 
 SIZE, SMALL = (500, 375), (64, 64)
 TINY_IMAGENET = "tiny_imagenet"  # DeiT-T at 64x64 pixels, on a set that is kept on the device
@@ -274,13 +276,13 @@ def finish(results: Results, root: Path, options: Any, device: torch.device) -> 
         parcels = [Parcel(one.memory.pin_memory(), one.layout, one.extent) for one in parcels]
     finisher = Finisher(size, cfg.data.mean, cfg.data.std, device)
     samples = {"host": [], "until it is made": []}
-    for turn in range(options.warmup + options.rounds):
+    for number in range(options.warmup + options.rounds):
         began = time.perf_counter()
         finisher(parcels)
         host = time.perf_counter()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if turn >= options.warmup:
+        if number >= options.warmup:
             samples["host"].append(1e3 * (host - began))
             samples["until it is made"].append(1e3 * (time.perf_counter() - began))
     results.add("finish deit_tiny", f"batch {count}", samples, {name: name for name in samples})
@@ -299,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="steps of a turn (default: 24)")
     parser.add_argument("--loader", action="store_true", help="the batches alone as well")
     parser.add_argument("--no-training", action="store_true", help="not the training")
-    parser.add_argument("--stages", action="store_true", help="what one core spends on an image as well")
+    parser.add_argument("--stages", action="store_true", help="stages of an image and of a batch as well")
     parser.add_argument("--decode", type=float, default=1.0, help="of `gpu, nvjpeg`, data.gpu_decode (default: 1)")
     parser.add_argument("--carrier", default="bf16", choices=["bf16", "fp8"], help="quant.carrier")
     options, device = parse(parser, argv)
@@ -308,7 +310,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.workers = 0 if options.quick else max(1, cores)
     options.files = options.files or (64 if options.quick else 16384)
     options.steps = options.steps or (2 if options.quick else 24)
-    with process_group(device) as (device, options.rank, options.world_size):
+    processes = Processes()
+    processes.look_around()
+    options.rank, options.world_size = processes.rank, processes.world_size
+    shown = sys.stdout if options.rank == 0 else io.StringIO()
+    with processes.group(device), contextlib.redirect_stdout(shown):
         measure(options, device)
 
 

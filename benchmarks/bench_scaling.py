@@ -15,21 +15,10 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from bench_step import BASELINE, BATCH, GRAPHS
-from common import (
-    MODELS,
-    Results,
-    command,
-    make_batch,
-    make_run,
-    method_config,
-    parse,
-    parser_for,
-    process_group,
-    step_of,
-    take_turns,
-)
+from common import MODELS, Results, command, make_batch, make_run, method_config, parse, parser_for, step_of, take_turns
 
 from config import UserError
+from training.processes import Processes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,10 +29,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, help=f"images of a GPU's step (default: {BATCH})")
     parser.add_argument("--graphs", action="store_true", help="with passes recorded as CUDA graphs")
     options, device = parse(parser, argv)
-    with process_group(device) as (device, rank, world_size):
-        if world_size < 2:
-            raise UserError("This benchmark needs several processes; start it with torchrun --nproc-per-node 2.")
-        measure(options, device, rank, world_size)
+    processes = Processes()
+    processes.look_around()
+    if processes.world_size < 2:
+        raise UserError("This benchmark needs several processes; start it with torchrun --nproc-per-node 2.")
+    with processes.group(device):
+        measure(options, device, processes.rank, processes.world_size)
 
 
 def measure(options: argparse.Namespace, device: torch.device, rank: int, world_size: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import io
 import itertools
 import math
 import platform
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,32 +96,12 @@ def parse(
     if options.rounds < 2 or options.warmup < 1:
         raise UserError("Command line: --rounds must be at least 2 and --warmup at least 1.")
     if torch.cuda.is_available() and not getattr(options, "cpu", False):
-        return options, torch.device("cuda", torch.cuda.current_device())
+        device = torch.device("cuda", environment_number("LOCAL_RANK", torch.cuda.current_device()))
+        torch.cuda.set_device(device)
+        return options, device
     if not options.quick and not on_cpu:
         raise UserError("This benchmark needs a CUDA device and torch sees none; --quick runs a tiny one on the CPU.")
     return options, torch.device("cpu")
-
-
-@contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[tuple[torch.device, int, int]]:
-    """(device of this process, its rank, how many there are) where torchrun has started several; else (device, 0, 1).
-
-    Processes but the first print nothing.
-    """
-    rank, world_size = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
-    if world_size == 1:
-        yield device, 0, 1
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", environment_number("LOCAL_RANK", 0))
-        torch.cuda.set_device(device)
-    of_gpu = {"device_id": device} if device.type == "cuda" else {}
-    dist.init_process_group("nccl" if of_gpu else "gloo", **of_gpu)
-    try:
-        with contextlib.redirect_stdout(sys.stdout if rank == 0 else io.StringIO()):
-            yield device, rank, world_size
-    finally:
-        dist.destroy_process_group()
 
 
 def command(benchmark: Callable[[Sequence[str] | None], None]) -> NoReturn:
