@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from config import UserError
+from config.keys import Deviation, Mean
 from record.files import atomic_write
 from record.schema import check
 
@@ -32,9 +33,6 @@ SUFFIX = ".safetensors"
 LARGEST_HEADER = 2**24  # bytes; 10000 tensors and 100000 class names fit
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EXPECTED = "expected a file of main.py --export"
-
-_Mean = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]  # as config/keys.py has them
-_Deviation = Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)]
 
 
 class _Part(BaseModel):
@@ -56,8 +54,8 @@ class Model(_Part):
 class Images(_Part):
     """How an image becomes an input: shorter side to img_size / crop_ratio, centre crop, normalised."""
 
-    mean: Annotated[list[_Mean], Field(min_length=3, max_length=3)]
-    std: Annotated[list[_Deviation], Field(min_length=3, max_length=3)]
+    mean: Annotated[list[Mean], Field(min_length=3, max_length=3)]
+    std: Annotated[list[Deviation], Field(min_length=3, max_length=3)]
     crop_ratio: Annotated[float, Field(ge=0.1, le=1)]
     interpolation: Literal["bicubic"] = "bicubic"
 
