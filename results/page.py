@@ -254,7 +254,8 @@ def draw(evidence: Evidence, path: Path) -> None:
             _draw_value(one, evidence, table, value)
         axes[0].set_yticks(range(len(rows)), map(_row, rows))
         axes[0].set_ylim(len(rows) - 0.5, -0.5)  # the first row at the top, for all
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        shown = {label: one for each in axes for one, label in zip(*each.get_legend_handles_labels(), strict=True)}
+        figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=3)
         figure.supxlabel(f"{worded(table.figures[0])} less that of {_row(table.against)}", fontsize=9)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -289,7 +290,8 @@ def _draw_value(axes: Any, evidence: Evidence, table: Table, value: str) -> None
     axes.axvline(0, color="0.6", linewidth=0.8)
     axes.plot([], [], ".", color=COLOURS[2], alpha=0.4, label="one seed")
     axes.errorbar([], [], xerr=[], fmt="o", color=COLOURS[2], capsize=3, markersize=4, label="mean, 95 %")
-    axes.plot([], [], "x", color=COLOURS[4], label="published, on ImageNet")
+    if base is not None:
+        axes.plot([], [], "x", color=COLOURS[4], label="published, on ImageNet")
 
     def at_the_edge(difference: float, height: float, colour: str) -> None:
         left = difference < low
