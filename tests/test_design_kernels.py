@@ -106,8 +106,13 @@ else:
         faults = [f"{n}: {said}" for n in range(start, start + 40) if (said := fault_at(point(n), CPU))]
         assert not faults, "\n".join(faults)
 
+    @triton.jit
+    def inverse(s):
+        return 1.0 / s
+
     def test_random_points_by_the_arithmetic_of_a_gpu(monkeypatch):
-        """By the kernels' own quotients there: fused operations, and reciprocals that are off by two units."""
+        """By the kernels' own quotients there: fused operations, reciprocals that are off by two units, and the smaller
+        of a number and a NaN is the number."""
         draw, fusions = np.random.default_rng(0), []
 
         def quotient(_self, a, b):
@@ -118,9 +123,14 @@ else:
             fusions.append(a.data.size)
             return interpreter.TensorHandle(fused_by_numpy(a.data, b.data, c.data), a.dtype.scalar)
 
+        def smaller(_self, a, b):
+            return interpreter.TensorHandle(np.fmin(a.data, b.data), a.dtype.scalar)
+
         monkeypatch.setattr(design, "_INTERPRETED", tl.constexpr(False))
+        monkeypatch.setattr(design, "_inverse", inverse)  # an instruction there, which the interpreter does not have
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fdiv", quotient)
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fused)
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_minnumf", smaller)
         # In 93 a block is larger than its delayed outer scale lets float32 have.
         numbers = [93, *[n for n in range(120, 240) if not point(n).job.rotated][:20]]
         faults = [f"{n}: {said}" for n in numbers if (said := fault_at(point(n), CPU))]

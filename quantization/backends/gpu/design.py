@@ -201,9 +201,21 @@ def outer_exponent(peak, SPEC: tl.constexpr):
 
 
 @triton.jit
+def _inverse(s):
+    """1 / s of a number in [1, 2), to some 2^-22 of it: what a GPU has an instruction for."""
+    if _INTERPRETED:
+        inverse = 1.0 / s
+    else:
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [s], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return inverse
+
+
+@triton.jit
 def _reciprocal(s):
     """1 / s for the significand of a scale, rounded correctly: by a step of Newton's method."""
-    r = 1.0 / s
+    r = _inverse(s)
     if not _INTERPRETED:  # which rounds the quotient correctly, but not the fused operations
         r = tl.fma(tl.fma(-s, r, 1.0), r, r)
     return r
@@ -211,12 +223,12 @@ def _reciprocal(s):
 
 @triton.jit
 def _quotient(x, s, reciprocal):
-    """x / s for a scale's significand or a target of up to four bits, rounded correctly and with the sign of x."""
+    """x / s for a scale's significand or a target of up to four bits, rounded correctly; of zero a zero of any sign."""
     if _INTERPRETED:
         q = tl.div_rn(x, s)
     else:
         q = x * reciprocal
-        q = tl.fma(tl.fma(q, s, -x), -reciprocal, q)
+        q = tl.fma(tl.fma(q, -s, x), reciprocal, q)
     return q
 
 
@@ -225,26 +237,28 @@ def _code_by_quotient(largest, p, SPEC: tl.constexpr):
     """`_coded_scale` for a target of up to four bits, whose quotient is on the right side of every boundary."""
     m = largest.to(tl.float32, bitcast=True)
     if SPEC.outer:
-        # Under the scale of an earlier tensor M / P may leave float32, and fused operations of Inf are NaN.
-        m = tl.minimum(m * power_of_two(127 - p), _FLOAT32_MAX)
+        m = m * power_of_two(127 - p)
+        if not SPEC.subnormal:
+            m = tl.minimum(m, _FLOAT32_MAX)
+    # Under the scale of an earlier tensor M / P may leave float32. Of Inf fused operations make a NaN.
     q = _quotient(m, SPEC.target_value, SPEC.target_reciprocal)
     if SPEC.subnormal:
-        q = tl.minimum(q, SPEC.scale_max)
+        q = tl.minimum(q, SPEC.scale_max)  # also of a NaN
         LOWEST: tl.constexpr = (SPEC.emin + 127) << 23
         binade = tl.maximum(q.to(tl.int32, bitcast=True) & INFINITY, LOWEST).to(tl.float32, bitcast=True)
         anchor = binade * (1.5 * 2**20)
         code = (q + anchor) - anchor
         if SPEC.up:
             short = (code < q) | ((code == 0) & (largest > 0))  # also where M / P has become zero
-            code = tl.where(short, code + binade * 0.125, code)
+            code = tl.minimum(tl.where(short, code + binade * 0.125, code), SPEC.scale_max)
     else:
         bits = q.to(tl.int32, bitcast=True)
         more = (1 << 20) - 1 if SPEC.up else (1 << 19) - 1 + ((bits >> 20) & 1)
         code = ((bits + more) & -(1 << 20)).to(tl.float32, bitcast=True)
         reached = largest > 0 if SPEC.up else m > SPEC.target_value * 2.0 ** (SPEC.emin - 1)
         least = tl.where(reached, 1 << 23, 0).to(tl.float32, bitcast=True)  # the smallest scale, 2^-126
-        code = tl.where(m < SPEC.target_value * 2.0**SPEC.emin, least, code)
-    return tl.minimum(code, SPEC.scale_max)
+        code = tl.minimum(tl.where(m < SPEC.target_value * 2.0**SPEC.emin, least, code), SPEC.scale_max)
+    return code
 
 
 @triton.jit
@@ -297,7 +311,7 @@ def _round_between_multiples(x, s, halves, SPEC: tl.constexpr):
     whether |x| > s (a + (1 - u) (b - a)), where 1 - u is the place between the codes of a and b, as `coded` has them.
     """
     PLACE: tl.constexpr = 23 - SPEC.mantissa_bits
-    inverse = (1.0 / s) * tl.constexpr(2.0 ** (-126 - SPEC.bottom))
+    inverse = _inverse(s) * tl.constexpr(2.0 ** (-126 - SPEC.bottom))
     lower = (tl.abs(x) * inverse).to(tl.int32, bitcast=True) & -(1 << PLACE)
     # 1 - u = (2^16 - half - 1/2) / 2^16 in the bits below PLACE.
     rest = (halves >> SPEC.mantissa_bits) ^ ((1 << PLACE) - (1 << (PLACE - 17)))
@@ -365,10 +379,12 @@ def quantized_tile(
             within = tl.abs(x) < most
             if not SPEC.stochastic:
                 reciprocal = _reciprocal(s)
-                latent = _quotient(tl.minimum(tl.maximum(x, -most), most), s, reciprocal)
+                latent = _quotient(tl.minimum(tl.abs(x), most), s, reciprocal)
+                if SPEC.rounding == "nearest_up" or shadow is not None:  # else a sign changes nothing
+                    latent = _signed(latent, x)
             if shadow is not None:
-                shadow = tl.minimum(tl.maximum(shadow * inverse, -most), most)
-                shadow = _quotient(shadow, s, reciprocal)
+                latent_of_shadow = _quotient(tl.minimum(tl.abs(shadow * inverse), most), s, reciprocal)
+                shadow = _signed(latent_of_shadow, shadow)
         else:
             scale = tl.div_rn(largest.to(tl.float32, bitcast=True), SPEC.target_value)
             divisor = tl.where(scale == 0, 1.0, scale)
@@ -382,6 +398,8 @@ def quantized_tile(
             rounded = _round_between_multiples(x, s, halves, SPEC)
         else:
             rounded = round_nearest(latent, shadow, SPEC)
+            if SPEC.scale == "coded":
+                rounded = _signed(rounded, x)
 
     # A scale of zero leaves zeros with their signs. A number that is none is written as such at last: multiplied by it,
     # what comes of rounding to bfloat16 by bits might be none.
