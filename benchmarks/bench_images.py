@@ -106,6 +106,7 @@ def config_of(model: str, root: Path, options: Any, pipeline: str) -> list[str]:
         f"optim.global_batch={batch * options.world_size}",
         *("run.amp=bfloat16", "probes.enabled=false", f"data.num_workers={options.workers}"),
         *("schedule.epochs=90", f"data.resident={kept}"),
+        *(["aug.repeats=1"] if options.each_once else []),
         *(smaller if options.quick else []),
         *PIPELINES[pipeline],
         *([f"data.gpu_decode={options.decode}"] if pipeline.endswith("nvjpeg") else []),
@@ -129,9 +130,10 @@ def cpu_seconds() -> float:
 
 
 def shape_of(batch: int, options: Any) -> str:
+    once = ", each once" if options.each_once else ""
     if options.world_size == 1:
-        return f"batch {batch}, {options.workers} workers"
-    return f"{options.world_size} GPUs, each batch {batch} and {options.workers} workers"
+        return f"batch {batch}, {options.workers} workers{once}"
+    return f"{options.world_size} GPUs, each batch {batch} and {options.workers} workers{once}"
 
 
 def loader_alone(results: Results, model: str, root: Path, options: Any, device: torch.device) -> None:
@@ -299,6 +301,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="loader processes (default: one a core)")
     parser.add_argument("--files", type=int, help="how many there are (default: 16384)")
     parser.add_argument("--steps", type=int, help="steps of a turn (default: 24)")
+    parser.add_argument(
+        "--each-once", action="store_true", help="aug.repeats=1: no file twice, as where 4 GPUs or more train"
+    )
     parser.add_argument("--loader", action="store_true", help="the batches alone as well")
     parser.add_argument("--no-training", action="store_true", help="not the training")
     parser.add_argument("--stages", action="store_true", help="stages of an image and of a batch as well")

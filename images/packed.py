@@ -86,13 +86,16 @@ class Draws:
         """Image number `index`, where all are kept. Raises Unreadable."""
         return Opened(RESIDENT, index, *self.resident.size(index))
 
+    def left_to_gpu(self, position: int) -> bool:
+        """Whether the sample at that position stays a file, if its file is one that a GPU can decode."""
+        return position * _GOLDEN % 1 < self.share and (self.alone is None or not self.alone[0])
+
     def open(self, content: bytes | Image.Image, position: int) -> Opened:
         """An image from its file. Raises whatever Pillow does."""
         if isinstance(content, bytes):
             size = plain_jpeg(content) if content.startswith(b"\xff\xd8") else None
             small = size is not None and 3 * math.prod(size) <= _MOST_BYTES_OF_A_FILE
-            chosen = position * _GOLDEN % 1 < self.share and (self.alone is None or not self.alone[0])
-            if small and len(content) <= self._most_bytes and chosen:
+            if small and len(content) <= self._most_bytes and self.left_to_gpu(position):
                 return Opened(JPEG, content, *size)
             pixels = decode_plain(content) if size is not None else np.asarray(open_image(io.BytesIO(content)))
         else:
@@ -159,6 +162,9 @@ class PackedImages(Images):
     def whole(self, key: Key) -> tuple[Tensor | None, int, str | None]:
         """The sample finished by Pillow and timm alone, as (image, label, problem)."""
         return Images(self._source, self._transform, self._seed, self._attempts)[key]
+
+    def _form(self, position: int) -> Any:
+        return isinstance(self._maker, Draws) and self._maker.left_to_gpu(position)
 
     def _read(self, index: int, position: int) -> tuple[Any, int]:
         if isinstance(self._maker, Draws) and self._maker.resident is not None:

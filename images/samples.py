@@ -30,11 +30,13 @@ Sample = tuple[Tensor | None, int, str | None]  # image (3, H, W) float32, label
 class Images(Dataset[Sample]):
     """A set of (PIL image, label) read and then transformed under the sample's own seed.
 
-    An unreadable image is replaced by the next readable one, up to `attempts` images in all, and reported.
+    An unreadable image is replaced by the next readable one, up to `attempts` images in all, and reported. The views
+    that repeated augmentation makes of an image follow one another where few processes train: it is read once then.
     """
 
     def __init__(self, source: Any, transform: transforms.Compose, seed: int, attempts: int) -> None:
         self._source, self._transform, self._seed, self._attempts = source, transform, seed, attempts
+        self._last: dict[Any, tuple[int, tuple[Any, int]]] = {}  # by form: the index that was read last, what it gave
 
     @property
     def transform(self) -> transforms.Compose:
@@ -49,7 +51,7 @@ class Images(Dataset[Sample]):
         problem = None
         for index in (i % len(self._source) for i in range(first, first + self._attempts)):
             try:
-                image, target = self._read(index, position)
+                image, target = self._read_once(index, position)
             except Exception as error:  # Pillow has no list of what it raises for a damaged file
                 problem = problem or self._problem(index, error)
                 continue
@@ -84,6 +86,18 @@ class Images(Dataset[Sample]):
             with stream:
                 return stream.read(), int(target)
         return self.read(index)
+
+    def _read_once(self, index: int, position: int) -> tuple[Any, int]:
+        form = self._form(position)
+        last, read = self._last.pop(form, (None, None))
+        if last != index:
+            del read  # lets go of that image before there is another
+            read = self._read(index, position)
+        self._last[form] = index, read
+        return read
+
+    def _form(self, position: int) -> Any:
+        """What `_read` depends on besides the index."""
 
     def _read(self, index: int, position: int) -> tuple[Any, int]:
         return self.read(index)

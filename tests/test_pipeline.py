@@ -23,8 +23,9 @@ from PIL import Image
 from test_draws import photograph
 
 from images.decode import open_image, plain_jpeg
-from images.packed import Draws
+from images.packed import Draws, PackedImages
 from images.pipeline import choose_pipeline
+from images.samples import Images
 from images.transforms import train_transform
 
 GPU, FILES = "data.pipeline=gpu", "data.resident=0"
@@ -101,6 +102,36 @@ def test_sets_in_memory(overrides):
     base = ["model.img_size=16", "model.num_classes=7", *overrides]
     assert_pipelines_agree(FILES, base=base, batch_size=32)
     assert_pipelines_agree(base=base, batch_size=32)
+
+
+@pytest.mark.parametrize("pipeline", [["data.pipeline=cpu"], [GPU, FILES], [GPU, FILES, "half"]], ids=" ".join)
+def test_views_that_follow_one_another_are_of_an_image_that_is_read_once(folder, tmp_path, pipeline, monkeypatch):
+    """With the bits and the notes of views that are read one by one, which is what processes of four have."""
+    spoiled = {"train/ant/00.jpg": b"\xff\xd8 broken"}
+    base = [*folder_config(copy_with(folder, tmp_path, spoiled)), "aug.repeats=3", "data.on_corrupt=skip"]
+    reads, read = [], PackedImages._read
+
+    def counted(self, index: int, position: int):
+        reads.append(index)
+        return read(self, index, position)
+
+    monkeypatch.setattr(PackedImages, "_read", counted)
+    monkeypatch.setattr(Images, "_read", lambda self, index, _: (reads.append(index), self.read(index))[1])
+    found = []
+    for world_size, once in ((1, True), (1, False), (4, True)):
+        reads.clear()
+        data = make_data(*pipeline[:2], base=base, batch_size=4, world_size=world_size)
+        dataset = data.train.loader.dataset
+        if pipeline[-1] == "half":
+            dataset._maker.share = 0.5
+        if not once:
+            dataset._read_once = lambda *key, dataset=dataset: dataset._read(*key)
+        found.append((stack(data.train_batches(1)), data.corrupt, len(reads)))
+    (views, notes, few), (one_by_one, as_many_notes, many), (a_quarter, _, each) = found
+    assert_same([views], [one_by_one])
+    assert notes == as_many_notes > 0
+    assert few < many if pipeline[-1] == "half" else 2 * few < many
+    assert each >= len(a_quarter[1]), "no two views of an image are a process's"
 
 
 def test_tars(folder, tmp_path):
