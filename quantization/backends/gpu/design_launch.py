@@ -110,7 +110,9 @@ def _tile(job: Job) -> Tile:
     sides = [spec.block_size for spec in (job.row, job.column) if spec is not None]
     sides += [turn.size for turn in (job.row_turn, job.column_turn) if turn is not None]
     side = max(64 if INTERPRETED else 32, *sides)
-    registers = 128 if side == 32 else None  # as many as spill none, and no more
+    specs = [spec for spec in (job.row, job.column) if spec is not None]
+    simple = len(specs) == 1 and not specs[0].stochastic
+    registers = None if side > 32 else 80 if simple else 128  # as many as spill none, and no more
     return Tile(side, side, side * side // 1024, registers, fused=False)
 
 
