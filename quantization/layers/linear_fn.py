@@ -32,8 +32,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from quantization.job import Operand, Shell, tensors_of
 from quantization.noise import Noise
-from quantization.operands import COLUMNS, ROWS, G, LinearJobs, W, X, multiply, prepare
-from quantization.rotation import Turn, rotate_back
+from quantization.operands import COLUMNS, ROWS, G, LinearJobs, W, X, multiply, prepare, turned_back
+from quantization.rotation import Turn
 
 
 class Call(NamedTuple):
@@ -126,4 +126,4 @@ def _in_own_basis(gradient: Tensor, inside: Tensor | None, turn: Turn | None, no
     """The gradient of X or W from that of what q1 or q2 made of it: 0 where not inside, and rotated back."""
     if inside is not None:
         gradient = gradient * inside  # where a selection would swallow a NaN
-    return gradient if turn is None else rotate_back(gradient, turn, noise).to(gradient.dtype)
+    return gradient if turn is None else turned_back(gradient, turn, noise).to(gradient.dtype)

@@ -9,6 +9,7 @@ from torch.library import Library, impl, register_fake
 from quantization.backends.choose import DTYPES, backend_of_job, backend_of_packed
 from quantization.job import DENSE, Dense, Job, Operand, Packed, Prepared, Scaled
 from quantization.noise import Noise
+from quantization.rotation import Turn, rotate_back
 from quantization.spec import QuantizerSpec
 
 
@@ -63,6 +64,13 @@ def values_of(operand: Operand, dtype: torch.dtype) -> Tensor:
     return backend_of_packed(operand).expand(operand, dtype)
 
 
+def turned_back(x: Tensor, turn: Turn, noise: Noise) -> Tensor:
+    """`rotate_back`, of sums and differences in one order: with its bits also under torch.compile."""
+    if torch.compiler.is_compiling():
+        return torch.ops.mxfp4.rotate_back(x, turn.text, noise.state, noise.stream)
+    return rotate_back(x, turn, noise)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The same as custom ops, which torch.compile does not look into. Jobs and specs travel as text. That `lost` is added to
 # and `held` renewed is not declared: nothing else in a graph reads them.
@@ -73,6 +81,7 @@ _ops.define(
     "prepare(Tensor x, Tensor? shadow, Tensor? state, SymInt stream, Tensor? lost, Tensor? held, str job) -> Tensor[]"
 )
 _ops.define("expand(Tensor codes, Tensor scales, str spec, SymInt columns, ScalarType dtype) -> Tensor")
+_ops.define("rotate_back(Tensor x, str turn, Tensor state, SymInt stream) -> Tensor")
 
 
 @impl(_ops, "prepare", "CompositeExplicitAutograd")
@@ -112,3 +121,13 @@ def _expand(codes: Tensor, scales: Tensor, spec: str, columns: int, dtype: torch
 @register_fake("mxfp4::expand", lib=_ops)
 def _shape_of_expand(codes: Tensor, scales: Tensor, spec: str, columns: int, dtype: torch.dtype) -> Tensor:
     return codes.new_empty(codes.shape[0], columns, dtype=dtype)
+
+
+@impl(_ops, "rotate_back", "CompositeExplicitAutograd")
+def _rotate_back(x: Tensor, turn: str, state: Tensor, stream: int) -> Tensor:
+    return rotate_back(x, Turn.parse(turn), Noise(state, stream))
+
+
+@register_fake("mxfp4::rotate_back", lib=_ops)
+def _shape_of_rotate_back(x: Tensor, turn: str, state: Tensor, stream: int) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
