@@ -129,6 +129,16 @@ def cpu_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+def held_back_ms() -> float:
+    """How long a CPU limit of the container (control groups 1 or 2) has stopped its processes so far, all together."""
+    for name, unit in (("cpu.stat", "throttled_usec"), ("cpu/cpu.stat", "throttled_time")):
+        with contextlib.suppress(OSError, ValueError):
+            fields = dict(line.split() for line in (Path("/sys/fs/cgroup") / name).read_text().splitlines())
+            if unit in fields:
+                return int(fields[unit]) / (1e3 if unit == "throttled_usec" else 1e6)
+    return 0.0
+
+
 def shape_of(batch: int, options: Any) -> str:
     once = ", each once" if options.each_once else ""
     if options.world_size == 1:
@@ -188,11 +198,13 @@ def training(results: Results, model: str, root: Path, options: Any, device: tor
         kept_source = itertools.repeat(kept)
         turn(run, kept_source, 2 if options.quick else 14, device)  # graphs are recorded after eleven steps
         name = f"{name} {options.decode:.0%}" if name.endswith("nvjpeg") else name
-        resident = f"resident ({name})"
+        resident, held_back = f"resident ({name})", held_back_ms()
         for _ in range(options.rounds):
             samples.setdefault(resident, []).append(turn(run, kept_source, options.steps, device))
             turn(run, files, 2 if options.quick else AHEAD, device)
             samples.setdefault(name, []).append(turn(run, files, options.steps, device))
+        if (held_back := held_back_ms() - held_back) > 0:
+            print(f"  {name}: a CPU limit has stopped the processes for {held_back:.0f} ms: give fewer --workers")
         files.close()
         run.data.close()
         if run.graphs is not None:  # they hold the process group's
