@@ -1,6 +1,7 @@
 """Images from files to the model: loader processes and device alone, and whole training against a resident batch.
 
     python benchmarks/bench_images.py [--models deit_tiny swin_tiny] [--pipelines cpu gpu] [--workers 16] [--loader]
+                                      [--busy]
     torchrun --standalone --nproc-per-node 2 benchmarks/bench_images.py [...]       # a GPU and its share of cores each
 
 It makes its own JPEG files of ImageNet's size (500x375, about 70 kB; --files of them) in a temporary folder, and trains
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import io
 import itertools
@@ -32,7 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from bench_step import BATCH
-from common import MODELS, TINY, Results, command, method_config, parse, parser_for
+from common import MODELS, TINY, Results, command, method_config, parse, parser_for, union_of
 from PIL import Image
 
 from config import load_config
@@ -205,6 +207,11 @@ def training(results: Results, model: str, root: Path, options: Any, device: tor
             samples.setdefault(name, []).append(turn(run, files, options.steps, device))
         if (held_back := held_back_ms() - held_back) > 0:
             print(f"  {name}: a CPU limit has stopped the processes for {held_back:.0f} ms: give fewer --workers")
+        if options.busy and device.type == "cuda":
+            for label, batches in ((resident, kept_source), (name, files)):
+                turn(run, batches, AHEAD, device)
+                work = work_of(functools.partial(turn, run, batches, options.steps, device))
+                print(f"  {label}: {described(work, options.steps)}")
         files.close()
         run.data.close()
         if run.graphs is not None:  # they hold the process group's
@@ -221,6 +228,29 @@ def training(results: Results, model: str, root: Path, options: Any, device: tor
         rate=lambda _, seconds: batch * options.world_size / seconds,
         rate_unit="images/s",
     )
+
+
+def work_of(call: Callable[[], object]) -> dict[int, list[tuple[float, float]]]:
+    """When each stream of the device worked during a call, in milliseconds: kernels and copies, (begin, end) each."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        call()
+    streams: dict[int, list[tuple[float, float]]] = {}
+    for event in profile.profiler.kineto_results.events():
+        if event.device_type() == torch.autograd.DeviceType.CUDA:
+            begin = event.start_ns() / 1e6
+            streams.setdefault(event.device_resource_id(), []).append((begin, begin + event.duration_ns() / 1e6))
+    return streams
+
+
+def described(streams: dict[int, list[tuple[float, float]]], steps: int) -> str:
+    """What the device does in a step. The model's stream is the one that works most."""
+    everything = sorted(interval for intervals in streams.values() for interval in intervals)
+    ends = itertools.accumulate((end for _, end in everything), max)
+    rests = [begin - end for (begin, _), end in zip(everything[1:], ends, strict=False) if begin - end > 1]
+    model = max(streams, key=lambda stream: union_of(streams[stream]))
+    images = sum(union_of(intervals) for stream, intervals in streams.items() if stream != model) / steps
+    text = f"the device works {union_of(everything) / steps:.1f} ms a step, other streams than the model's {images:.1f}"
+    return f"{text}; it rests {len(rests)} times for over a millisecond, {sum(rests):.1f} ms in {steps} steps"
 
 
 def turn(run: Run, batches: Iterator[Any], steps: int, device: torch.device) -> float:
@@ -316,6 +346,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--each-once", action="store_true", help="aug.repeats=1: no file twice, as where 4 GPUs or more train"
     )
+    parser.add_argument("--busy", action="store_true", help="also what the device does in a step, by torch.profiler")
     parser.add_argument("--loader", action="store_true", help="the batches alone as well")
     parser.add_argument("--no-training", action="store_true", help="not the training")
     parser.add_argument("--stages", action="store_true", help="stages of an image and of a batch as well")

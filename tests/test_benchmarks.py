@@ -359,6 +359,16 @@ def test_packed_models_are_measured_on_a_cpu_in_full_which_has_a_name(
     assert 0 < peaks["packed, plain activations"] < peaks["fp32"] and peaks["bf16"] < peaks["fp32"]
 
 
+def test_what_streams_do_in_a_step() -> None:
+    model, images = [(0.0, 10.0), (10.5, 20.0), (26.0, 30.0)], [(9.0, 12.0), (22.0, 23.0)]
+    said = bench_images.described({7: model, 13: images}, 2)
+    assert said == (
+        "the device works 12.5 ms a step, other streams than the model's 2.0; "
+        "it rests 2 times for over a millisecond, 5.0 ms in 2 steps"
+    )
+    assert "rests 0 times" in bench_images.described({7: [(0.0, 1.0), (1.5, 2.0)]}, 1)
+
+
 @pytest.mark.gpu
 def test_a_device_is_as_busy_with_a_graph_as_with_its_kernels() -> None:
     device = torch.device("cuda")
