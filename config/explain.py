@@ -18,7 +18,7 @@ class UserError(Exception):
 
 def fail(sentence: object, code: int = 2) -> NoReturn:
     """End the program with a sentence on stderr and an exit code; 2 is that of a mistake of the user."""
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {one_line(sentence)}", file=sys.stderr)
     raise SystemExit(code) from None
 
 
@@ -36,6 +36,11 @@ class Parser(argparse.ArgumentParser):
             hint = f"did you mean {near[0]}?" if near else "see --help."
             raise UserError(f"There is no flag {shorten(flag)}; {hint}") from None
         raise UserError(f"Command line: {shorten(message)}; see --help.") from None
+
+
+def one_line(text: object) -> str:
+    """With escapes for what would break the line or steer a terminal: a file may have any name."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def shorten(text: str) -> str:
