@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import sys
 import typing
 from collections.abc import Iterable
@@ -36,6 +37,12 @@ class Parser(argparse.ArgumentParser):
             hint = f"did you mean {near[0]}?" if near else "see --help."
             raise UserError(f"There is no flag {shorten(flag)}; {hint}") from None
         raise UserError(f"Command line: {shorten(message)}; see --help.") from None
+
+
+def out_of_reach(error: BaseException) -> str | None:
+    """What to say where a path cannot even be looked up, as nobody may enter its folder; None for any other error."""
+    barred = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)
+    return f"{error.filename} cannot be reached: {error.strerror}." if barred and error.filename else None
 
 
 def one_line(text: object) -> str:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from config import UserError
-from config.explain import one_line
+from config.explain import one_line, out_of_reach
 from images.workers import failure_of_workers
 from training.compilers import failure_of_compilers
 from training.ends import TrainingError
@@ -156,6 +156,8 @@ def _sentence(error: Exception) -> tuple[int, str]:
             f"error: The device has too little memory ({reason}); choose a smaller --batch-size, or --no-cuda-graphs, "
             "which leaves evaluation the memory of training.\n"
         )
+    if (said := out_of_reach(error)) is not None:
+        return 2, f"error: {one_line(said)}\n"
     if isinstance(error, RuntimeError) and (said := failure_of_workers(error)) is not None:
         return 2, f"error: {said}\n"
     if (said := failure_of_compilers(error)) is not None:
