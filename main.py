@@ -6,6 +6,7 @@ Configuration -> run (data, model, optimizer) -> epochs of training and evaluati
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from config import Config, UserError, dump_config, load_config
+from config.explain import one_line
 from config.flags import parse_flags
 from config.rows import run_name
 from engine import Run, Stopped, evaluate, train_one_epoch
@@ -66,11 +68,12 @@ def evaluate_only(
         if resampled:
             notes = [*notes, f"{path} is resampled to images of {cfg.model.img_size} pixels."]
         for note in notes if not prefix and run.rank == 0 else []:
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {one_line(note)}", file=sys.stderr)
         figures |= {f"{prefix}{name}": value for name, value in evaluate(run, run.model).items()}
     if run.rank == 0:
         stabilizer = "" if cfg.stabilizer.kind == "none" else f", stabilizer.kind {cfg.stabilizer.kind}"
-        say(f"{path}: {describe(figures)} on {run.data.eval_size} images, quant.scheme {cfg.quant.scheme}{stabilizer}")
+        scored = f"{describe(figures)} on {run.data.eval_size} images"
+        say(f"{one_line(path)}: {scored}, quant.scheme {cfg.quant.scheme}{stabilizer}")
 
 
 def describe(figures: dict[str, float]) -> str:
@@ -243,16 +246,24 @@ def hand_on(
     if images:
         predictions = predict(restored, images, device)
         for prediction in predictions:
-            say(str(prediction))
+            say(one_line(prediction))
         draw_predictions(predictions, picture)
-        say(f"{picture}: the picture of {'it' if len(predictions) == 1 else 'them'}")
+        say(one_line(f"{picture}: the picture of {'it' if len(predictions) == 1 else 'them'}"))
     if options.export is not None:
-        say(export(restored, path, Path(options.export), options.export_form, options.export_dtype))
+        form = options.export_form or "packed"
+        say(one_line(export(restored, path, Path(options.export), form, options.export_dtype)))
+
+
+def check_hand_on(options: argparse.Namespace) -> None:
+    """Raises UserError where it is said how something is to be written that is not asked for."""
+    for flag, of in (("export_form", "export"), ("export_dtype", "export"), ("png", "predict")):
+        if getattr(options, flag) is not None and getattr(options, of) is None:
+            raise UserError(f"--{flag.replace('_', '-')} is for --{of}, and there is no --{of}; leave it away.")
 
 
 def keep(what: str, target: Path, sources: Sequence[Path]) -> None:
     """Raises UserError where a file that is to be written is one of those that it is made of."""
-    if target.exists() and any(source.exists() and source.samefile(target) for source in sources):
+    if os.path.exists(target) and any(os.path.exists(source) and source.samefile(target) for source in sources):
         raise UserError(f"{what} {target} would be written over what it is made of; give another name.")
 
 
@@ -309,6 +320,7 @@ def main(argv: Sequence[str] | None = None, processes: Processes | None = None) 
     device = pick_device(cfg)
     name = run_name(options.config) if options.config else cfg.model.name
     output_dir = Path(cfg.run.output_dir or Path("runs") / name)
+    check_hand_on(options)
     if options.export is not None or options.predict is not None:
         if rank == 0:
             hand_on(options, overrides, resume_path(cfg, output_dir), cfg, device)

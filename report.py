@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import UserError
-from config.explain import Parser, fail
+from config.explain import Parser, fail, out_of_reach
 from record.lines import read_lines
 from results.choice import choice
 from results.curves import write_curves
@@ -62,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_tables(options.runs, options.markdown, options.csv)
     except UserError as error:
         fail(error)
+    except OSError as error:
+        if (said := out_of_reach(error)) is None:
+            raise
+        fail(said)
 
 
 if __name__ == "__main__":

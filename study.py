@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import UserError
-from config.explain import Parser, fail
+from config.explain import Parser, fail, out_of_reach
 from config.rows import run_name
 from studies.grid import execution_flags, read_study
 from studies.plan import check, listing, runs_to_start, study_listing
@@ -132,6 +132,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         after = " Flags of main.py go after --." if str(error).startswith("There is no flag -") and not flags else ""
         fail(f"{error}{after}")
+    except OSError as error:
+        if (said := out_of_reach(error)) is None:
+            raise
+        fail(said)
     except KeyboardInterrupt:
         fail("ended at once; runs go on from where they were saved.", 130)
     if code:

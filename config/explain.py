@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import sys
 import typing
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ class UserError(Exception):
 
 def fail(sentence: object, code: int = 2) -> NoReturn:
     """End the program with a sentence on stderr and an exit code; 2 is that of a mistake of the user."""
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {one_line(sentence)}", file=sys.stderr)
     raise SystemExit(code) from None
 
 
@@ -36,6 +37,17 @@ class Parser(argparse.ArgumentParser):
             hint = f"did you mean {near[0]}?" if near else "see --help."
             raise UserError(f"There is no flag {shorten(flag)}; {hint}") from None
         raise UserError(f"Command line: {shorten(message)}; see --help.") from None
+
+
+def out_of_reach(error: BaseException) -> str | None:
+    """What to say where a path cannot even be looked up, as nobody may enter its folder; None for any other error."""
+    barred = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)
+    return f"{error.filename} cannot be reached: {error.strerror}." if barred and error.filename else None
+
+
+def one_line(text: object) -> str:
+    """With escapes for what would break the line or steer a terminal: a file may have any name."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def shorten(text: str) -> str:

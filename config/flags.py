@@ -96,7 +96,7 @@ def _add_hand_on(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--export-form",
         choices=["packed", "dequantized"],
-        default="packed",
+        default=None,
         help="packed: codes and scales, for this program; dequantized: for plain timm (default: packed)",
     )
     parser.add_argument(

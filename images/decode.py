@@ -87,7 +87,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.load()
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_bytes(image)).convert("RGB")
+        grey = Image.fromarray(_bytes(image)).convert("RGB")
+        with contextlib.suppress(Exception):  # for `upright`, as Pillow's own conversions keep them
+            grey.info["exif"] = image.getexif().tobytes()
+        return grey
     if image.mode in ("La", "RGBa"):  # alpha multiplied in; Pillow converts these to their plain form alone
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     return image.convert("RGB")

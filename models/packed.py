@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,9 @@ def _make(info: Info, quant: Mapping[str, Any], path: Path, tensors: int) -> nn.
     try:
         model = json.dumps(info.model.model_dump(mode="json"))
         cfg = load_config(None, [f"model={model}", f"quant={json.dumps(quant)}"])
-        return create_model(cfg, info.model.num_classes)
+        with warnings.catch_warnings():  # of odd arguments; the tensors say whether it is the model
+            warnings.simplefilter("ignore")
+            return create_model(cfg, info.model.num_classes)
     except UserError as error:
         said = str(error).rstrip(".")  # torch's part of it may name every call that there is
         raise UserError(f"{what}: {said if len(said) <= _LONGEST else said[:_LONGEST] + ' ..'}.") from None

@@ -63,6 +63,13 @@ def create_model(cfg: Config, num_classes: int) -> nn.Module:
             f"model.kwargs.in_chans is {cfg.model.kwargs['in_chans']}, and images come with 3 channels, grey ones too; "
             "leave it out."
         )
+    if not cfg.model.kwargs.get("global_pool", True):
+        raise UserError(
+            "model.kwargs.global_pool is empty, and an image has one output and not one a token; leave it out."
+        )
+    heads = cfg.model.kwargs.get("num_heads", 1)
+    if any(isinstance(count, int) and count < 0 for count in (heads if isinstance(heads, list) else [heads])):
+        raise UserError(f"model.kwargs.num_heads is {heads}, and a block has one head at least.")
     kwargs: dict[str, Any] = {"img_size": cfg.model.img_size, **cfg.model.kwargs}
     if cfg.model.patch_size is not None:
         kwargs["patch_size"] = cfg.model.patch_size

@@ -9,6 +9,7 @@ weights.py takes weights alone, from these files and those of other programs.
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import pickletools
 import re
@@ -178,7 +179,7 @@ def _damaged(path: Path) -> UserError:
 
 def read_file(path: Path, map_location: Any = "cpu") -> Any:
     """What a file holds, without running any code in it. Raises UserError."""
-    if path.is_dir():
+    if os.path.isdir(path):  # False where nobody may look
         raise UserError(
             f"{path} is a folder; a checkpoint file was expected, such as {find_last(path) or path / LAST}."
         )

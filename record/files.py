@@ -45,12 +45,14 @@ def open_new(path: str | Path, flags: int = os.O_WRONLY) -> int:
     return os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
-def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def atomic_write(
+    path: Path, write: Callable[[BinaryIO], object], elsewhere: str = "choose another --output_dir"
+) -> None:
     """Let `write` fill a file beside `path`, bring it to the disk and put it in the place of `path` in one step.
 
     Whatever happens, a reader finds the old file or the new one, complete. Raises UserError where the disk or the
-    folder refuses; other errors of `write` pass through. Both leave the old file as it was and no temporary behind;
-    what a killed process left is removed.
+    folder refuses, with advice on how to write `elsewhere`; other errors of `write` pass through. Both leave the old
+    file as it was and no temporary behind; what a killed process left is removed.
     """
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
@@ -68,7 +70,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
         if isinstance(cause, OSError):
             raise UserError(
                 f"{path} cannot be written ({cause.strerror or cause}), and what was there before is unchanged; "
-                "free some space or choose another --output_dir."
+                f"free some space or {elsewhere}."
             ) from None
         raise
     with contextlib.suppress(OSError):  # some network file systems cannot sync a folder; the file itself is safe

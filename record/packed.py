@@ -13,6 +13,7 @@ memory than the file is long. Whether the tensors are those of the model it name
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -23,8 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from config import UserError
+from config.explain import shorten
 from config.keys import Deviation, Mean
-from record.files import atomic_write
+from record.files import atomic_write, open_ordinary
 from record.schema import check
 
 FORMAT = 2  # raised when an older reader would misunderstand a file
@@ -107,21 +109,21 @@ def write_packed(path: Path, file: PackedFile) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file, atomically. A tensor that has several names is written under each. Raises UserError."""
     refuse_suffix(path)
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"{path} cannot be written: {'it' if path.is_dir() else 'its folder'} is no place for a file.")
+    if (folder := os.path.isdir(path)) or not os.path.isdir(path.parent):
+        raise UserError(f"{path} cannot be written: {'it' if folder else 'its folder'} is no place for a file.")
     seen: set[int] = set()
     apart = {}
     for name, value in tensors.items():
         apart[name] = value.clone() if value.data_ptr() in seen else value
         seen.add(value.data_ptr())
     content = safetensors.torch.save(apart, metadata)
-    atomic_write(path, lambda file: file.write(content))
+    atomic_write(path, lambda file: file.write(content), "give another name")
 
 
 def is_packed(path: str | Path) -> bool:
     """Whether a file says that it is a packed checkpoint. Files that cannot be read are for others to refuse."""
     path = Path(path)
-    if path.suffix != SUFFIX or not path.is_file():
+    if path.suffix != SUFFIX or not os.path.isfile(path):
         return False
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -134,16 +136,18 @@ def read_info(path: str | Path) -> Info:
     """What a packed checkpoint says of itself. Raises UserError."""
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-        if LARGEST_HEADER < length <= path.stat().st_size:
-            raise UserError(f"{path} has a header of {length} bytes, and {LARGEST_HEADER} are the most that is read.")
-        with safetensors.safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-    except UserError:
-        raise
+        with open_ordinary(path) as file:
+            length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         raise UserError(f"There is no packed checkpoint {path}; give the path of an existing file.") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"The packed checkpoint {path} cannot be read: {reason}.") from None
+    if LARGEST_HEADER < length <= size:
+        raise UserError(f"{path} has a header of {length} bytes, and {LARGEST_HEADER} are the most that is read.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(KEY)
     except Exception:  # as above
         raise UserError(f"{path} is truncated, damaged or not a packed checkpoint at all; {EXPECTED}.") from None
     if text is None:
@@ -155,7 +159,9 @@ def read_info(path: str | Path) -> Info:
         raise UserError(f"{what}: it is not valid JSON.") from None
     if isinstance(said, dict) and type(number := said.get("format", FORMAT)) is int and number != FORMAT:
         advice = "update" if number > FORMAT else "export it again"
-        raise UserError(f"{path} has the packed format {number}, and this version reads {FORMAT}; {advice}.")
+        raise UserError(
+            f"{path} has the packed format {shorten(str(number))}, and this version reads {FORMAT}; {advice}."
+        )
     try:
         info = Info.model_validate(said)
     except ValidationError:

@@ -108,7 +108,8 @@ def test_what_is_no_ordinary_file_is_refused_and_not_waited_for(tmp_path: Path, 
     os.mkfifo(tmp_path / "pipe.pt")
     for path in (tmp_path / "pipe.pt", Path("/dev/zero")):
         assert "is no ordinary file" in refused(lambda path=path: read(path))
-    assert "cannot be read" in refused(lambda: read(Path("a\0b")))
+    for name in ("a\0b", "a" * 300):
+        assert "cannot be read" in refused(lambda name=name: read(Path(name)))
 
 
 # Beside the weights ---------------------------------------------------------------------------------------------------

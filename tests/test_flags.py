@@ -327,7 +327,7 @@ def test_the_order_of_a_scheme_and_its_keys_does_not_matter() -> None:
 
 def test_what_is_no_key_is_kept_apart() -> None:
     options, overrides = parse_flags(["--print_config", "--config", "a_b-c.yaml", "--lr", "1"])
-    others = {"export": None, "export_form": "packed", "export_dtype": None, "predict": None, "png": None}
+    others = {"export": None, "export_form": None, "export_dtype": None, "predict": None, "png": None}
     assert vars(options) == {"config": "a_b-c.yaml", "print_config": True, "smoke": False, **others}
     assert overrides == ["optim.lr=1"]
     options, overrides = parse_flags([])

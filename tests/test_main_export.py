@@ -18,7 +18,7 @@ import torch
 from helpers import METHODS, ROOT, exit_code, metrics, tiny, train
 from PIL import Image
 
-from config import load_config
+from config import UserError, load_config
 from models import load_packed
 from quantization.stabilizers import Plan
 from record.checkpoint import load_checkpoint, save_checkpoint
@@ -221,6 +221,40 @@ def test_mistakes_get_one_sentence(runs: Callable, tmp_path: Path, say: Say) -> 
     assert "is truncated, damaged" in refusal(say, *cpu, "--predict", text, "--resume", target)
 
 
+def test_names_of_any_length_and_letters_are_in_one_sentence(runs: Callable, tmp_path: Path, say: Say) -> None:
+    checkpoint, image, cpu = runs("none") / "last.pt", photograph(tmp_path / "a.png"), ("--device", "cpu")
+    (tmp_path / "p.png").touch()  # a picture that is there is compared with what it is made of
+    for name in ("y" * 300, "a\nb\x1b[31m"):
+        path = tmp_path / name / f"{name}.safetensors"
+        for said in (
+            refusal(say, *cpu, "--predict", path, "--resume", checkpoint, "--png", tmp_path / "p.png"),
+            refusal(say, *cpu, "--predict", image, "--resume", path, "--png", tmp_path / "p.png"),
+            refusal(say, *cpu, "--export", path, "--resume", checkpoint),
+        ):
+            assert "\x1b" not in said and said.endswith(".")
+    image, png = photograph(tmp_path / "a\nb.png"), tmp_path / "p\nq.png"
+    out, _ = say(*cpu, "--predict", image, "--resume", checkpoint, "--png", png)
+    assert out.count("\n") == 2 and "a\\nb.png: " in out and "p\\nq.png: the picture of it\n" in out
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "of"),
+    [("--export-form", "packed", "--export"), ("--export-dtype", "float32", "--export"), ("--png", "a", "--predict")],
+)
+def test_how_without_what_is_a_mistake_and_no_training(flag: str, value: str, of: str, say: Say) -> None:
+    for more in ([], ["--export" if of == "--predict" else "--predict", "x.safetensors"]):
+        said = refusal(say, "--device", "cpu", flag, value, "--resume", "none.pt", *more)
+        assert said == f"{flag} is for {of}, and there is no {of}; leave it away."
+
+
+def test_what_a_file_says_wrong_is_no_mistake_of_the_command(runs: Callable, tmp_path: Path, say: Say) -> None:
+    packed, image = tmp_path / "file.safetensors", photograph(tmp_path / "a.png")
+    say("--device", "cpu", "--export", packed, "--resume", runs("none") / "last.pt")
+    relabelled(packed, packed, lambda _, said: said["model"].update(img_size=10**6))
+    said = refusal(say, "--device", "cpu", "--predict", image, "--resume", packed)
+    assert said.startswith(f"{packed}: model.img_size is 1000000: ")
+
+
 def test_nothing_is_written_over_what_it_is_made_of(runs: Callable, tmp_path: Path, say: Say) -> None:
     packed, link, cpu = tmp_path / "file.safetensors", tmp_path / "link.safetensors", ("--device", "cpu")
     say(*cpu, "--export", packed, "--resume", runs("none") / "last.pt")
@@ -288,6 +322,35 @@ def test_logits_that_are_no_numbers_are_one_sentence(runs: Callable, tmp_path: P
     assert f"says of the image {image} is no number" in refusal(
         say, "--device", "cpu", "--predict", image, "--resume", packed
     )
+
+
+def test_large_photographs_are_read_and_larger_ones_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = photograph(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30 * 40 - 1)  # Pillow warns, of more than twice as many it raises
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _read(image).size == (40, 30)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30 * 20 - 1)
+    with pytest.raises(UserError, match=r"exceeds limit of 1198 pixels, could be .* attack\.$"):
+        _read(image)
+
+
+def test_a_pipe_is_no_photograph(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", Path("/dev/zero")):
+        with pytest.raises(UserError, match="cannot be read: It is no ordinary file"):
+            _read(path)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_grey_levels_of_16_bits_are_turned_upright_too(kind: str, tmp_path: Path) -> None:
+    levels, path, seen = np.random.default_rng(0).integers(0, 65536, (30, 40), dtype=np.uint16), tmp_path / "a", []
+    for orientation, stored in ((1, levels), (6, np.rot90(levels))):
+        exif = Image.Exif()
+        exif[274] = orientation
+        Image.fromarray(stored.copy()).save(path, kind, exif=exif)
+        seen.append(np.asarray(_read(path)))
+    assert seen[0].shape == (30, 40, 3) and np.array_equal(*seen)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])

@@ -17,6 +17,8 @@ from helpers import column, exit_code, replace, tiny, train, tree
 from PIL import Image
 
 import engine
+import report
+import study
 from config import UserError, load_config
 from record.weights import load_weights
 from training.build import check_carrier
@@ -279,6 +281,25 @@ def test_fp8_products_need_a_gpu_that_has_them(monkeypatch: pytest.MonkeyPatch) 
     check_carrier(fp8, torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     check_carrier(fp8, cuda)
+
+
+@pytest.mark.parametrize("where", ["data", "run", "report", "study"])
+def test_a_path_that_cannot_be_looked_up_is_said_in_one_sentence(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / ("y" * 300)  # as a folder that this user may not enter
+    if where == "data":
+        code = exit_code(tiny(tmp_path / "run", "--data-set", "IMNET", "--data-path", str(path)))
+    elif where == "run":
+        code = exit_code(tiny(path, "--resume", "auto"))
+    else:
+        main, words = (report.main, ["curves"]) if where == "report" else (study.main, ["run"])
+        with pytest.raises(SystemExit) as end:
+            main([*words, str(path)])
+        code = end.value.code
+    said = capsys.readouterr().err
+    assert code == 2 and str(path) in said and said.count("\n") == 1
+    assert said.startswith("error: ") and said.endswith(" cannot be reached: File name too long.\n")
 
 
 def test_too_little_device_memory_is_said_in_one_sentence(

@@ -286,6 +286,18 @@ MISTAKES = {
         ["model.kwargs={in_chans: 1}"],
         "model.kwargs.in_chans is 1, and images come with 3 channels, grey ones too; leave it out.",
     ),
+    "an output a token": (
+        ["model.kwargs={global_pool: ''}"],
+        "model.kwargs.global_pool is empty, and an image has one output and not one a token; leave it out.",
+    ),
+    "less than no heads": (
+        ["model.kwargs={num_heads: -1}"],
+        "model.kwargs.num_heads is -1, and a block has one head at least.",
+    ),
+    "less than no heads in a stage": (
+        ["model={name: swin_tiny_patch4_window7_224, kwargs: {num_heads: [3, 6, -12, 24]}}"],
+        "model.kwargs.num_heads is [3, 6, -12, 24], and",
+    ),
     **{
         f"{argument} twice": (
             [f"model.kwargs={{{argument}: 8}}"],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,10 @@ LIES: dict[str, tuple[Change, str]] = {
     ),
     "a huge width": (lambda t, s: s["model"]["kwargs"].update(embed_dim=2**16), "in deit_tiny_patch16_224"),
     "an odd argument": (lambda t, s: s["model"]["kwargs"].update(no_such=1), "no_such"),
+    "no argument, of a warning": (lambda t, s: s["model"]["kwargs"].update(embed_dim=0), "ZeroDivisionError"),
+    "a billion registers": (lambda t, s: s["model"]["kwargs"].update(reg_tokens=10**9), "reg_token is missing"),
+    "an output a token": (lambda t, s: s["model"]["kwargs"].update(global_pool=""), "global_pool is empty"),
+    "less than no heads": (lambda t, s: s["model"]["kwargs"].update(num_heads=-1), "num_heads is -1"),
     "classes": (lambda t, s: s.update(classes=["a"]), "it names 1 classes for a model of 3"),
     "top-1": (lambda t, s: s["trained"].update(top1=1000.0), "trained.top1 is 1000.0"),
     "top-1 that is none": (lambda t, s: s["trained"].update(top1=float("nan")), "trained.top1 is nan"),
@@ -118,6 +124,7 @@ LIES: dict[str, tuple[Change, str]] = {
     ),
     "an unknown key": (lambda t, s: s.update(code="import os"), "code is 'import os'"),
     "a later format": (lambda t, s: s.update(format=3), "has the packed format 3, and this version reads 2; update"),
+    "a far later format": (lambda t, s: s.update(format=10**4000), "(4001 characters), and this version reads 2"),
     "an earlier format": (lambda t, s: s.update(format=1), "has the packed format 1, and this version reads 2; export"),
     "nothing said": (lambda t, s: s.clear(), "model is missing"),
 }
@@ -197,8 +204,9 @@ def test_a_value_that_no_export_writes_gets_one_sentence(case: str, of_formats: 
 
 
 def sentence_of(path: Path) -> str:
-    """What is said of a file that cannot be used: one sentence that begins with its path."""
-    with pytest.raises(UserError) as caught:
+    """What is said of a file that cannot be used: one sentence that begins with its path, and no warning."""
+    with pytest.raises(UserError) as caught, warnings.catch_warnings():
+        warnings.simplefilter("error")
         load_packed(path)
     return checked(str(caught.value), path)
 
@@ -292,6 +300,10 @@ def test_damage_gets_one_sentence(small: Path, tmp_path: Path) -> None:
             load_packed(path)
     with pytest.raises(UserError, match="There is no packed checkpoint"):
         load_packed(tmp_path / "none.safetensors")
+    os.mkfifo(tmp_path / "pipe")
+    for name, reason in (("", "Is a directory"), ("pipe", "It is no ordinary file"), ("y" * 300, "File name too long")):
+        with pytest.raises(UserError, match=rf"The packed checkpoint .* cannot be read: {reason}\."):
+            load_packed(tmp_path / name)
     safetensors.torch.save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="is not a packed checkpoint; expected a file of main"):
         load_packed(path)
@@ -305,6 +317,8 @@ def test_only_safetensors_are_written(small: Path, tmp_path: Path) -> None:
         save_packed(load_packed(small), tmp_path / "file.pt")
     with pytest.raises(UserError, match="its folder is no place for a file"):
         save_packed(load_packed(small), tmp_path / "none" / "file.safetensors")
+    with pytest.raises(UserError, match=r"\(File name too long\), .*; free some space or give another name\."):
+        save_packed(load_packed(small), tmp_path / f"{'y' * 300}.safetensors")
     with pytest.raises(ValueError, match="activations must be one of quantized, plain"):
         load_packed(small, activations="other")
     assert "load_packed" in models.__all__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from models.packed import pack_model, save_dequantized, save_packed
 from quantization.export import packed_layers
 from quantization.stabilizers import Plan
 from record.checkpoint import read_file
+from record.files import open_ordinary
 from record.manifest import read_manifest
 from record.metrics import finished_epochs
 from record.packed import Trained, is_packed, refuse_suffix
@@ -46,7 +48,12 @@ def restore(path: Path, config: str | None, overrides: Sequence[str], device: to
     `run.use_ema` takes the moving average of the weights. Raises UserError.
     """
     own = saved_config(path)
-    cfg = load_config(config, [*overrides_of(own or {}, whole=True), *overrides], source="the command line")
+    kept = overrides_of(own or {}, whole=True)
+    try:
+        cfg = load_config(config, [*kept, *overrides], source="the command line")
+    except UserError:
+        load_config(None, kept, source=str(path))  # raises where it is the file's own fault
+        raise
     classes = tuple(saved_classes(path))
     check_carrier(cfg, device)
     if is_packed(path):
@@ -158,6 +165,9 @@ def predict(restored: Restored, paths: Sequence[Path], device: torch.device) -> 
 
 def _read(path: Path) -> Image.Image:
     try:
-        return upright(open_image(path))
+        with open_ordinary(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # some cameras have as many pixels
+            return upright(open_image(file))
     except Exception as error:  # Pillow's readers raise nearly every kind
-        raise UserError(f"The image {path} cannot be read: {reason(error)}.") from None
+        said = getattr(error, "strerror", None) or reason(error).rstrip(".")
+        raise UserError(f"The image {path} cannot be read: {said}.") from None

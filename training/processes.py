@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from config import UserError
+from config.explain import one_line, out_of_reach
 from images.workers import failure_of_workers
 from training.compilers import failure_of_compilers
 from training.ends import TrainingError
@@ -146,15 +147,17 @@ def _wait_for_name(address: str | None) -> None:
 def _sentence(error: Exception) -> tuple[int, str]:
     """The exit code of a failure, and what to say: a sentence or, where nobody has foreseen it, a traceback."""
     if isinstance(error, UserError):
-        return 2, f"error: {error}\n"
+        return 2, f"error: {one_line(error)}\n"
     if isinstance(error, TrainingError):
-        return 1, f"error: {error}\n"
+        return 1, f"error: {one_line(error)}\n"
     if isinstance(error, torch.OutOfMemoryError):
         reason = str(error).split(". ")[0]
         return 2, (
             f"error: The device has too little memory ({reason}); choose a smaller --batch-size, or --no-cuda-graphs, "
             "which leaves evaluation the memory of training.\n"
         )
+    if (said := out_of_reach(error)) is not None:
+        return 2, f"error: {one_line(said)}\n"
     if isinstance(error, RuntimeError) and (said := failure_of_workers(error)) is not None:
         return 2, f"error: {said}\n"
     if (said := failure_of_compilers(error)) is not None:
