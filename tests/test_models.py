@@ -286,6 +286,16 @@ MISTAKES = {
         ["model.kwargs={in_chans: 1}"],
         "model.kwargs.in_chans is 1, and images come with 3 channels, grey ones too; leave it out.",
     ),
+    "no pooling": (
+        ["model.kwargs={global_pool: '', depth: 1}"],
+        "deit_tiny_patch16_224 gives 1x197x5 for an image, and a score for each of 5 classes was expected; see "
+        "model.kwargs.",
+    ),
+    "no pooling of a grid": (
+        ["model.name=swin_tiny_patch4_window7_224", "model.kwargs={global_pool: ''}"],
+        "swin_tiny_patch4_window7_224 gives 1x7x7x5 for an image",
+    ),
+    "device": (["model.kwargs={device: meta}"], "model.kwargs.device is set by run.device; use that key."),
     **{
         f"{argument} twice": (
             [f"model.kwargs={{{argument}: 8}}"],
