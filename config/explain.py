@@ -33,7 +33,8 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments:"):
             flag = message.split(":", 1)[1].split()[0].split("=")[0]
             parsers = [self, *(p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values())]
-            near = difflib.get_close_matches(flag, [f for p in parsers for f in p._option_string_actions], n=1)
+            known = {f for p in parsers for f in p._option_string_actions} - {flag}  # it may be another command's
+            near = difflib.get_close_matches(flag, sorted(known), n=1)
             hint = f"did you mean {near[0]}?" if near else "see --help."
             raise UserError(f"There is no flag {shorten(flag)}; {hint}") from None
         raise UserError(f"Command line: {shorten(message)}; see --help.") from None

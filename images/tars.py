@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
+import os
 import posixpath
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -106,6 +108,8 @@ def _scan(file: IO[bytes], tar: str, folder: str, base: int) -> Iterator[Member 
                 continue
             if info.isdir():
                 yield Member(path, tar, 0, -1)
+            elif info.issparse():
+                raise tarfile.ReadError(f"{path} was packed without its zeros (--sparse), and images are read in place")
             elif info.isfile() and path.lower().endswith(".tar"):
                 inside = path[: -len(".tar")]
                 yield Member(inside, tar, 0, -1)
@@ -116,6 +120,29 @@ def _scan(file: IO[bytes], tar: str, folder: str, base: int) -> Iterator[Member 
                 yield path, posixpath.normpath(posixpath.join(posixpath.dirname(path), info.linkname))
             elif info.islnk():
                 yield path, posixpath.normpath(posixpath.join(folder, info.linkname.lstrip("/")))
+        _check_end(file, f"{folder}.tar" if folder else Path(tar).name, opened.offset)
+
+
+def _check_end(file: IO[bytes], name: str, end: int) -> None:
+    """Raises ReadError where the tar file is cut off or damaged at byte `end`, or goes on behind it: tarfile takes what
+    it cannot read for the end, and the images that follow would be missing without a word."""
+    file.seek(end)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"{name} is cut off or damaged at byte {end}")
+    while _to_data(file) and (chunk := file.read(2**20)):
+        if chunk != bytes(len(chunk)):
+            raise tarfile.ReadError(f"{name} ends at byte {end} and goes on: damaged, or several put in one")
+
+
+def _to_data(file: IO[bytes]) -> bool:
+    """Pass over a hole of a file on the disk; False where nothing follows it."""
+    if isinstance(file, tarfile.ExFileObject):
+        return True
+    try:
+        file.seek(os.lseek(file.fileno(), file.tell(), os.SEEK_DATA))
+    except OSError as error:
+        return error.errno != errno.ENXIO  # others: a file system that does not tell
+    return True
 
 
 def _top(folders: set[str], split: str) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import traceback
 from dataclasses import dataclass
 from typing import Any
 
 import timm
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from config import Config, UserError
 from quantization import Int4Linear, QuantLinear, convert_linears, resolve
@@ -22,6 +24,7 @@ _KEY_OF = {
     "num_classes": "model.num_classes",
     "drop_rate": "model.drop",
     "drop_path_rate": "model.drop_path",
+    "device": "run.device",
 }
 
 
@@ -63,10 +66,6 @@ def create_model(cfg: Config, num_classes: int) -> nn.Module:
             f"model.kwargs.in_chans is {cfg.model.kwargs['in_chans']}, and images come with 3 channels, grey ones too; "
             "leave it out."
         )
-    if not cfg.model.kwargs.get("global_pool", True):
-        raise UserError(
-            "model.kwargs.global_pool is empty, and an image has one output and not one a token; leave it out."
-        )
     heads = cfg.model.kwargs.get("num_heads", 1)
     if any(isinstance(count, int) and count < 0 for count in (heads if isinstance(heads, list) else [heads])):
         raise UserError(f"model.kwargs.num_heads is {heads}, and a block has one head at least.")
@@ -100,6 +99,7 @@ def create_model(cfg: Config, num_classes: int) -> nn.Module:
                 f"model.img_size of {cfg.model.img_size} is no multiple of {name}'s patches of {patch} pixels, so that "
                 f"the edge of images would be cut off; choose {fitting} or {fitting + patch}, or a model.patch_size."
             )
+    _check_scores(model, name, cfg.model.img_size, num_classes)
     try:
         recipe = resolve(cfg.quant)
     except ValueError as error:
@@ -110,6 +110,22 @@ def create_model(cfg: Config, num_classes: int) -> nn.Module:
         except ValueError as error:
             raise UserError(f"{name} cannot be quantized: {error}.") from None
     return model
+
+
+def _check_scores(model: nn.Module, name: str, side: int, num_classes: int) -> None:
+    """Raises UserError where a model gives something else than a score for each class, as one without pooling does. A
+    model that cannot be asked on the device of shapes is not."""
+    try:
+        with torch.no_grad():
+            scores = copy.deepcopy(model).to("meta").eval()(torch.empty(1, 3, side, side, device="meta"))
+    except Exception:  # whatever such a model raises
+        return
+    if not isinstance(scores, Tensor) or scores.shape != (1, num_classes):
+        given = "x".join(map(str, scores.shape)) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+        raise UserError(
+            f"{name} gives {given} for an image, and a score for each of {num_classes} classes was expected; see "
+            "model.kwargs."
+        )
 
 
 def quantizer_table(model: nn.Module) -> dict[str, dict[str, str]]:

@@ -22,7 +22,12 @@ LARGEST = 2**28  # bytes of all arrays; those of the largest model take a few MB
 
 def write_recording(folder: Path, name: str, arrays: dict[str, np.ndarray]) -> None:
     """Keep `arrays` as NAME.npz in `folder`, which is made. Raises UserError where the disk is full."""
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be made ({error.strerror or error}); free some space or choose another --output_dir."
+        ) from None
     atomic_write(folder / f"{name}.npz", lambda file: np.savez_compressed(file, **arrays))
 
 

@@ -73,6 +73,12 @@ class RunLog(contextlib.AbstractContextManager):
                 )
             self.output_dir.mkdir(parents=True, exist_ok=True)
             refuse_links(self.output_dir, _FILES, (PROBES, TENSORBOARD))
+            probes = self.output_dir / PROBES
+            if probes.exists() and not probes.is_dir():  # said before an epoch is trained
+                raise UserError(
+                    f"{probes} is no folder, and recordings of the run go there; move it away, or choose another "
+                    "--output_dir."
+                )
             self._lock = FolderLock(self.output_dir)
             remove_stale(self.output_dir)
             self._earlier = read_manifest(self.output_dir)

@@ -232,6 +232,63 @@ def test_what_is_no_tar_file_is_said(tree, tmp_path, damage):
         make_data(base=folder_config(tmp_path))
 
 
+def zeroed(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes(512) + content[at + 512 :]
+
+
+DAMAGED = {  # what tarfile takes for the end, or passes by: of the content, and of where a later member begins
+    "cut": lambda content, at: content[:at],
+    "cut in a header": lambda content, at: content[: at + 100],
+    "a flipped bit": lambda content, at: content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :],
+    "a zeroed block": zeroed,
+    "two in one": lambda content, _: content + bytes(2**20) + content,
+}
+
+
+@pytest.mark.parametrize("packing", ["files", "one tar a class", "tars in a tar"])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_tar_that_seems_to_end_before_its_last_image_is_refused(tree, tmp_path, damage, packing):
+    """A run would train on what comes before, and nobody would know."""
+    pack, prefix = PACKINGS[packing]
+    for split in SPLITS:
+        pack(tmp_path / f"{split}.tar", tree / split, prefix)
+    path = tmp_path / "train/10.tar" if packing == "one tar a class" else tmp_path / "train.tar"
+    content = path.read_bytes()
+    assert make_data(base=folder_config(tmp_path), batch_size=4).classes == CLASSES
+    with tarfile.open(path) as tar:
+        later = tar.getmembers()[-1].offset
+    path.write_bytes(DAMAGED[damage](content, later))
+    with pytest.raises(
+        UserError, match=f"{path.name} (is cut off or damaged at byte {later}$|ends at byte .* goes on)"
+    ):
+        make_data(base=folder_config(tmp_path), batch_size=4)
+
+
+def test_a_damaged_tar_in_a_tar_is_refused_by_its_name(tree, tmp_path):
+    for split in SPLITS:
+        pack_tars_in_a_tar(tmp_path / f"{split}.tar", tree / split, ".")
+    path = tmp_path / "train.tar"
+    with tarfile.open(path) as tar:
+        inner = tar.getmember("10.tar")
+        with tarfile.open(fileobj=tar.extractfile(inner)) as opened:
+            later = opened.getmembers()[-1].offset
+    path.write_bytes(zeroed(path.read_bytes(), inner.offset_data + later))
+    with pytest.raises(UserError, match=f"10\\.tar ends at byte {later} and goes on"):
+        make_data(base=folder_config(tmp_path), batch_size=4)
+
+
+def test_a_file_packed_without_its_zeros_is_refused(tree, tmp_path):
+    """Its bytes are not where an image would be read from, and a bitmap would be another one."""
+    for split in SPLITS:
+        pack_files(tmp_path / f"{split}.tar", tree / split, "")
+    with tarfile.open(tmp_path / "train.tar", "a") as tar:
+        info = tarfile.TarInfo("1/b.ppm")
+        info.type = tarfile.GNUTYPE_SPARSE
+        tar.addfile(info)
+    with pytest.raises(UserError, match=r"1/b\.ppm was packed without its zeros"):
+        make_data(base=folder_config(tmp_path), batch_size=4)
+
+
 def test_class_without_an_image_in_a_tar(tree, tmp_path):
     for split in SPLITS:
         pack_with_folders(tmp_path / f"{split}.tar", tree / split, ".")

@@ -286,10 +286,6 @@ MISTAKES = {
         ["model.kwargs={in_chans: 1}"],
         "model.kwargs.in_chans is 1, and images come with 3 channels, grey ones too; leave it out.",
     ),
-    "an output a token": (
-        ["model.kwargs={global_pool: ''}"],
-        "model.kwargs.global_pool is empty, and an image has one output and not one a token; leave it out.",
-    ),
     "less than no heads": (
         ["model.kwargs={num_heads: -1}"],
         "model.kwargs.num_heads is -1, and a block has one head at least.",
@@ -298,6 +294,16 @@ MISTAKES = {
         ["model={name: swin_tiny_patch4_window7_224, kwargs: {num_heads: [3, 6, -12, 24]}}"],
         "model.kwargs.num_heads is [3, 6, -12, 24], and",
     ),
+    "no pooling": (
+        ["model.kwargs={global_pool: '', depth: 1}"],
+        "deit_tiny_patch16_224 gives 1x197x5 for an image, and a score for each of 5 classes was expected; see "
+        "model.kwargs.",
+    ),
+    "no pooling of a grid": (
+        ["model.name=swin_tiny_patch4_window7_224", "model.kwargs={global_pool: ''}"],
+        "swin_tiny_patch4_window7_224 gives 1x7x7x5 for an image",
+    ),
+    "device": (["model.kwargs={device: meta}"], "model.kwargs.device is set by run.device; use that key."),
     **{
         f"{argument} twice": (
             [f"model.kwargs={{{argument}: 8}}"],

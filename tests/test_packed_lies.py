@@ -73,7 +73,10 @@ LIES: dict[str, tuple[Change, str]] = {
     "an odd argument": (lambda t, s: s["model"]["kwargs"].update(no_such=1), "no_such"),
     "no argument, of a warning": (lambda t, s: s["model"]["kwargs"].update(embed_dim=0), "ZeroDivisionError"),
     "a billion registers": (lambda t, s: s["model"]["kwargs"].update(reg_tokens=10**9), "reg_token is missing"),
-    "an output a token": (lambda t, s: s["model"]["kwargs"].update(global_pool=""), "global_pool is empty"),
+    "an output a token": (
+        lambda t, s: s["model"]["kwargs"].update(global_pool=""),
+        "a score for each of 3 classes was expected",
+    ),
     "less than no heads": (lambda t, s: s["model"]["kwargs"].update(num_heads=-1), "num_heads is -1"),
     "classes": (lambda t, s: s.update(classes=["a"]), "it names 1 classes for a model of 3"),
     "top-1": (lambda t, s: s["trained"].update(top1=1000.0), "trained.top1 is 1000.0"),

@@ -300,6 +300,7 @@ def test_a_broken_run_is_named_and_the_others_are_shown(
         (["curve", "fp"], "error: Command line: argument command: invalid choice: 'curve'"),
         (["curves", "fp", "--pngs", "a.png"], "error: There is no flag --pngs; did you mean --png?"),
         (["curves", "fp", "--pn", "a.png"], "error: There is no flag --pn; did you mean --png?"),
+        (["curves", "fp", "--out", "a.png"], "error: There is no flag --out; see --help."),
         (["curves", "fp", "--png"], "error: Command line: argument --png: expected one argument; see --help."),
     ],
 )

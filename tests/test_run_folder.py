@@ -36,6 +36,7 @@ from record import files
 from record.checkpoint import load_checkpoint, save_checkpoint
 from record.files import LOCK, FolderLock, atomic_write
 from record.metrics import finished_epochs, read_metrics
+from record.recordings import write_recording
 from record.runlog import RunLog, check_new, mend_best
 from training.ends import TrainingError
 
@@ -218,6 +219,19 @@ def test_a_folder_in_the_place_of_the_configuration_is_named(tmp_path: Path) -> 
     with RunLog(tmp_path / "run", resume=True) as log:
         said = refused(lambda: log.write_config("run: {}\n"))
     assert "resolved.yaml cannot be read (Is a directory); move it away" in said
+
+
+def test_a_file_in_the_place_of_the_recordings_is_named_before_an_epoch_is_trained(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/probes").write_text("mine")
+    assert exit_code(tiny(tmp_path / "run", "--probes", "--resume", "auto")) == 2
+    assert f"{tmp_path / 'run/probes'} is no folder" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "run") == ["probes"]
+
+
+def test_a_folder_of_recordings_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+    said = refused(lambda: write_recording(tmp_path / "gone" / "probes", "epoch_0001", {}))
+    assert said.startswith(f"{tmp_path}/gone/probes cannot be made (No such file or directory)")
 
 
 def test_a_folder_that_is_a_link_is_the_users_own(half: Path, tmp_path: Path) -> None:
