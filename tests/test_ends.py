@@ -34,6 +34,7 @@ from helpers import (
     tiny,
     train,
 )
+from quick import some
 
 import engine
 import main
@@ -121,7 +122,7 @@ def test_an_image_of_the_evaluation_set_that_cannot_be_read_costs_no_epoch(tmp_p
 
 
 @pytest.mark.parametrize("average", [False, True], ids=["model", "moving average"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", some([signal.SIGTERM, signal.SIGINT], every=2))
 def test_a_signal_in_evaluation_is_answered_within_a_batch(
     number: signal.Signals,
     average: bool,

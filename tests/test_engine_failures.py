@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import FULL, Box, before_step, break_weight, differences, exit_code, replace, tiny
+from quick import some
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
@@ -66,7 +67,7 @@ def names(error: str, named: str, last: Path) -> bool:
     return re.fullmatch(sentence, error) is not None
 
 
-@pytest.mark.parametrize("quant", ["none", "mx"])
+@pytest.mark.parametrize("quant", some(["mx", "none"], every=2))
 @pytest.mark.parametrize(("action", "named"), BROKEN.values(), ids=BROKEN.keys())
 def test_a_value_that_is_not_finite_stops_the_run_and_is_named(
     action: Callable[[Run], None],

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import FULL, METHODS, before_step, differences, exit_code, outcome, replace, stop_itself, tiny, train
+from quick import some
 from test_engine_failures import BROKEN, names
 from torch import Tensor
 
@@ -53,7 +54,7 @@ def note_what_is_late(patch: pytest.MonkeyPatch) -> list[bool]:
     return late
 
 
-@pytest.mark.parametrize("method", [*METHODS, "full"])
+@pytest.mark.parametrize("method", some([*METHODS, "full"], every=2))
 def test_a_run_is_the_same_bit_for_bit_with_its_figures_read_late(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,7 +77,7 @@ def test_a_run_is_the_same_bit_for_bit_with_its_figures_read_late(
 @pytest.mark.parametrize(("action", "named"), BROKEN.values(), ids=BROKEN.keys())
 @pytest.mark.parametrize(
     "flags",
-    [METHODS["qema"], ["--stabilizer.kind", "qramping", "--stabilizer.detect_steps", "2"]],
+    some([METHODS["qema"], ["--stabilizer.kind", "qramping", "--stabilizer.detect_steps", "2"]], every=2),
     ids=["qema", "qramping"],
 )
 def test_a_step_that_fails_is_named_a_step_later_and_changes_no_weight(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import FULL, differences, killed, outcome, train
+from quick import some
 
 from record.checkpoint import load_checkpoint
 from record.recordings import read_recording
@@ -29,7 +30,7 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", some(POINTS, every=2))
 def test_a_run_killed_and_resumed_goes_on_bit_for_bit(
     point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

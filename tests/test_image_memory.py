@@ -11,6 +11,7 @@ import pytest
 import torch
 from data_helpers import make_config, make_data
 from PIL import Image
+from quick import some
 from test_draws import photograph
 from torch.utils.data import DataLoader
 
@@ -143,7 +144,7 @@ def finished(sample: Sample, cfg) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("height", "width"), [(3000, 4000), (12000, 9)])
-@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("share", some([0.0, 1.0], every=2))
 def test_large_photographs_are_made_smaller_before_they_are_sent(height, width, share):
     """A batch has room for its pixels and the kernels for its lines; the bits are the same."""
     cfg = make_config("model.img_size=64", "data.mean=[0.4,0.5,0.6]")
