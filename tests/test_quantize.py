@@ -10,6 +10,7 @@ import torch
 from helpers import environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quick import some
 
 from quantization import QuantizerSpec, fake_quantize
 from quantization.noise import Noise
@@ -487,7 +488,7 @@ def test_the_reference_is_a_backend_by_name_and_an_unknown_one_is_refused():
         fake_quantize(x, QuantizerSpec(), backend="cuda")
 
 
-@pytest.mark.parametrize("mode", ["torch.inference_mode()", "FakeTensorMode()"])
+@pytest.mark.parametrize("mode", some(["torch.inference_mode()", "FakeTensorMode()"], every=2))
 def test_what_is_kept_does_not_outlive_the_mode_it_was_made_in(mode):
     """In a process of its own each, where nothing is kept yet."""
     code = f"""

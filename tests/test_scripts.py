@@ -325,7 +325,7 @@ def smoke(process: subprocess.Popen[str], cwd: Path) -> None:
     assert not list(cwd.iterdir())
 
 
-REAL = [("table1.sh", "q1", "deit_tiny"), ("deit_tiny_qramping.sh",), ("swin_tiny_int4.sh",)]
+REAL = [("table1.sh", "q1", "deit_tiny"), ("swin_tiny_int4.sh",)]
 
 
 @pytest.fixture(scope="module")

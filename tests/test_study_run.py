@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from quick import some
 from study_helpers import ROOT, TWO, Studies, leave_epochs, write_study
 from test_study_pool import alive, until
 
@@ -149,7 +150,7 @@ def begun(studies: Studies, *names: str) -> Callable[[], bool]:
     return lambda: all(studies.trained(name) for name in names)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", some([signal.SIGTERM, signal.SIGINT], every=2))
 def test_a_stopped_study_goes_on(studies: Studies, number: int) -> None:
     file = write_study(studies.folder, set={"schedule": {"epochs": 6}, "run": {"device": "cpu"}})
     process = studies.start(file, "--jobs", "2", EPOCH_S="0.4")
