@@ -131,11 +131,11 @@ def cpu_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def held_back_ms() -> float:
+def held_back_ms(groups: Path = Path("/sys/fs/cgroup")) -> float:
     """How long a CPU limit of the container (control groups 1 or 2) has stopped its processes so far, all together."""
     for name, unit in (("cpu.stat", "throttled_usec"), ("cpu/cpu.stat", "throttled_time")):
         with contextlib.suppress(OSError, ValueError):
-            fields = dict(line.split() for line in (Path("/sys/fs/cgroup") / name).read_text().splitlines())
+            fields = dict(line.split() for line in (groups / name).read_text().splitlines())
             if unit in fields:
                 return int(fields[unit]) / (1e3 if unit == "throttled_usec" else 1e6)
     return 0.0

@@ -53,7 +53,7 @@ def one_line(text: object) -> str:
 
 def shorten(text: str) -> str:
     """For a sentence: on one line, and of a long text its beginning."""
-    text = text if text.isprintable() else repr(text)[1:-1]
+    text = one_line(text)
     return text if len(text) <= 200 else f"{text[:150]} ... ({len(text)} characters)"
 
 

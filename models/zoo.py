@@ -117,7 +117,8 @@ def _check_scores(model: nn.Module, name: str, side: int, num_classes: int) -> N
     model that cannot be asked on the device of shapes is not."""
     try:
         with torch.no_grad():
-            scores = copy.deepcopy(model).to("meta").eval()(torch.empty(1, 3, side, side, device="meta"))
+            shapes = {id(t): t.detach().to("meta") for t in (*model.parameters(), *model.buffers())}  # in their places
+            scores = copy.deepcopy(model, shapes).eval()(torch.empty(1, 3, side, side, device="meta"))
     except Exception:  # whatever such a model raises
         return
     if not isinstance(scores, Tensor) or scores.shape != (1, num_classes):

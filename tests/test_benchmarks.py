@@ -359,6 +359,17 @@ def test_packed_models_are_measured_on_a_cpu_in_full_which_has_a_name(
     assert 0 < peaks["packed, plain activations"] < peaks["fp32"] and peaks["bf16"] < peaks["fp32"]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("cpu.stat", "usage_usec 9\nthrottled_usec 2500\n"), ("cpu/cpu.stat", "nr_periods 3\nthrottled_time 2500000\n")],
+)
+def test_what_a_cpu_limit_has_taken(name: str, text: str, tmp_path: Path) -> None:
+    assert bench_images.held_back_ms(tmp_path) == 0
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text)
+    assert bench_images.held_back_ms(tmp_path) == 2.5
+
+
 def test_what_streams_do_in_a_step() -> None:
     model, images = [(0.0, 10.0), (10.5, 20.0), (26.0, 30.0)], [(9.0, 12.0), (22.0, 23.0)]
     said = bench_images.described({7: model, 13: images}, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from quantization import PRESETS, QuantizerSpec, QuantLinear, convert_linears, fake_quantize
 from quantization.backends.reference import pack, scale_codes
 from quantization.job import CARRIED, DENSE, E5M2, NOTHING, PACKED, Job
+from quantization.rotation import Turn, rotate_back
 
 
 def steps_of(model: nn.Module, call, shape: tuple[int, ...], autocast: bool, steps: int = 2) -> list[list[Tensor]]:
@@ -124,3 +126,21 @@ def test_the_text_of_a_job_in_a_custom_op_gives_the_job_back():
     for row, column, form, dtype in itertools.product(specs, columns, (DENSE, PACKED), DTYPES):
         job = job_of(row, column, (form, DENSE), dtype, E5M2, chained=row is None, sums=column is None)
         assert Job.parse(job.text) == job and QuantizerSpec.parse(columns[0].text) == columns[0]
+
+
+@pytest.mark.parametrize("signs", ["none", "fresh"])
+def test_the_custom_op_rotate_back_is_what_it_is_declared_to_be(signs):
+    for x in (numbers(70, 32), numbers(16, 64, dtype=torch.bfloat16)):
+        arguments = (x, Turn(32, signs, 1).text, NOISE.state, NOISE.stream)
+        torch.library.opcheck(torch.ops.mxfp4.rotate_back.default, arguments, **OPCHECKS)
+
+
+def test_a_compiled_graph_turns_gradients_back_by_that_op(monkeypatch):
+    """And not by what a compiler makes of its sums and differences."""
+    turned = []
+    module = importlib.import_module("quantization.operands.prepare")  # the package has a function of that name
+    monkeypatch.setattr(module, "rotate_back", lambda x, *turn: turned.append(x.shape) or rotate_back(x, *turn))
+    torch.compiler.reset()
+    layer = QuantLinear.from_linear(nn.Linear(64, 32), PRESETS["quartet"])
+    torch.compile(layer, backend="aot_eager", fullgraph=True)(numbers(8, 64).requires_grad_()).sum().backward()
+    assert turned == [(8, 64), (32, 64)]
