@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,3 +111,19 @@ def test_a_thread_has_at_most_128_numbers(scale_format):
         assert launch.serves(row) and launch.serves(column)
         tile = plan(Job(row, column, DENSE, DENSE, torch.bfloat16), 256, 256).launch.tile
         assert tile.rows * tile.columns <= 128 * 32 * tile.warps
+
+
+@pytest.mark.parametrize(("axis", "shadowed"), [(-1, False), (0, False), (-1, True)])
+def test_no_register_of_one_nvfp4_matrix_is_spilt(axis, shadowed, launches, monkeypatch, tmp_path):
+    """Rounded to nearest it has few registers a thread, so that many programs run; a shadow takes more of them."""
+    launchers = []
+    monkeypatch.setattr(design_launch, "Launcher", lambda *a: launchers.append(launch.Launcher(*a)) or launchers[-1])
+    design_launch._plan.cache_clear()
+    spec = QuantizerSpec(axis=axis, block_size=16, scale_format="e4m3", outer="pow2")
+    specs, forms = ((spec, None), (DENSE, NOTHING)) if axis else ((None, spec), (NOTHING, DENSE))
+    x = torch.zeros(64, 96, dtype=torch.bfloat16)
+    design_launch.prepare(x, Job(*specs, *forms, x.dtype), shadow=x.clone() if shadowed else None)
+    (tmp_path / "kernel.cubin").write_bytes(launchers[0].compiled.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    said = subprocess.run([tool, "--dump-resource-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True)
+    assert " STACK:0 " in said.stdout

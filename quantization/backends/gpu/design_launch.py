@@ -106,19 +106,19 @@ class _Plan(NamedTuple):
     partial: tuple[int, int]  # shape of the sums of each tile
 
 
-def _tile(job: Job) -> Tile:
+def _tile(job: Job, shadowed: bool) -> Tile:
     sides = [spec.block_size for spec in (job.row, job.column) if spec is not None]
     sides += [turn.size for turn in (job.row_turn, job.column_turn) if turn is not None]
     side = max(64 if INTERPRETED else 32, *sides)
     specs = [spec for spec in (job.row, job.column) if spec is not None]
-    simple = len(specs) == 1 and not specs[0].stochastic
-    registers = None if side > 32 else 80 if simple else 128  # as many as spill none, and no more
+    simple = len(specs) == 1 and not shadowed and not specs[0].stochastic
+    registers = None if side > 32 else 80 if simple else 128  # as many as most of them spill none of, and no more
     return Tile(side, side, side * side // 1024, registers, fused=False)
 
 
 @functools.lru_cache(maxsize=PLANS)
-def _plan(job: Job, rows: int, columns: int, *_compiled_alike: Any) -> _Plan:
-    tile, specs = _tile(job), (job.row, job.column)
+def _plan(job: Job, rows: int, columns: int, shadowed: bool = False, *_compiled_alike: Any) -> _Plan:
+    tile, specs = _tile(job, shadowed), (job.row, job.column)
     designs = tuple(spec is not None and not spec.ruled for spec in specs)
     kernel_specs = [
         None if spec is None else design_spec(spec) if design else kernel_spec(spec)
@@ -156,7 +156,7 @@ def prepare(
     if shadow is not None:
         shadow = shadow.contiguous()
         of_shadow = shadow.dtype, aligned(shadow)
-    plan = _plan(job, rows, columns, x.dtype, aligned(x), of_shadow, noise is None, device)
+    plan = _plan(job, rows, columns, shadow is not None, x.dtype, aligned(x), of_shadow, noise is None, device)
     state, base = (None, 0) if noise is None else noise
     streams = base + STREAM, base + job.row_stream, base + job.column_stream
     row, column = plan.row.make(device), plan.column.make(device)
