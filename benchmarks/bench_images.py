@@ -7,9 +7,11 @@
 It makes its own JPEG files of ImageNet's size (500x375, about 70 kB; --files of them) in a temporary folder, and trains
 from them with the recipe's augmentation, mixup included. `resident` is the same run on one batch that stays on the
 device. Turns of --steps steps alternate; a sample is the mean step of a turn, after the batches are gone that were made
-in the other's. Rows of `loader` are of the batches alone, with nothing else on the device; `float` is what loader
-processes finish by themselves, as they did before there were pipelines. Rows of `cpu` give what one core spends on an
-image, stage by stage, and rows of `finish` what the main process and the device spend on a batch.
+in the other's. All turns of a model lie in one epoch, if there are files enough: the first batch of the next is waited
+for, which with ImageNet happens once in thousands of steps. Rows of `loader` are of the batches alone, with nothing
+else on the device; `float` is what loader processes finish by themselves, as they did before there were pipelines. Rows
+of `cpu` give what one core spends on an image, stage by stage, and rows of `finish` what the main process and the
+device spend on a batch.
 """
 
 from __future__ import annotations
@@ -198,6 +200,7 @@ def training(results: Results, model: str, root: Path, options: Any, device: tor
         kept = next(files)
         kept = tuple(tensor.clone() for tensor in kept)
         kept_source = itertools.repeat(kept)
+        say_if_short(run.data.batches_per_epoch, options)
         turn(run, kept_source, 2 if options.quick else 14, device)  # graphs are recorded after eleven steps
         name = f"{name} {options.decode:.0%}" if name.endswith("nvjpeg") else name
         resident, held_back = f"resident ({name})", held_back_ms()
@@ -228,6 +231,15 @@ def training(results: Results, model: str, root: Path, options: Any, device: tor
         rate=lambda _, seconds: batch * options.world_size / seconds,
         rate_unit="images/s",
     )
+
+
+def say_if_short(batches_per_epoch: int, options: Any) -> None:
+    """Say so where the turns with files do not lie in one epoch."""
+    turns = options.rounds + options.busy
+    taken = 1 + turns * ((2 if options.quick else AHEAD) + options.steps)
+    if taken > batches_per_epoch:
+        print(f"  note: {taken} batches are taken, and an epoch has {batches_per_epoch}: give more --files, or samples")
+        print("  hold the start of an epoch, whose first batch is waited for")
 
 
 def work_of(call: Callable[[], object]) -> dict[int, list[tuple[float, float]]]:
@@ -341,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--pipelines", nargs="+", default=["float", "cpu", "gpu"], choices=PIPELINES, help="default: float cpu gpu"
     )
     parser.add_argument("--workers", type=int, help="loader processes (default: one a core)")
-    parser.add_argument("--files", type=int, help="how many there are (default: 16384)")
+    parser.add_argument("--files", type=int, help="how many there are (default: 131072)")
     parser.add_argument("--steps", type=int, help="steps of a turn (default: 24)")
     parser.add_argument(
         "--each-once", action="store_true", help="aug.repeats=1: no file twice, as where 4 GPUs or more train"
@@ -356,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.workers is None:
         cores = len(os.sched_getaffinity(0)) // environment_number("LOCAL_WORLD_SIZE", 1)
         options.workers = 0 if options.quick else max(1, cores)
-    options.files = options.files or (64 if options.quick else 16384)
+    options.files = options.files or (64 if options.quick else 131072)
     options.steps = options.steps or (2 if options.quick else 24)
     processes = Processes()
     processes.look_around()

@@ -10,9 +10,13 @@ table in Markdown. On a CPU (--quick) the kernels run in Triton's interpreter wi
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
+import multiprocessing
 import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -62,10 +66,14 @@ OPERATIONS = {
 }
 
 
-def pixels_of(images: Sequence[Image.Image], drawn: Sequence[Drawn], size: int) -> Tensor:
+def _pixels(image: Image.Image, drawn: Drawn, size: int) -> np.ndarray:
+    return np.array(replay(image, drawn, size))
+
+
+def pixels_of(images: Sequence[Image.Image], drawn: Sequence[Drawn], size: int, pool: ProcessPoolExecutor) -> Tensor:
     """By Pillow: (B, 3, size, size) float32, grey levels."""
-    changed = [np.array(replay(image, one, size)) for image, one in zip(images, drawn, strict=True)]
-    return torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).float()
+    changed = pool.map(_pixels, images, drawn, itertools.repeat(size, len(images)), chunksize=8)
+    return torch.from_numpy(np.stack([*changed])).permute(0, 3, 1, 2).float()
 
 
 def on_device(samples: list[Sample], size: int, device: torch.device) -> Tensor:
@@ -109,16 +117,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     print(f"{len(images)} images of {options.data_path.name}, cropped to {size}x{size}\n")
     print("| | largest difference | mean | pixels that differ |\n|---|---|---|---|")
-    report("crop and resize, bicubic", on_device(sampled(PIXELS, plain), size, device), pixels_of(images, plain, size))
-    for name, operation in OPERATIONS.items():
-        changed = [one._replace(operations=(operation,)) for one in plain]
-        report(name, on_device(sampled(PIXELS, changed), size, device), pixels_of(images, changed, size))
-    whole = pixels_of(images, drawn, size)
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        by_pillow = functools.partial(pixels_of, images, size=size, pool=pool)
+        cropped, whole = by_pillow(plain), by_pillow(drawn)
+        report("crop and resize, bicubic", on_device(sampled(PIXELS, plain), size, device), cropped)
+        for name, operation in OPERATIONS.items():
+            changed = [one._replace(operations=(operation,)) for one in plain]
+            report(name, on_device(sampled(PIXELS, changed), size, device), by_pillow(changed))
     report("chain, decoded by libjpeg", on_device(sampled(PIXELS, drawn), size, device), whole)
-    report(
-        "decoder, then crop and resize", on_device(sampled(JPEG, plain), size, device), pixels_of(images, plain, size)
-    )
-    report("chain, decoded by the GPU", on_device(sampled(JPEG, drawn), size, device), whole)
+    if device.type == "cuda":
+        report("decoder, then crop and resize", on_device(sampled(JPEG, plain), size, device), cropped)
+        report("chain, decoded by the GPU", on_device(sampled(JPEG, drawn), size, device), whole)
     wrong = [one._replace(crop=one.crop._replace(bicubic=False)) for one in drawn]
     report("control: bilinear crops", on_device(sampled(PIXELS, wrong), size, device), whole)
     swapped = [one._replace(operations=one.operations[::-1]) for one in drawn]

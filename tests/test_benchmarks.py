@@ -380,6 +380,14 @@ def test_what_streams_do_in_a_step() -> None:
     assert "rests 0 times" in bench_images.described({7: [(0.0, 1.0), (1.5, 2.0)]}, 1)
 
 
+def test_turns_that_cross_the_end_of_an_epoch_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    options = argparse.Namespace(rounds=3, busy=False, quick=False, steps=16)
+    bench_images.say_if_short(97, options)  # the first, and three turns of 16 and 16
+    assert not capsys.readouterr().out
+    bench_images.say_if_short(96, options)
+    assert "97 batches are taken, and an epoch has 96" in capsys.readouterr().out
+
+
 @pytest.mark.gpu
 def test_a_device_is_as_busy_with_a_graph_as_with_its_kernels() -> None:
     device = torch.device("cuda")
