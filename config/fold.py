@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from config.explain import UserError, explain, shorten
 from config.files import MAX_DEPTH, Dumper, parse_mapping, parse_yaml, read_yaml
 from config.rows import is_row, row_config
-from config.schema import TAGS, Config, RunConfig
+from config.schema import ENTRIES, TAGS, Config, RunConfig
 
 
 def dump_config(cfg: Config) -> str:
@@ -116,15 +116,27 @@ def recipe_identity(dumped: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """Mappings merge, everything else replaces, and a mapping whose tag changes is replaced as a whole."""
-    merged = dict(base)
+class _Whole(dict):
+    """A mapping that replaces the one before it."""
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Mappings merge, everything else replaces, and a mapping whose tag changes is replaced as a whole.
+
+    Where the user names the entries (ENTRIES), an empty mapping takes all of them out; null takes out one, which the
+    schema does, so that its name is checked.
+    """
+    merged = type(base)(base)
     for key, value in top.items():
-        old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict):
-            tag = TAGS.get(key)
-            changed = tag in old and tag in value and old[tag] != value[tag]
-            value = value if changed else _merge(old, value)
+        old, dotted, an_entry = merged.get(key), f"{prefix}{key}", prefix[:-1] in ENTRIES
+        if (value is None and dotted in ENTRIES) or (value == {} and (an_entry or dotted in ENTRIES)):
+            value = _Whole()
+        elif isinstance(value, dict) and not isinstance(value, _Whole):
+            tag, was = TAGS.get(key), old if isinstance(old, dict) else {}
+            changed = tag in was and tag in value and was[tag] != value[tag]
+            value = _merge({} if changed else was, value, f"{dotted}.")
+            if an_entry and key in merged and old is None:
+                value = _Whole(value)  # in the place of one that was taken out
         merged[key] = value
     return merged
 

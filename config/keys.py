@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 from pydantic_core import PydanticKnownError
 
 
@@ -32,6 +32,10 @@ def key(default: Any, help: str, *flags: str, consts: dict[str, Any] | None = No
     return Field(
         default, description=help, json_schema_extra={"flags": list(flags), "consts": consts or {}}, **constraints
     )
+
+
+# Behind the type of a mapping whose entries the user names: null takes one out that another file has.
+Entries = AfterValidator(lambda mapping: {name: entry for name, entry in mapping.items() if entry is not None})
 
 
 def path_on_disk(value: str | None, info: ValidationInfo) -> str | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import model_validator
 
-from config.keys import Float, Int, Section, key
+from config.keys import Entries, Float, Int, Section, key
 
 Element = Literal["e2m1", "e3m0", "e1m2"]
 Rounding = Literal["nearest_even", "nearest_away", "nearest_up", "stochastic"]
@@ -37,7 +37,7 @@ class RoundingConfig(Section):
 
 
 class QuantizerConfig(Section):
-    """What one quantizer has of its own; null: what the section says for all."""
+    """What one quantizer has of its own; null: what the section says for all, where that goes with its own."""
 
     element: Element | None = None
     scale_rule: ScaleRule | None = None
@@ -65,7 +65,7 @@ class RotationConfig(Section):
 class PolicyConfig(Section):
     first: Int = key(0, "transformer blocks at the beginning that stay in high precision", ge=0, le=10**4)
     last: Int = key(0, "transformer blocks at the end that stay in high precision", ge=0, le=10**4)
-    spare: dict[str, list[Product]] = key(
+    spare: Annotated[dict[str, list[Product] | None], Entries] = key(
         {}, 'products in high precision by the names of layers, such as {"blocks.*.mlp.fc2": [grad_weight]}'
     )
 
@@ -96,7 +96,13 @@ class MXQuant(Section):
         None, "what a block's largest magnitude becomes, not with e8m0; null: the largest of the element", gt=0
     )
     outer: Outer = key("none", "second scale of the whole tensor, over e4m3 or ue5m3: a power of two (pow2) or fp32")
-    outer_delay: Int = key(0, "forward passes between looks at the tensor for the outer scale; 0: each", ge=0, le=2**30)
+    outer_delay: Int = key(
+        0,
+        "forward passes between looks at the tensor for the outer scale; 0: each; a target_scale below the largest leaves "
+        "room for growth",
+        ge=0,
+        le=2**30,
+    )
     target_scale: Float | None = key(
         None, "scale code that the block of the tensor's largest magnitude gets; null: the largest", gt=0
     )
@@ -104,11 +110,13 @@ class MXQuant(Section):
         "exact",
         "exact decisions, or the order of operations of TransformerEngine (te) or torchao, to compare with them",
     )
-    quantizers: dict[Quantizer, QuantizerConfig] = key(
+    quantizers: Annotated[dict[Quantizer, QuantizerConfig | None], Entries] = key(
         {}, "what single quantizers have of their own, such as {q5: {rounding: stochastic}, q2: {block_rows: 16}}"
     )
-    rotation: dict[Product, RotationConfig] = key(
-        {}, "Hadamard rotation of both operands of products, such as {grad_weight: {size: 16, signs: fixed}}"
+    rotation: Annotated[dict[Product, RotationConfig | None], Entries] = key(
+        {},
+        "Hadamard rotation of both operands of products, such as {grad_weight: {size: 16, signs: fixed}}; "
+        "{grad_weight: null} takes one out that a file has, {} all of them",
     )
     policy: PolicyConfig = PolicyConfig()
     element: ElementConfig = ElementConfig()

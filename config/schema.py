@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic.fields import FieldInfo
 
-from config.keys import Deviation, Float, Int, Mean, Section, Share, ascending, key, path_on_disk
+from config.keys import Deviation, Entries, Float, Int, Mean, Section, Share, ascending, key, path_on_disk
 from config.quant import Int4Quant, MXQuant, NoQuant
 
 # DeiT's spellings of data sets, kept working.
@@ -30,7 +30,7 @@ class ModelConfig(Section):
     num_classes: Int | None = key(None, "number of classes; null takes the data set's", "--nb-classes", ge=1, le=10**6)
     drop: Float = key(0.0, "dropout rate before the head", "--drop", ge=0, lt=1)
     drop_path: Float = key(0.1, "stochastic depth rate of the last block", "--drop-path", ge=0, lt=1)
-    kwargs: dict[str, bool | int | float | str | list[Int]] = key(
+    kwargs: Annotated[dict[str, bool | int | float | str | list[Int] | None], Entries] = key(
         {}, "further arguments of the timm model, such as {embed_dim: 96, depth: 4}"
     )
 
@@ -335,6 +335,8 @@ class Config(Section):
 
 
 TAGS = {"quant": "scheme", "stabilizer": "kind"}  # sections whose other keys depend on this one
+# Mappings whose entries the user names.
+ENTRIES = ("model.kwargs", "quant.quantizers", "quant.rotation", "quant.policy.spare")
 
 
 def sections_in(annotation: Any) -> list[type[Section]]:

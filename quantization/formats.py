@@ -49,6 +49,12 @@ class ElementFormat:
         return None
 
     @property
+    def significant_bits(self) -> int:
+        """The binary digits from the first 1 of a magnitude to the last, of the magnitude that has most."""
+        numerators = (magnitude.as_integer_ratio()[0] for magnitude in self.magnitudes[1:])
+        return max((n // (n & -n)).bit_length() for n in numerators)
+
+    @property
     def smallest_normal(self) -> float:
         """The smallest magnitude that is not subnormal; 0 in a format that is not a small float."""
         return 0.0 if self.mantissa_bits is None else self.magnitudes[1] * 2.0**self.mantissa_bits

@@ -12,15 +12,14 @@ from typing import Any
 
 from quantization.policy import Policy
 from quantization.rotation import Rotation
-from quantization.spec import Int4Recipe, LinearRecipe, QuantizerSpec
+from quantization.spec import Int4Recipe, LinearRecipe, QuantizerSpec, takes_outer
 from quantization.words import QUANTIZERS, BackwardOperands, Carrier, Rounding, ScaleRule, expect
 
 _GRADIENT = ("q3", "q5")  # the quantizers that read G; the others read activations or weights
 _FORWARD = ("q1", "q2")
-# Keys of a configuration that are fields of every quantizer alike; scale_rule, element and rounding are build_recipe's.
-_SHARED = (
-    *("block_size", "scale_format", "scale_rounding", "target", "outer", "outer_delay", "target_scale", "arithmetic"),
-)
+# Keys of a configuration that are fields of every quantizer alike.
+_OF_CODED = ("scale_rounding", "target", "outer", "outer_delay", "target_scale", "arithmetic")  # of scales but e8m0
+_SHARED = ("scale_rule", "block_size", "scale_format", *_OF_CODED)
 
 
 def build_recipe(
@@ -45,15 +44,14 @@ def build_recipe(
     """
     for name in active:
         expect("every entry of active", name, QUANTIZERS)
-    specs = {
-        name: QuantizerSpec(
-            element=gradient if name in _GRADIENT else activation_weight,
-            scale_rule=scale_rule,
-            rounding=forward if name in _FORWARD else backward,
-        )
-        for name in active
-    }
+    elements, roundings = (activation_weight, gradient), (forward, backward)
+    specs = {name: QuantizerSpec(**_by_place(name, elements, roundings), scale_rule=scale_rule) for name in active}
     return LinearRecipe(**specs, backward_operands=backward_operands, carrier=carrier)
+
+
+def _by_place(name: str, elements: tuple[str, str], roundings: tuple[Rounding, Rounding]) -> dict[str, str]:
+    """What a quantizer has by what it reads, and by its pass."""
+    return {"element": elements[name in _GRADIENT], "rounding": roundings[name not in _FORWARD]}
 
 
 _E4M3 = QuantizerSpec(block_size=16, scale_format="e4m3", outer="pow2")  # NVFP4, its outer scale a power of two
@@ -155,30 +153,43 @@ def as_recipe(recipe: LinearRecipe | Int4Recipe | str) -> LinearRecipe | Int4Rec
 def resolve(quant: Any) -> LinearRecipe | Int4Recipe:
     """The recipe of the `quant` section of a configuration, by its scheme: none, mx or int4.
 
-    Raises ValueError where its keys do not go together.
+    Raises ValueError where its keys do not go together, and says for which quantizer where it has keys of its own.
     """
     if quant.scheme == "none":
         return PRESETS["full_precision"]
     if quant.scheme == "int4":
         return Int4Recipe(hadamard=quant.hadamard, sampling=quant.sampling, learned_step=quant.learned_step)
-    recipe = build_recipe(
-        quant.active,
-        scale_rule=quant.scale_rule,
-        backward_operands=quant.backward_operands,
-        activation_weight=quant.element.activation_weight,
-        gradient=quant.element.gradient,
-        forward=quant.rounding.forward,
-        backward=quant.rounding.backward,
-    )
-    specs = {}
-    for name in recipe.active:
-        shared = {key: getattr(quant, key) for key in _SHARED}
-        own = {} if name not in quant.quantizers else quant.quantizers[name].model_dump(exclude_none=True)
-        specs[name] = replace(getattr(recipe, name), **shared | own)
     for name in quant.quantizers:
-        if name not in recipe.active:
+        if name not in quant.active:
             raise ValueError(f"quant.quantizers names {name}, which quant.active does not")
+    specs = {name: _spec_of(name, quant) for name in quant.active}
     rotations = {f"rotate_{product}": Rotation(**given.model_dump()) for product, given in quant.rotation.items()}
     policy = Policy(quant.policy.first, quant.policy.last, tuple((k, tuple(v)) for k, v in quant.policy.spare.items()))
-    operands = {"weight_operand": quant.weight_operand, "activation_operand": quant.activation_operand}
-    return replace(recipe, **specs, **operands, **rotations, policy=policy, carrier=quant.carrier)
+    operands = ("backward_operands", "weight_operand", "activation_operand")
+    read = {operand: getattr(quant, operand) for operand in operands}
+    return LinearRecipe(**specs, **read, **rotations, policy=policy, carrier=quant.carrier)
+
+
+def _spec_of(name: str, quant: Any) -> QuantizerSpec:
+    """A quantizer: what the section says for all, by its place, and what is its own. Raises ValueError."""
+    own = quant.quantizers[name].model_dump(exclude_none=True) if name in quant.quantizers else {}
+    elements = (quant.element.activation_weight, quant.element.gradient)
+    section = _by_place(name, elements, (quant.rounding.forward, quant.rounding.backward))
+    section |= {key: getattr(quant, key) for key in _SHARED}
+    try:
+        return QuantizerSpec(**{key: value for key, value in section.items() if key not in _void(quant, own)} | own)
+    except ValueError as error:
+        raise ValueError(f"for {name}, {error}" if own else f"{error}") from None
+
+
+def _void(quant: Any, own: dict[str, Any]) -> set[str]:
+    """Keys of the section that mean nothing under a quantizer's own scale format, or without an outer scale."""
+    void = set()
+    fmt = own.get("scale_format", quant.scale_format)
+    if fmt != quant.scale_format:
+        void |= set(_OF_CODED) if fmt == "e8m0" else {"scale_rule"}
+        if not takes_outer(fmt):
+            void |= {"outer", "arithmetic"}
+    if "outer" in void or own.get("outer") == "none":
+        void |= {"outer_delay", "target_scale"}
+    return void

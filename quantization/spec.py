@@ -49,6 +49,8 @@ from quantization.words import (
     toward_zero,
 )
 
+_FP8_BITS = 4, 3  # significant bits of E4M3, which carries X and W, and of E5M2, which carries G
+
 
 @dataclass(frozen=True)
 class QuantizerSpec:
@@ -65,13 +67,15 @@ class QuantizerSpec:
         axis: dimension of the stored tensor along which blocks run.
         block_size: elements that share a scale; a last partial block is allowed.
         scale_format: name of a format in SCALE_FORMATS.
-        scale_rounding: of M / target to a scale that is no E8M0: `nearest` (ties to even), `up` or `stochastic`.
+        scale_rounding: of M / target to a scale with fraction bits: `nearest` (ties to even), `up` or `stochastic`. An
+            fp32 scale is M / target as float32 divides, whichever it is.
         block_rows: rows (across the axis) of a block: 1, or block_size for square tiles of a matrix.
         target: what M becomes; None for the largest magnitude. Not for E8M0, whose rules say it. Of more than float32's
             24 bits, which are cut.
         outer: a second scale P of the whole tensor, by its largest finite magnitude A: `none`, `pow2` (the smallest
             power of two from 2^-100 on with A <= target * target_scale * P) or `fp32`.
-        outer_delay: 0: A is that of the present tensor; D: that of the latest position of a run that D divides.
+        outer_delay: 0: A is that of the present tensor; D: that of the latest position of a run that D divides. What
+            has grown since then saturates, but for the room that a target_scale below the format's largest leaves.
         target_scale: the scale code that A's block gets; None for the format's largest.
         arithmetic: `exact` (every decision as if in exact arithmetic, given the scale), or the order of float32
             operations of TransformerEngine (`te`) or of torchao 0.16 (`torchao`), for comparison with them.
@@ -122,6 +126,8 @@ class QuantizerSpec:
         """What does not go together, as a sentence; None where all does."""
         if self.scale_rule in E2M1_RULES and self.element != "e2m1":
             return f"scale_rule {self.scale_rule} is made for e2m1; got element {self.element}"
+        if self.scale_rule == "even" and self.format.mantissa_bits is None:
+            return f"scale_rule even needs an element whose next number is known; got element {self.element}"
         if self.scale_format == "e8m0":
             for name, off in (
                 ("scale_rounding", "nearest"),
@@ -135,7 +141,7 @@ class QuantizerSpec:
                     )
         elif self.scale_rule != "truncation_free":
             return f"scale_rule {self.scale_rule} is one of e8m0 scales; got scale_format {self.scale_format}"
-        if self.outer != "none" and (self.scale.fraction is None or not self.scale.subnormal):
+        if self.outer != "none" and not takes_outer(self.scale_format):
             return f"an outer scale needs scales of a narrow range (e4m3 or ue5m3); got {self.scale_format}"
         if self.outer == "none" and (self.outer_delay or self.target_scale is not None):
             return "outer_delay and target_scale are of an outer scale, and outer is none"
@@ -198,8 +204,10 @@ class QuantizerSpec:
         """target * target_scale: what the outer scale brings the tensor's largest magnitude to."""
         return self.aim * (self.scale.max if self.target_scale is None else self.target_scale)
 
-    def _unfit_for_fp8(self) -> str | None:
-        """What fp8 cannot carry exactly of it, in words."""
+    def _unfit_for_fp8(self, bits: int) -> str | None:
+        """What fp8 numbers of so many significant bits cannot carry exactly of it, in words."""
+        if self.format.significant_bits > bits:
+            return f"element {self.element} of {self.format.significant_bits} significant bits, more than {bits}"
         if not self.power_of_two:
             return f"{self.scale_format} scales"
         if self.factor != 1 or self.scale_rule.startswith("rms"):
@@ -250,6 +258,12 @@ class QuantizerSpec:
             if name != "scale_format"
         ]
         return " ".join([f"{self.element}/{rule}/{self.rounding}", *others])
+
+
+def takes_outer(scale_format: str) -> bool:
+    """Whether scales of the format have a range so narrow that they need one of the tensor over them."""
+    scale = SCALE_FORMATS[scale_format]
+    return scale.fraction is not None and bool(scale.subnormal)
 
 
 @dataclass(frozen=True)
@@ -312,7 +326,7 @@ class LinearRecipe:
                 return f"gradient mask of {name} under a rotation of the output needs requantized backward operands"
         if self.carrier == "fp8":
             for name in self.active:
-                if unfit := getattr(self, name)._unfit_for_fp8():
+                if unfit := getattr(self, name)._unfit_for_fp8(_FP8_BITS[name in ("q3", "q5")]):
                     return f"carrier fp8 holds elements times a power of two alone, and {name} has {unfit}"
             for product in PRODUCTS:
                 if self.rotation(product) is not None:

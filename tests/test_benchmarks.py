@@ -380,6 +380,22 @@ def test_what_streams_do_in_a_step() -> None:
     assert "rests 0 times" in bench_images.described({7: [(0.0, 1.0), (1.5, 2.0)]}, 1)
 
 
+@pytest.mark.slow
+def test_kernels_are_compared_with_pillow_and_controls_differ(tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(bench_images.photograph(number, (64, 64)))
+    flags = ["--data-path", str(tmp_path), "--images", "4", "--size", "16", "--quick"]
+    env = {**environment(), "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    script = str(ROOT / "benchmarks/check_images.py")
+    done = subprocess.run([sys.executable, script, *flags], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    largest = {name.removeprefix("| "): int(level) for name, level, *_ in rows}
+    controls = {name for name in largest if name.startswith("control")}
+    assert len(controls) == 2 and len(largest) == 14
+    assert all((level > 0) == (name in controls) for name, level in largest.items()), largest
+
+
 def test_turns_that_cross_the_end_of_an_epoch_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
     options = argparse.Namespace(rounds=3, busy=False, quick=False, steps=16)
     bench_images.say_if_short(97, options)  # the first, and three turns of 16 and 16

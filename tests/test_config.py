@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import yaml
 from helpers import of
 from pydantic import BaseModel, ValidationError
 
-from config import Config, dump_config, load_config
+from config import Config, UserError, dump_config, load_config
+from config.schema import ENTRIES
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -77,6 +79,61 @@ def test_null_replaces_a_value(write: Write) -> None:
     path = write(base="aug: {aa: original}\n", a="extends: base.yaml\naug: {aa: null}\n")
     assert load_config(path.parent / "base.yaml").aug.aa == "original"
     assert load_config(path).aug.aa is None
+
+
+def test_entries_that_a_file_has_can_be_taken_out(write: Write) -> None:
+    base = "quant:\n  scheme: mx\n  rotation: {output: {size: 8}, grad_weight: {size: 16, signs: fixed}}\n"
+    base += "  quantizers: {q2: {block_rows: 32}}\n  policy: {last: 2, spare: {'*.fc2': [output]}}\n"
+    base += "model: {kwargs: {depth: 3}}\n"
+    whole = load_config(write(base=base, a="extends: base.yaml\n"))
+    assert [*whole.quant.rotation] == ["output", "grad_weight"]
+    for nothing in ("{}", "null"):
+        emptied = write(base=base, a=f"extends: base.yaml\nquant: {{rotation: {nothing}}}\n")
+        keys = ("quant.rotation", "quant.quantizers", "quant.policy.spare", "model.kwargs")
+        for cfg in (
+            load_config(emptied),
+            load_config(emptied.with_name("base.yaml"), [f"{k}={nothing}" for k in keys]),
+        ):
+            assert cfg.quant.rotation == {} and cfg.quant.policy.last == 2
+        assert (cfg.quant.quantizers, cfg.quant.policy.spare, cfg.model.kwargs) == ({}, {}, {})
+    path = write(base=base, a="extends: base.yaml\n")
+    one = load_config(path, ["quant.rotation.grad_weight=null", "quant.quantizers.q2=null", "model.kwargs.depth=null"])
+    assert [*one.quant.rotation] == ["output"] and one.quant.rotation["output"].size == 8
+    assert (one.quant.quantizers, one.model.kwargs) == ({}, {})
+    assert load_config(write(base=dump_config(one), a="extends: base.yaml\n")) == one
+
+
+def test_what_comes_after_an_entry_is_taken_out_starts_anew(write: Write) -> None:
+    base = "quant: {scheme: mx, rotation: {grad_weight: {size: 16, signs: fixed}}}\n"
+    path = write(base=base, a="extends: base.yaml\n")
+    for nothing in ("quant.rotation={}", "quant.rotation=null", "quant.rotation.grad_weight=null"):
+        rotation = load_config(path, [nothing, "quant.rotation.grad_weight.size=8"]).quant.rotation
+        assert rotation["grad_weight"].model_dump() == {"size": 8, "signs": "none"}
+    again = load_config(path, ["quant.rotation.grad_weight={}"]).quant.rotation
+    assert again["grad_weight"].model_dump() == {"size": 32, "signs": "none"}
+    assert load_config(path, ["quant={rotation: {output: {}}}"]).quant.rotation["grad_weight"].size == 16
+    back = write(base=base, b="extends: base.yaml\nquant: {rotation: {}}\n", a="extends: [b.yaml, base.yaml]\n")
+    assert load_config(back).quant.rotation["grad_weight"].size == 16
+    assert load_config(back.with_name("b.yaml")).quant.rotation == {}
+
+
+def test_an_empty_section_says_nothing_and_a_name_is_checked(write: Write) -> None:
+    path = write(base="aug: {aa: original}\nquant: {scheme: mx}\n", a="extends: base.yaml\naug: {}\n")
+    assert load_config(path).aug.aa == "original"
+    with pytest.raises(UserError, match=r"quant\.rotation\.grad_wieght is 'grad_wieght'.*'grad_weight'"):
+        load_config(path, ["quant.rotation.grad_wieght=null"])
+
+
+def test_entries_are_those_of_the_schema() -> None:
+    def mappings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+        for name, field in model.model_fields.items():
+            if typing.get_origin(field.annotation) is dict:
+                yield f"{prefix}{name}"
+            for part in (field.annotation, *typing.get_args(field.annotation)):
+                if isinstance(part, type) and issubclass(part, BaseModel):
+                    yield from mappings(part, f"{prefix}{name}.")
+
+    assert sorted({*mappings(Config)}) == sorted(ENTRIES)
 
 
 def test_a_changed_tag_replaces_its_mapping(write: Write) -> None:

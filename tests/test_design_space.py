@@ -13,9 +13,10 @@ from test_reference import assert_same_bits
 
 from quantization import QuantizerSpec, fake_quantize
 from quantization.backends.reference import block_scales, to_blocks
-from quantization.formats import FORMATS, SCALE_FORMATS
+from quantization.formats import FORMATS, SCALE_FORMATS, ElementFormat
 from quantization.noise import Noise, uniform
 from quantization.policy import Policy
+from quantization.recipes import build_recipe
 from quantization.spec import LinearRecipe, Rotation
 from quantization.words import ROUNDINGS
 
@@ -284,6 +285,22 @@ def test_draws_of_scales_are_no_draws_of_elements():
 def test_what_does_not_go_together_is_refused_in_a_sentence(fields, sentence):
     with pytest.raises(ValueError, match=sentence.replace("(", r"\(")):
         QuantizerSpec(**fields)
+
+
+def test_an_added_element_is_asked_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = ElementFormat("levels", (0.0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0))
+    fine = ElementFormat("fine", (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.75))  # 4 significant bits, one more than E5M2
+    monkeypatch.setitem(FORMATS, "levels", levels)
+    monkeypatch.setitem(FORMATS, "fine", fine)
+    assert [FORMATS[name].significant_bits for name in ("e2m1", "e3m0", "e1m2", "fine")] == [2, 1, 3, 4]
+    with pytest.raises(ValueError, match="scale_rule even needs an element whose next number is known"):
+        QuantizerSpec("levels", "even")
+    assert fake_quantize(torch.ones(2, 32), QuantizerSpec("levels")).isfinite().all()
+    with pytest.raises(ValueError, match="q1 has element levels of 53 significant bits, more than 4"):
+        build_recipe(activation_weight="levels", carrier="fp8")
+    with pytest.raises(ValueError, match="q3 has element fine of 4 significant bits, more than 3"):
+        build_recipe(gradient="fine", carrier="fp8")
+    assert build_recipe(activation_weight="fine", carrier="fp8").carrier == "fp8"
 
 
 @pytest.mark.parametrize("target", [2.0**-20, 0.01, 1.0, 1.0625, 2.0**20])

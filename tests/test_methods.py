@@ -141,6 +141,26 @@ def test_a_quantizer_has_keys_of_its_own():
         quant("active=[q2]", "quantizers={q1: {block_size: 8}}")
 
 
+def test_a_quantizer_s_own_scales_need_nothing_that_the_section_says_of_others():
+    coded = ("block_size=16", "scale_format=e4m3", "target=5.5", "outer=pow2", "target_scale=256", "outer_delay=3")
+    recipe = quant(*coded, "quantizers={q3: {scale_format: e8m0}, q4: {outer: none}, q5: {scale_format: e8m3}}")
+    assert recipe.q3 == QuantizerSpec(rounding="stochastic", block_size=16)
+    coarse = {"rounding": "stochastic", "axis": 0, "block_size": 16, "target": 5.5}
+    assert recipe.q4 == QuantizerSpec(**coarse, scale_format="e4m3")
+    assert recipe.q5 == QuantizerSpec(**coarse, scale_format="e8m3")
+    assert recipe.q6 == QuantizerSpec(**coarse, scale_format="e4m3", outer="pow2", target_scale=256.0, outer_delay=3)
+    ruled = quant(
+        "scale_rule=three_quarter", "element.gradient=e1m2", *(f"quantizers.{q}.scale_rule=floor" for q in ("q3", "q5"))
+    )
+    assert (ruled.q3.scale_rule, ruled.q1.scale_rule) == ("floor", "three_quarter")
+    assert quant("scale_rule=even", "quantizers.q2.scale_format=fp32").q2 == QuantizerSpec(scale_format="fp32")
+    for own in ("{target: 4}", "{scale_format: e8m0, outer: pow2}", "{scale_rounding: up, scale_format: e8m0}"):
+        with pytest.raises(ValueError, match=r"^for q2, "):
+            quant(f"quantizers.q2={own}")
+    with pytest.raises(ValueError, match=r"^target 5\.5 needs another scale_format"):
+        quant("target=5.5", "quantizers.q6.outer=none")
+
+
 def test_rotations_operands_and_the_policy_are_keys():
     recipe = quant(
         "rotation={output: {size: 8}, grad_weight: {signs: fresh}}",
