@@ -98,8 +98,8 @@ class MXQuant(Section):
     outer: Outer = key("none", "second scale of the whole tensor, over e4m3 or ue5m3: a power of two (pow2) or fp32")
     outer_delay: Int = key(
         0,
-        "forward passes between looks at the tensor for the outer scale; 0: each; a target_scale below the largest leaves "
-        "room for growth",
+        "forward passes between looks at the tensor for the outer scale; 0: each; what has grown in between saturates "
+        "but for the room that a target_scale leaves",
         ge=0,
         le=2**30,
     )
