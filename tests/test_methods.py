@@ -23,8 +23,11 @@ from quantization.words import QUANTIZERS
 from results.style import NAMES, method_name, spoken
 
 FOLDER = ROOT / "configs/methods"
-METHODS = ("nvfp4", "mxfp4_tseng", "quartet", "quartet_released", "tetrajet2", "fqt", "ue5m3", "amd_mxfp4")
+PAPER = ("full_precision", "tetrajet", "microscaling")  # presets whose configurations are in configs/
+METHODS = tuple(name for name in PRESETS if name not in PAPER)
 MODELS = ("deit_tiny", "deit_small", "deit_base", "swin_tiny", "swin_small")
+SCRIPTS = ROOT / "scripts/methods"
+RUNS = [f"{model}_{method}" for model in MODELS for method in METHODS]
 
 # Quantizer by quantizer: block, scale, rounding. The table of methods, with `=` for a square block of the weight.
 NV, UE = "16 e4m3 pow2", "16 ue5m3 pow2"
@@ -48,7 +51,9 @@ ROTATIONS = {  # of output, grad_input, grad_weight
     "ue5m3": (None, None, None),
     "amd_mxfp4": (None, None, (32, "fixed")),
 }
-REQUANTIZED = {"quartet", "quartet_released", "tetrajet2"}
+REQUANTIZED = {"quartet", "quartet_released", "tetrajet2"}  # q4 and q6 read the outputs of q2 and q1
+MASKED = {"quartet", "quartet_released"}  # gradients pass q1 and q2 where these have not saturated
+POLICIES = {"nvfp4": Policy(last=2)}  # what stays in high precision; of the others nothing
 
 
 def point(spec: QuantizerSpec | None) -> str:
@@ -67,14 +72,14 @@ def test_a_preset_is_its_point_of_the_design_space(method):
     assert tuple(r and (r.size, r.signs) for r in rotations) == ROTATIONS[method]
     assert recipe.chained_weight == recipe.chained_activation == (method in REQUANTIZED)
     masks = {name for name in recipe.active if getattr(recipe, name).gradient == "mask"}
-    assert masks == ({"q1", "q2"} if "quartet" in method else set())
+    assert masks == ({"q1", "q2"} if method in MASKED else set())
     corrected = [getattr(recipe, name).correction for name in recipe.active]
     assert corrected == ([1.0] * 2 + [1.009276] * 4 if method == "quartet" else [1.0] * len(corrected))
-    assert recipe.policy == (Policy(last=2) if method == "nvfp4" else Policy())
+    assert recipe.policy == POLICIES.get(method, Policy())
 
 
 def test_the_presets_are_these_and_the_paper_s():
-    assert set(PRESETS) == {*METHODS, "full_precision", "tetrajet", "microscaling"}
+    assert set(PRESETS) == {*POINTS, *PAPER} and set(ROTATIONS) == set(POINTS)
     assert len(set(PRESETS.values())) == len(PRESETS)
     spec = PRESETS["ue5m3"].q1
     assert (spec.outer_delay, spec.target_scale, spec.scale.max) == (50, 448.0, 114688.0)
@@ -96,17 +101,17 @@ def test_a_configuration_is_the_model_s_recipe_and_the_method_s_preset(model, me
 
 
 def test_the_folders_have_a_piece_for_each_method_and_a_file_and_a_script_for_each_model():
-    names = {f"{model}_{method}" for model in MODELS for method in METHODS}
-    assert {p.stem for p in FOLDER.glob("*")} == {*names, *METHODS}
-    assert {p.stem for p in (ROOT / "scripts/methods").glob("*")} == names
+    """Others may be there: a user's own."""
+    assert {f"{name}.yaml" for name in (*RUNS, *METHODS)} <= {p.name for p in FOLDER.iterdir()}
+    assert {f"{name}.sh" for name in RUNS} <= {p.name for p in SCRIPTS.iterdir()}
     for method in METHODS:
         assert set(yaml.safe_load((FOLDER / f"{method}.yaml").read_text())) == {"quant", "stabilizer"}
     assert set(NAMES) > set(METHODS)
 
 
-@pytest.mark.parametrize("name", [f"{model}_{method}" for model in MODELS for method in METHODS][::7])
+@pytest.mark.parametrize("name", RUNS[::7])
 def test_a_script_starts_its_own_configuration(name, tmp_path: Path):
-    script, record = ROOT / f"scripts/methods/{name}.sh", tmp_path / "record"
+    script, record = SCRIPTS / f"{name}.sh", tmp_path / "record"
     env = clean_env(PYTHON=executable(tmp_path / "bin" / "python", STUB), RECORD=record, NPROC="1")
     result = bash(script, "--lr", "1", env=env, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -117,10 +122,12 @@ def test_a_script_starts_its_own_configuration(name, tmp_path: Path):
 
 
 def test_scripts_name_themselves_and_their_configuration():
-    for script in (ROOT / "scripts/methods").glob("*.sh"):
+    for name in RUNS:
+        script = SCRIPTS / f"{name}.sh"
         text = script.read_text()
-        assert f"scripts/methods/{script.name}" in text and f"configs/methods/{script.stem}.yaml" in text
-        assert f"scripts/methods/{script.name}" in (FOLDER / f"{script.stem}.yaml").read_text()
+        assert f"scripts/methods/{script.name}" in text and f"configs/methods/{name}.yaml" in text
+        assert f"scripts/methods/{script.name}" in (FOLDER / f"{name}.yaml").read_text()
+        assert os.access(script, os.X_OK)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
