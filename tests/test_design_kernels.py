@@ -19,8 +19,9 @@ from interpreter_helpers import Process, assert_passed, interpreting
 
 from quantization import PRESETS, QuantizerSpec, fake_quantize
 from quantization.backends import choose, reference
-from quantization.formats import SCALE_FORMATS, ScaleFormat
-from quantization.job import DENSE, NOTHING, Job
+from quantization.backends.scales import outer_exponent
+from quantization.formats import FORMATS, SCALE_FORMATS, ScaleFormat
+from quantization.job import DENSE, NOTHING, SCALED, Job
 from quantization.rotation import Turn
 from quantization.words import QUANTIZERS, SCALE_RULES
 
@@ -64,11 +65,16 @@ else:
     from triton.runtime import interpreter
 
     fast_interpreter.install()
-    from design_points import differences_at, fault_at, matrix_of, point
-    from test_kernels import awkward, by, differing, unequal
+    from design_points import Point, differences_at, fault_at, matrix_of, point
+    from test_kernels import awkward, by, differing, noise_on, unequal
     from test_scales import NOISE, maxima
 
     from quantization.backends.gpu import design, design_launch
+    from quantization.backends.gpu.launching import has_blocks_and_format
+
+    # Formats that kernels have; of others there is the reference alone, and nothing to compare it with.
+    ELEMENTS = [name for name in FORMATS if has_blocks_and_format(QuantizerSpec(name))]
+    SCALES = [name for name in SCALE_FORMATS if design_launch.by_design(QuantizerSpec(scale_format=name))]
 
     @triton.jit
     def narrow_kernel(x_ptr, out_ptr, MANY: tl.constexpr):
@@ -90,7 +96,9 @@ else:
     def test_points_are_of_the_whole_space():
         jobs = [point(number).job for number in range(2000)]
         specs = [spec for job in jobs for spec in (job.row, job.column) if spec is not None]
-        assert {s.scale_format for s in specs} == set(SCALE_FORMATS)
+        assert {s.scale_format for s in specs} == set(SCALES) and {s.element for s in specs} >= set(ELEMENTS)
+        assert {"e8m0", "e8m3", "e4m3", "ue5m3", "ue5m3_61440", "fp32"} <= set(SCALES)
+        assert {"e2m1", "e3m0", "e1m2"} <= set(ELEMENTS)
         assert {s.scale_rule for s in specs} == set(SCALE_RULES)
         assert {s.block_size for s in specs if s.block_rows > 1} == {16, 32}
         for name, many in (("rounding", 4), ("element", 3), ("target", 5), ("target_scale", 3), ("scale_rounding", 2)):
@@ -109,6 +117,41 @@ else:
     @triton.jit
     def inverse(s):
         return 1.0 / s
+
+    # Its outer scale is that of an earlier tensor, of 0.7, under which its largest block is none of float32's.
+    OUTGROWN = Point(
+        job=Job(
+            QuantizerSpec(block_size=16, block_rows=16, scale_format="ue5m3", outer="pow2", outer_delay=3),
+            QuantizerSpec(
+                rounding="nearest_away",
+                axis=0,
+                block_size=16,
+                scale_format="ue5m3",
+                scale_rounding="up",
+                outer="pow2",
+                outer_delay=3,
+                correction=1.009276,
+            ),
+            DENSE,
+            SCALED,
+            torch.float32,
+            chained=True,
+            row_stream=3,
+            column_stream=5,
+        ),
+        shape=(7, 130),
+        dtype=torch.float32,
+        shadowed=False,
+        seed=0,
+    )
+
+    def test_a_block_outgrows_its_delayed_outer_scale():
+        spec, block = OUTGROWN.job.row, matrix_of(OUTGROWN, CPU)[:, :16]
+        held = torch.tensor(0.7)  # that of differences_at
+        assert reference.hold(block.abs().max(), spec, noise_on(CPU), held) == torch.tensor(0.7)  # it is not renewed
+        assert block.isfinite().all() and spec.block_rows >= len(block)
+        outgrown = block.abs().max().double() / 2.0 ** int(outer_exponent(held, spec))
+        assert outgrown > torch.finfo(torch.float32).max
 
     def test_random_points_by_the_arithmetic_of_a_gpu(monkeypatch):
         """By the kernels' own quotients there: fused operations, reciprocals that are off by two units, and the smaller
@@ -131,10 +174,9 @@ else:
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fdiv", quotient)
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fused)
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_minnumf", smaller)
-        # In 93 a block is larger than its delayed outer scale lets float32 have.
-        numbers = [93, *[n for n in range(120, 240) if not point(n).job.rotated][:20]]
-        faults = [f"{n}: {said}" for n in numbers if (said := fault_at(point(n), CPU))]
-        assert not faults and fusions, "\n".join(faults)
+        points = [OUTGROWN, *[it for it in map(point, range(120, 240)) if not it.job.rotated][:20]]
+        faults = [said for it in points if (said := fault_at(it, CPU))]
+        assert len(points) == 21 and not faults and fusions, "\n".join(faults)
 
     def test_a_fault_says_which_point_it_is_and_what_differs(monkeypatch):
         it = point(3)
@@ -153,12 +195,13 @@ else:
         assert unequal(ours, x.to(torch.bfloat16)) == 0
 
     def test_every_point_is_a_kernel_s():
-        for number in range(400):
-            it = point(number)
+        for it in map(point, range(400)):
+            if not {s.element for s in (it.job.row, it.job.column) if s is not None} <= set(ELEMENTS):
+                continue
             with by("triton"):
                 assert choose.backend_of_job(matrix_of(it, CPU), it.job) is not reference, str(it)
 
-    @pytest.mark.parametrize("name", ["e8m3", "e4m3", "ue5m3", "ue5m3_61440", "fp32"])
+    @pytest.mark.parametrize("name", [name for name in SCALES if name != "e8m0"])
     def test_scales_at_and_next_to_every_boundary(name):
         for target, rounding in itertools.product((None, 6 * 16 / 17, 6.072), ("nearest", "up")):
             spec = QuantizerSpec(block_size=16, scale_format=name, target=target, scale_rounding=rounding)
@@ -167,7 +210,7 @@ else:
             x[:, 3], x[:, 9] = values, values / 3
             assert differing(x, spec) == 0
 
-    @pytest.mark.parametrize("element", ["e2m1", "e1m2", "e3m0"])
+    @pytest.mark.parametrize("element", ELEMENTS)
     def test_elements_at_and_next_to_every_boundary_under_every_significand(element):
         g = torch.Generator().manual_seed(0)
         fmt = QuantizerSpec(element).format

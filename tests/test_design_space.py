@@ -149,8 +149,9 @@ def test_every_code_is_rounded_to_itself(element, rounding):
     grid = torch.tensor(FORMATS[element].magnitudes)
     x = torch.cat([grid, -grid]).repeat(64, 1)  # under many draws
     for name, fmt in SCALE_FORMATS.items():
-        spec = QuantizerSpec(element, rounding=rounding, block_size=16, scale_format=name)
-        for scale in (1.0, 2.0**-5) if fmt.fraction == 0 else (1.0, 1.375, 2.0**-5 * 1.875):
+        spec = QuantizerSpec(element, rounding=rounding, block_size=x.shape[1], scale_format=name)
+        step = 2.0 ** -(3 if fmt.fraction is None else fmt.fraction)
+        for scale in (1.0, 2.0**-5) if fmt.fraction == 0 else (1.0, 1 + step, 2.0**-5 * (2 - step)):
             assert_same_bits(fake_quantize(x * scale, spec, seed=1), x * scale)
 
 
