@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import NamedTuple
 
@@ -12,9 +13,9 @@ from quantization import QuantizerSpec
 from quantization.formats import FORMATS, SCALE_FORMATS
 from quantization.job import DENSE, NOTHING, PACKED, SCALED, Dense, Job, Packed
 from quantization.noise import Noise
-from quantization.operands import prepare, values_of
+from quantization.operands import prepare, turned_back, values_of
 from quantization.operands.forms import dense_form, packable
-from quantization.rotation import SIGNS, SIZES, Rotation
+from quantization.rotation import SIGNS, SIZES, Rotation, Turn
 from quantization.words import ROUNDINGS, SCALE_RULES
 
 NOT_RMS = [rule for rule in SCALE_RULES if not rule.startswith("rms")]
@@ -171,3 +172,17 @@ def fault_at(it: Point, device: torch.device) -> str | None:
 
 
 __all__ = ["SCALED", "Point", "differences_at", "fault_at", "matrix_of", "point", "spec_of"]
+
+
+def turned_back_amiss(device: torch.device, sizes: tuple[int, ...] = SIZES) -> list[str]:
+    """Rotations after which the kernel's matrix is not the reference's."""
+    faults = []
+    for number, (size, signs, dtype) in enumerate(itertools.product(sizes, SIGNS, DTYPES)):
+        turn, shape = Turn(size, signs, number % 3), (37 + number % 3, size * (1 + 2 * (number % 2)))
+        x, results = awkward(shape, dtype, number).to(device), []
+        for backend in ("triton", "reference"):
+            with by(backend):
+                results.append(turned_back(x, turn, noise_on(device)))
+        if wrong := unequal(*results):
+            faults.append(f"{turn.text} {shape} {dtype}: {wrong}")
+    return faults

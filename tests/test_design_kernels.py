@@ -65,7 +65,7 @@ else:
     from triton.runtime import interpreter
 
     fast_interpreter.install()
-    from design_points import Point, differences_at, fault_at, matrix_of, point
+    from design_points import Point, differences_at, fault_at, matrix_of, point, turned_back_amiss
     from test_kernels import awkward, by, differing, noise_on, unequal
     from test_scales import NOISE, maxima
 
@@ -233,6 +233,12 @@ else:
                 spec = QuantizerSpec(block_size=16, block_rows=rows, scale_format=name, outer=outer)
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     assert differing(awkward((70, 130), dtype, 3), spec) == 0
+
+    def test_gradients_are_turned_back_to_the_same_bits(monkeypatch):
+        assert turned_back_amiss(CPU, (2, 16, 128)) == []
+        right = reference.turn_back  # the control: a reference that forgets the signs
+        monkeypatch.setattr(reference, "turn_back", lambda x, turn, noise: right(x, turn._replace(signs="none"), noise))
+        assert len(turned_back_amiss(CPU, (16,))) == 6
 
     @pytest.mark.parametrize("method", [name for name in PRESETS if name != "full_precision"])
     def test_a_layer_of_a_method_is_the_same_with_kernels_and_reference(method):

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from design_points import fault_at, point
+from design_points import fault_at, point, turned_back_amiss
 from test_kernels import by, unequal
 from torch import nn
 
@@ -25,6 +25,10 @@ def test_random_points_of_the_whole_space(start):
     device, places = torch.device("cuda"), itertools.product(range(start, start + PART), range(MATRICES))
     faults = [f"{n}, matrix {again}: {said}" for n, again in places if (said := fault_at(point(n, again), device))]
     assert not faults, "\n".join(faults)
+
+
+def test_gradients_are_turned_back_to_the_same_bits():
+    assert turned_back_amiss(torch.device("cuda")) == []
 
 
 @pytest.mark.parametrize("element", FORMATS)

@@ -19,6 +19,7 @@ from quantization import PRESETS, QuantizerSpec
 from quantization.job import DENSE, NOTHING, Job
 from quantization.noise import Noise
 from quantization.operands import G, LinearJobs, W, X
+from quantization.rotation import Turn
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -80,6 +81,21 @@ def test_kernels_compile_and_are_launched(preset, role, launches):
         launches.clear()
     by_triton, by_us = counts
     assert by_triton == by_us and by_us
+
+
+@pytest.mark.parametrize("size", [2, 32, 128])
+def test_what_turns_gradients_back_compiles_and_is_launched(size, launches, monkeypatch):
+    launchers = []
+    monkeypatch.setattr(design_launch, "Launcher", lambda *a: launchers.append(launch.Launcher(*a)) or launchers[-1])
+    design_launch._turning.cache_clear()
+    x, noise = torch.zeros(70, 384, dtype=torch.bfloat16), Noise(torch.zeros(2, dtype=torch.int64), 0)
+    for _ in range(2):
+        assert launch.turn_back(x, Turn(size, "fresh", 0), noise).shape == x.shape
+    (launcher,) = launchers
+    assert launcher.tile.rows * launcher.tile.columns <= 32 * 32 * launcher.tile.warps
+    by_triton, by_us = ((arguments[:3], len(arguments)) for arguments in launches)
+    assert by_triton == by_us
+    assert "st.local" not in launcher.compiled.asm["ptx"]
 
 
 def test_square_blocks_take_no_more_instructions_than_blocks_in_a_row(launches, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 
 import pytest
@@ -15,9 +14,10 @@ from test_operands import DTYPES, NOISE, numbers, same
 from torch import Tensor, nn
 
 from quantization import PRESETS, QuantizerSpec, QuantLinear, convert_linears, fake_quantize
+from quantization.backends import reference
 from quantization.backends.reference import pack, scale_codes
 from quantization.job import CARRIED, DENSE, E5M2, NOTHING, PACKED, Job
-from quantization.rotation import Turn, rotate_back
+from quantization.rotation import Turn
 
 
 def steps_of(model: nn.Module, call, shape: tuple[int, ...], autocast: bool, steps: int = 2) -> list[list[Tensor]]:
@@ -129,17 +129,16 @@ def test_the_text_of_a_job_in_a_custom_op_gives_the_job_back():
 
 
 @pytest.mark.parametrize("signs", ["none", "fresh"])
-def test_the_custom_op_rotate_back_is_what_it_is_declared_to_be(signs):
+def test_the_custom_op_turn_back_is_what_it_is_declared_to_be(signs):
     for x in (numbers(70, 32), numbers(16, 64, dtype=torch.bfloat16)):
         arguments = (x, Turn(32, signs, 1).text, NOISE.state, NOISE.stream)
-        torch.library.opcheck(torch.ops.mxfp4.rotate_back.default, arguments, **OPCHECKS)
+        torch.library.opcheck(torch.ops.mxfp4.turn_back.default, arguments, **OPCHECKS)
 
 
 def test_a_compiled_graph_turns_gradients_back_by_that_op(monkeypatch):
     """And not by what a compiler makes of its sums and differences."""
-    turned = []
-    module = importlib.import_module("quantization.operands.prepare")  # the package has a function of that name
-    monkeypatch.setattr(module, "rotate_back", lambda x, *turn: turned.append(x.shape) or rotate_back(x, *turn))
+    turned, turn_back = [], reference.turn_back
+    monkeypatch.setattr(reference, "turn_back", lambda x, *turn: turned.append(x.shape) or turn_back(x, *turn))
     torch.compiler.reset()
     layer = QuantLinear.from_linear(nn.Linear(64, 32), PRESETS["quartet"])
     torch.compile(layer, backend="aot_eager", fullgraph=True)(numbers(8, 64).requires_grad_()).sum().backward()

@@ -63,12 +63,14 @@ def _on_gpu(job: Job | QuantizerSpec) -> bool:
     return serves
 
 
+def _without_kernels(x: Tensor) -> bool:
+    """Whether there is nothing in a tensor for a kernel to do, or no GPU to do it on."""
+    off_gpu = IN_LAYERS == "reference" or (IN_LAYERS == "auto" and not x.is_cuda)
+    return off_gpu or x.numel() == 0 or isinstance(x, FakeTensor)
+
+
 def _backend(x: Tensor, job: Job | QuantizerSpec) -> ModuleType:
-    if x.numel() == 0 or IN_LAYERS == "reference" or (IN_LAYERS == "auto" and not x.is_cuda):
-        return reference
-    if isinstance(x, FakeTensor):
-        return reference
-    return _kernels() if _on_gpu(job) else reference
+    return reference if _without_kernels(x) or not _on_gpu(job) else _kernels()
 
 
 def backend_of_job(x: Tensor, job: Job) -> ModuleType:
@@ -80,3 +82,13 @@ def backend_of_packed(packed: Packed) -> ModuleType:
     """The backend that expands a packed matrix: the kernels where its scales are powers of two of blocks in a row."""
     plain = packed.spec.power_of_two and packed.spec.block_rows == 1
     return _backend(packed.codes, packed.spec) if plain else reference
+
+
+def backend_of_turning(x: Tensor) -> ModuleType:
+    """The backend that turns a matrix back: the kernel of every size of a rotation."""
+    if _without_kernels(x) or x.dtype not in DTYPES:
+        return reference
+    try:
+        return _kernels()
+    except ImportError:
+        return reference

@@ -36,7 +36,7 @@ from quantization.constants import constant
 from quantization.formats import ElementFormat
 from quantization.job import DENSE, FP8_MULTIPLE, PACKED, SCALED, Carried, Dense, Job, Packed, Prepared, Scaled
 from quantization.noise import WORD, Noise, uniform
-from quantization.rotation import rotate
+from quantization.rotation import Turn, rotate, rotate_back
 from quantization.spec import QuantizerSpec
 from quantization.words import Rounding
 
@@ -434,3 +434,8 @@ def expand(packed: Packed, dtype: torch.dtype) -> Tensor:
     """The numbers of a packed matrix in `dtype`, (rows, columns)."""
     latents, scales = _latents_and_scales(packed)
     return (latents * scales).to(dtype)
+
+
+def turn_back(x: Tensor, turn: Turn, noise: Noise) -> Tensor:
+    """x T^T along the last axis of a matrix: its dtype."""
+    return rotate_back(x, turn, noise).to(x.dtype)

@@ -126,4 +126,4 @@ def _in_own_basis(gradient: Tensor, inside: Tensor | None, turn: Turn | None, no
     """The gradient of X or W from that of what q1 or q2 made of it: 0 where not inside, and rotated back."""
     if inside is not None:
         gradient = gradient * inside  # where a selection would swallow a NaN
-    return gradient if turn is None else turned_back(gradient, turn, noise).to(gradient.dtype)
+    return gradient if turn is None else turned_back(gradient, turn, noise)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.library import Library, impl, register_fake
 
-from quantization.backends.choose import DTYPES, backend_of_job, backend_of_packed
+from quantization.backends.choose import DTYPES, backend_of_job, backend_of_packed, backend_of_turning
 from quantization.job import DENSE, Dense, Job, Operand, Packed, Prepared, Scaled
 from quantization.noise import Noise
-from quantization.rotation import Turn, rotate_back
+from quantization.rotation import Turn
 from quantization.spec import QuantizerSpec
 
 
@@ -65,10 +65,11 @@ def values_of(operand: Operand, dtype: torch.dtype) -> Tensor:
 
 
 def turned_back(x: Tensor, turn: Turn, noise: Noise) -> Tensor:
-    """`rotate_back`, of sums and differences in one order: with its bits also under torch.compile."""
+    """x T^T along the last axis of a matrix: its shape and dtype, rounded to it once; with its bits also under
+    torch.compile. noise: the layer's first stream."""
     if torch.compiler.is_compiling():
-        return torch.ops.mxfp4.rotate_back(x, turn.text, noise.state, noise.stream)
-    return rotate_back(x, turn, noise)
+        return torch.ops.mxfp4.turn_back(x, turn.text, noise.state, noise.stream)
+    return backend_of_turning(x).turn_back(x, turn, noise)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ _ops.define(
     "prepare(Tensor x, Tensor? shadow, Tensor? state, SymInt stream, Tensor? lost, Tensor? held, str job) -> Tensor[]"
 )
 _ops.define("expand(Tensor codes, Tensor scales, str spec, SymInt columns, ScalarType dtype) -> Tensor")
-_ops.define("rotate_back(Tensor x, str turn, Tensor state, SymInt stream) -> Tensor")
+_ops.define("turn_back(Tensor x, str turn, Tensor state, SymInt stream) -> Tensor")
 
 
 @impl(_ops, "prepare", "CompositeExplicitAutograd")
@@ -123,11 +124,11 @@ def _shape_of_expand(codes: Tensor, scales: Tensor, spec: str, columns: int, dty
     return codes.new_empty(codes.shape[0], columns, dtype=dtype)
 
 
-@impl(_ops, "rotate_back", "CompositeExplicitAutograd")
-def _rotate_back(x: Tensor, turn: str, state: Tensor, stream: int) -> Tensor:
-    return rotate_back(x, Turn.parse(turn), Noise(state, stream))
+@impl(_ops, "turn_back", "CompositeExplicitAutograd")
+def _turn_back(x: Tensor, turn: str, state: Tensor, stream: int) -> Tensor:
+    return backend_of_turning(x).turn_back(x, Turn.parse(turn), Noise(state, stream))
 
 
-@register_fake("mxfp4::rotate_back", lib=_ops)
-def _shape_of_rotate_back(x: Tensor, turn: str, state: Tensor, stream: int) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.float32)
+@register_fake("mxfp4::turn_back", lib=_ops)
+def _shape_of_turn_back(x: Tensor, turn: str, state: Tensor, stream: int) -> Tensor:
+    return x.new_empty(x.shape)

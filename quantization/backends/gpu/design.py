@@ -122,14 +122,29 @@ def _with_pairs(x, OF: tl.constexpr, H: tl.constexpr, AXIS: tl.constexpr, R: tl.
 
 
 @triton.jit
-def rotated(x, state_ptr, stream, TURN: tl.constexpr, AXIS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """x T along AXIS for a tile in patches, in which no group is cut."""
-    if TURN.signs != "none":
-        x = _flipped(x, state_ptr, stream, TURN, AXIS, ROWS, COLUMNS)
+def _butterflies(x, TURN: tl.constexpr, AXIS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """x H over the root of the size along AXIS."""
     STAGES: tl.constexpr = TURN.stages
     for stage in tl.static_range(STAGES):
         x = _with_pairs(x, _sums_and_differences, 1 << stage, AXIS, ROWS // PATCH_ROWS, COLUMNS // PATCH_COLUMNS)
     return x * TURN.norm + 0.0  # which is no -0.0, whichever way the sums were made
+
+
+@triton.jit
+def rotated(x, state_ptr, stream, TURN: tl.constexpr, AXIS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """x T along AXIS for a tile in patches, in which no group is cut."""
+    if TURN.signs != "none":
+        x = _flipped(x, state_ptr, stream, TURN, AXIS, ROWS, COLUMNS)
+    return _butterflies(x, TURN, AXIS, ROWS, COLUMNS)
+
+
+@triton.jit
+def rotated_back(x, state_ptr, stream, TURN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """x T^T along the rows of a tile in patches, in which no group is cut."""
+    x = _butterflies(x, TURN, 1, ROWS, COLUMNS)
+    if TURN.signs != "none":
+        x = _flipped(x, state_ptr, stream, TURN, 1, ROWS, COLUMNS)
+    return x
 
 
 # ---------------------------------------------------------------------------------------------------------------------

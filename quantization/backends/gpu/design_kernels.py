@@ -1,4 +1,4 @@
-"""The kernel for what design.py does to a tile: rotations, scales that are no powers of two, outer scales.
+"""The kernels for what design.py does to a tile: rotations, scales that are no powers of two, outer scales.
 
 As `prepare_kernel` it reads a tile once and quantizes it for both of its products. Where a scale of the whole matrix is
 needed, `design_kernel` runs before, with PEAKS, and finds the largest magnitude of what a quantizer is to read: so what
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantization.backends.gpu.design import narrowed, quantized_tile, rotated
+from quantization.backends.gpu.design import narrowed, quantized_tile, rotated, rotated_back
 from quantization.backends.gpu.kernels import quantize_for_one
 from quantization.backends.gpu.tiles import (
     INFINITY,
@@ -172,3 +172,27 @@ def design_kernel(
                     x, shadow, state_ptr, column_stream, column_values, column_codes, column_scales, None, 1, None, 0,
                     first_row, first_column, rows, columns, COLUMN, 0, False, 0, TILE_ROWS, TILE_COLUMNS,
                 )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "stream"])
+def turn_back_kernel(
+    x_ptr,
+    state_ptr,  # of the noise
+    stream,  # of noise: that of rotations
+    out_ptr,
+    rows,
+    columns,
+    TURN: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    """One tile of x T^T along the last axis, in which no group is cut."""
+    tiles_across = tl.cdiv(columns, TILE_COLUMNS)
+    first_row = tl.program_id(0) // tiles_across * TILE_ROWS
+    first_column = tl.program_id(0) % tiles_across * TILE_COLUMNS
+    row, column = row_numbers(first_row, TILE_ROWS), column_numbers(first_column, TILE_COLUMNS)
+    inside = (row < rows) & (column < columns)
+    offset = row.to(tl.int64) * columns + column
+    x = to_float32(tl.load(x_ptr + offset, mask=inside, other=0.0))
+    turned = rotated_back(x, state_ptr, stream, TURN, TILE_ROWS, TILE_COLUMNS)
+    tl.store(out_ptr + offset, narrowed(turned, out_ptr.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""Launches of `design_kernel`: quantizers beyond the paper's, and rotations. Import only where Triton is there."""
+"""Launches of the kernels of quantizers beyond the paper's, and of rotations. Import only where Triton is there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quantization.backends.gpu.design_kernels import design_kernel
+from quantization.backends.gpu.design_kernels import design_kernel, turn_back_kernel
 from quantization.backends.gpu.kernels import total_kernel
 from quantization.backends.gpu.launching import (
     INTERPRETED,
@@ -190,3 +190,20 @@ def _operand(outputs: Outputs, spec: QuantizerSpec | None, form: str, columns: i
         factor = torch.full((), spec.factor, device=outputs.values.device)
         return Scaled(outputs.values, factor, spec.known_factor)
     return outputs.operand(spec, columns, None)
+
+
+@functools.lru_cache(maxsize=PLANS)
+def _turning(turn: Turn, rows: int, columns: int, *_compiled_alike: Any) -> Launcher:
+    side = max(64 if INTERPRETED else 32, turn.size)
+    tile = Tile(32, side, side // 32, fused=False)
+    return Launcher(turn_back_kernel, rows, columns, tile, rows, columns, kernel_turn(turn))
+
+
+def turn_back(x: Tensor, turn: Turn, noise: Noise) -> Tensor:
+    """`reference.turn_back` for a matrix on a GPU."""
+    x, device = x.contiguous(), x.device
+    out = torch.empty_like(x)
+    launch = _turning(turn, *x.shape, x.dtype, aligned(x), device)
+    with on_device(device):
+        launch(stream_of(device), x, noise.state, noise.stream + STREAM, out)
+    return out

@@ -33,6 +33,8 @@ from quantization.job import DENSE, NOTHING, Job, Packed, Prepared
 from quantization.noise import Noise
 from quantization.spec import QuantizerSpec
 
+turn_back = design_launch.turn_back
+
 # Measured, see docs/PERFORMANCE.md.
 TILE, CARRIED_TILE = Tile(32, 32, 1, 96), Tile(32, 32, 1)  # of prepare_kernel, the second with fp8 outputs
 if INTERPRETED:  # which takes long for each program; the tiles above are met on a GPU alone
