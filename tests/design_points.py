@@ -44,7 +44,8 @@ def spec_of(draw: random.Random, axis: int) -> QuantizerSpec:
     fmt, fields = SCALE_FORMATS[name], {"correction": draw.choice((1.0, 1.0, 1.009276))}
     if name == "e8m0":
         rules = SCALE_RULES if size == 32 and element == "e2m1" else NOT_RMS
-        fields["scale_rule"] = draw.choice(rules if element == "e2m1" else ("truncation_free", "floor", "even"))
+        known = ("even",) if FORMATS[element].mantissa_bits is not None else ()
+        fields["scale_rule"] = draw.choice(rules if element == "e2m1" else ("truncation_free", "floor", *known))
     else:
         fields |= {"target": draw.choice(TARGETS), "scale_rounding": draw.choice(("nearest", "nearest", "up"))}
         if fmt.subnormal and fmt.fraction and draw.random() < 0.6:
