@@ -208,6 +208,9 @@ def build_data(cfg: Config, *, rank: int, world_size: int, batch_size: int, devi
                 f"process(es), fewer than one batch of {batch_size}: lower data.batch_size or optim.global_batch."
             )
         train = maker.feed(train_images, batch_size, train_order, training=True)
+        if cfg.data.gpu_decode and "decoded_by_gpu" not in maker.described["training"] and rank == 0:
+            why = "the set is kept decoded" if "kept" in maker.described["training"] else "no GPU makes its batches"
+            print(f"note: data.gpu_decode is for nothing in this run: {why}.", file=sys.stderr, flush=True)
     return Data(
         num_classes=num_classes,
         classes=classes,

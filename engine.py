@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from config import UserError
 from record.checkpoint import LAST
 from training.ends import Lockstep, Stopped, StopSignal, TrainingError
 from training.passes import EVALUATION_POSITION, PROBE_POSITION, forward_backward, seed_step, seek_noise
@@ -99,7 +100,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss, top-1 and top-5 accuracy in % of `model` over the evaluation set, exact on any number of processes.
 
-    Raises TrainingError where there is no image, and Stopped within a batch of a signal that `stop` has heard.
+    Raises UserError where there is no image, and Stopped within a batch of a signal that `stop` has heard.
     """
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=run.device)
@@ -117,7 +118,7 @@ def evaluate(
         dist.all_reduce(totals)
     loss_sum, top1, top5, images_seen = totals.tolist()
     if not images_seen:
-        raise TrainingError("The evaluation set has no image that can be read.")
+        raise UserError("The evaluation set has no image that can be read: check data.path.")
     return {"loss": loss_sum / images_seen, "top1": 100 * top1 / images_seen, "top5": 100 * top5 / images_seen}
 
 

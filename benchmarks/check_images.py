@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, device = parse(parser, argv)
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError("On a CPU there is nothing to compare unless TRITON_INTERPRET=1 lets the kernels run.")
-    files = sorted(p for p in options.data_path.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+    files = sorted(p for p in options.data_path.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg") and p.is_file())
     contents = [path.read_bytes() for path in files[:: max(1, len(files) // options.images)][: options.images]]
     images = [Image.open(io.BytesIO(content)) for content in contents]
     contents = [content for content, image in zip(contents, images, strict=True) if image.mode == "RGB"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import stat
 from pathlib import Path
 from typing import IO
 
@@ -24,10 +26,18 @@ class Unreadable(OSError):  # noqa: N818
     """An image cannot be read; the text is why."""
 
 
+def open_file(path: str | Path) -> IO[bytes]:
+    """A file to read. Raises OSError, also for a pipe or a device, for which one could wait for ever."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder the system has its own words
+        raise Unreadable("it is no regular file")
+    return open(path, "rb")
+
+
 def open_image(source: str | Path | IO[bytes]) -> Image.Image:
     """The RGB image in a file or stream. Raises whatever Pillow does where it cannot be decoded, which is a lot."""
     if not hasattr(source, "read"):
-        with open(source, "rb") as file:
+        with open_file(source) as file:
             return open_image(file)
     start = source.tell()
     try:

@@ -158,7 +158,7 @@ def _has_columns_first() -> bool:
 def _place_boxes(boxes: list[Box]) -> tuple[np.ndarray, np.ndarray]:
     placed, noise, filled = np.zeros((len(boxes), OF_BOX), np.int64), [], 0
     for row, box in enumerate(boxes):
-        placed[row] = *box[:4], filled, box.pixels.numel() > 3
+        placed[row] = *box[:4], filled, box.pixels.numel() != 3  # none, of a box of no pixels
         noise.append(box.pixels.numpy().ravel())
         filled += noise[-1].size
     return placed, np.concatenate(noise) if noise else np.zeros(0, np.float32)

@@ -82,7 +82,7 @@ class FeedMaker:
         draws.resident = None if isinstance(images, Stream) else self._kept(images, kept)
         if draws.resident is not None:
             described["kept"] = {"images": len(draws.resident), "bytes": draws.resident.nbytes}
-        elif part == "training" and self._device.type == "cuda":
+        elif part == "training" and self._device.type == "cuda" and not isinstance(images, Stream):
             draws.share = described["decoded_by_gpu"] = cfg.data.gpu_decode
         return draws, draws.resident
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from images.decode import Unreadable, open_image, reason, to_rgb
+from images.decode import Unreadable, open_file, open_image, reason, to_rgb
 from images.order import AUGMENT, STREAM, Key, seeded
 from images.tars import ImageTar
 
@@ -70,6 +70,9 @@ class Images(Dataset[Sample]):
             stream, target = self._source.reader[index]
             with stream:
                 return open_image(stream), int(target)
+        if isinstance(self._source, ImageFolder):
+            path, target = self._source.samples[index]
+            return open_image(path), int(target)
         image, target = self._source[index]
         return to_rgb(image), int(target)
 
@@ -77,7 +80,7 @@ class Images(Dataset[Sample]):
         """(the bytes of the image's file, or the RGB image where there is no file, label) number `index`."""
         if isinstance(self._source, ImageFolder):
             path, target = self._source.samples[index]
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 return file.read(), int(target)
         if isinstance(self._source, ImageTar):
             return self._source.content(index), self._source.samples[index][1]

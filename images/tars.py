@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from images.decode import open_image
+from images.decode import open_file, open_image
 
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -73,7 +73,7 @@ class ImageTar(Dataset[tuple[Image.Image, int]]):
     def content(self, index: int) -> bytes:
         """The file of an image."""
         member, _ = self.samples[index]
-        with open(member.tar, "rb") as file:
+        with open_file(member.tar) as file:
             file.seek(member.offset)
             return file.read(member.size)
 
@@ -84,7 +84,7 @@ class ImageTar(Dataset[tuple[Image.Image, int]]):
 
 def _members(tar: str, folder: str = "") -> Iterator[Member]:
     """The files and folders of a tar file, below `folder`; links to files are the files they lead to."""
-    with open(tar, "rb") as file:
+    with open_file(tar) as file:
         if file.read(6).startswith(_COMPRESSED):
             raise tarfile.ReadError(f"{Path(tar).name} is compressed, and images are read in place: decompress it")
         file.seek(0)

@@ -145,7 +145,10 @@ def failure_of_workers(error: BaseException, *, loading: bool = False, exit_code
     killed = re.search(r"killed by signal: ([\w ]+)", text)
     if killed is None:
         return "A loader process has ended without a word: set data.num_workers=0 (--num_workers 0) to see why."
+    how = killed[1].strip()
+    if how not in map(signal.strsignal, (signal.SIGKILL, signal.SIGBUS)):
+        return f"A loader process was ended by a signal ({how}): set data.num_workers=0 (--num_workers 0) to see why."
     return (
-        f"A loader process was ended by the system ({killed[1].strip()}), most likely for want of memory: lower "
-        "data.num_workers (--num_workers) or give the program more."
+        f"A loader process was ended by the system ({how}), most likely for want of memory: lower data.num_workers "
+        "(--num_workers) or give the program more."
     )

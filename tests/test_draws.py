@@ -9,7 +9,7 @@ from PIL import Image
 
 import models  # noqa: F401 (timm's patches)
 from config import load_config
-from images.draws import TABLE, CannotDraw, Drawing
+from images.draws import TABLE, Box, CannotDraw, Crop, Drawing, Drawn
 from images.order import AUGMENT, seeded
 from images.parcel import JPEG, LENGTH, PIXELS, Sample, box_blur, drawn_of, pack
 from images.replay import erase, normalise, replay
@@ -119,6 +119,20 @@ def test_a_parcel_holds_what_was_drawn():
         start, length = parcel.images[row, 0], parcel.images[row, LENGTH]
         content = bytes(parcel.source[start : start + length].tolist())
         assert content == (sample.place if sample.kind == JPEG else sample.place.tobytes())
+
+
+@pytest.mark.parametrize(("height", "width"), [(0, 4), (4, 0), (1, 1), (2, 3)])
+@pytest.mark.parametrize("each", [False, True])
+def test_a_parcel_holds_boxes_of_few_pixels_or_none(height, width, each):
+    """timm draws such ones in images of few pixels. One of them is the last, behind which there is no noise."""
+    noise = torch.arange(3.0 * height * width).view(3, height, width) if each else torch.arange(3.0).view(3, 1, 1)
+    crop = Crop(0, 0, 5, 5, 5, 5, 0, 0, bicubic=False)
+    drawn = Drawn(crop, False, (), (Box(1, 1, height, width, noise),))
+    parcel = pack([Sample(np.zeros((5, 5, 3), np.uint8), PIXELS, drawn)] * 2)
+    for row in range(2):
+        ((*place, pixels),) = drawn_of(parcel, row).boxes
+        assert place == [1, 1, height, width]
+        assert torch.equal(pixels.expand(3, height, width), noise.expand(3, height, width))
 
 
 def test_weights_of_a_blur_are_of_2_to_the_24():

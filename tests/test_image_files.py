@@ -136,6 +136,22 @@ DAMAGED = {
 }
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+@pytest.mark.parametrize("timms", [False, True])
+@pytest.mark.parametrize("pipeline", ["cpu", "gpu"])
+def test_a_pipe_by_an_images_name_is_not_waited_for(tmp_path, timms, pipeline):
+    base = [*folder_config(make_folder(tmp_path)), f"data.pipeline={pipeline}"]
+    if timms:
+        base += ["data.set=torch/image_folder", f"data.path={tmp_path}/train", "model.num_classes=2"]
+    (tmp_path / "train/ant/0.png").unlink()
+    os.mkfifo(tmp_path / "train/ant/0.png")
+    for resident in (0, 0.2):
+        data = make_data(f"data.resident={resident}", base=base, batch_size=4)
+        assert "ant/0.png cannot be read (it is no regular file)" in user_error_of(data.train_batches(0))
+        skipping = make_data(f"data.resident={resident}", "data.on_corrupt=skip", base=base, batch_size=4)
+        assert stack(skipping.train_batches(0)) and skipping.corrupt
+
+
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("what", DAMAGED)
 def test_damaged_file_is_an_unreadable_image_or_an_image(tmp_path, what, skip):

@@ -286,7 +286,11 @@ SHM = "unable to allocate shared memory(shm) for file </torch_12_34_5>: Resource
     ("error", "said"),
     [
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "was ended by the system (Killed)"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. "), "(Segmentation fault)"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "), "no shared memory left"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. "),
+            "was ended by a signal (Segmentation fault): set data.num_workers=0",
+        ),
         (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "has ended without a word"),
         (RuntimeError("DataLoader worker (pid 7) exited unexpectedly with exit code 1. Details are"), "without a word"),
         (RuntimeError(f"DataLoader worker (pid 7) exited unexpectedly with exit code {errno.ENOSPC}."), "/dev/shm"),

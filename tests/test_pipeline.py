@@ -361,6 +361,14 @@ def test_a_batch_is_made_in_pieces(folder, monkeypatch):
             assert_same(expected.eval_batches(), data.eval_batches())
 
 
+@pytest.mark.parametrize(("kept", "why"), [("0", "no GPU makes its batches"), ("0.2", "the set is kept decoded")])
+def test_a_share_of_files_for_a_gpu_that_decodes_none_is_told_of(folder, kept, why, capsys):
+    make_data(GPU, f"data.resident={kept}", base=folder_config(folder), batch_size=4)
+    assert not capsys.readouterr().err
+    make_data(GPU, f"data.resident={kept}", "data.gpu_decode=0.3", base=folder_config(folder), batch_size=4)
+    assert capsys.readouterr().err == f"note: data.gpu_decode is for nothing in this run: {why}.\n"
+
+
 def test_a_set_that_is_too_large_is_not_kept(folder):
     data = make_data(GPU, "data.resident=1e-9", base=folder_config(folder), batch_size=4)
     assert "kept" not in data.pipeline["training"]
