@@ -20,6 +20,11 @@ if len(_GPUS) > 1:
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(_GPUS[_FIRST:] + _GPUS[:_FIRST])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # First what takes longest: at the end one process would wait for the other.
+    items.sort(key=lambda item: not item.name.endswith("in_the_interpreter"))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     # What has been imported lives as long as the process: the collector need not look through it again and again.
     gc.collect()
