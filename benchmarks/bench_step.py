@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_for(__doc__, rounds=20)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS, help="default: all five")
     parser.add_argument(
-        "--methods", nargs="+", default=["tetrajet"], help="rows of Table 2, such as tetrajet qema (default: tetrajet)"
+        "--methods",
+        nargs="+",
+        default=["tetrajet"],
+        help="such as tetrajet qema nvfp4 'nvfp4 quant.rotation={}', which is nvfp4 with that key (default: tetrajet)",
     )
     parser.add_argument("--batch", type=int, help=f"images of a step (default: {BATCH})")
     parser.add_argument("--graphs", action="store_true", help="also with passes recorded as CUDA graphs")
@@ -66,9 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         kinds = itertools.product([False, True][: 1 + options.compile], [False, True][: 1 + options.graphs])
         for compiled, graphed in kinds:
             suffix = COMPILED * compiled + GRAPHS * graphed
-            for method in ["fp", *options.methods]:
-                name = (BASELINE if method == "fp" else f"{method}{options.carrier_suffix}") + suffix
-                more = [*([] if method == "fp" else options.carrier_override), f"run.cuda_graphs={graphed}"]
+            for words in ["fp", *options.methods]:
+                method, *keys = words.split()
+                name = (BASELINE if method == "fp" else f"{words}{options.carrier_suffix}") + suffix
+                more = [*keys, *([] if method == "fp" else options.carrier_override), f"run.cuda_graphs={graphed}"]
                 config = method_config(model, method)
                 runs[name] = make_run(config, device, batch=batch_size, quick=options.quick, overrides=more)
                 if compiled:
