@@ -36,9 +36,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import engine
-from config import Config, load_config
+from config import Config, UserError, load_config
 from datasets import build_data
-from engine import Run, TrainingError, evaluate
+from engine import Run, evaluate
 from models import create_model
 from quantization.stabilizers import Plan, Stabilizer, build_stabilizer
 from record.checkpoint import load_checkpoint
@@ -316,7 +316,7 @@ def test_top_1_and_top_5_count_what_they_say() -> None:
 
 
 def test_an_evaluation_set_without_images_is_a_failure() -> None:
-    with pytest.raises(TrainingError, match="no image"):
+    with pytest.raises(UserError, match="no image"):
         evaluate(fixed_run([]), Fixed())
 
 

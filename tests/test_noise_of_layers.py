@@ -292,7 +292,7 @@ BETWEEN = {
 
 @pytest.mark.parametrize("between", some(BETWEEN, every=2))
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("make", [vit, swin])
+@pytest.mark.parametrize("make", some([vit, swin], every=2))
 def test_activation_checkpointing_changes_no_bit_of_the_gradients(make, recipe, between):
     def gradients(checkpointing: bool) -> list[Tensor]:
         model = make(RECIPES[recipe])

@@ -45,7 +45,7 @@ def assert_compiled_equals_eager(make, shape: tuple[int, ...], autocast: bool) -
 
 
 @pytest.mark.parametrize("autocast", some([True, False], every=2), ids=["autocast", "float32"])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("bias", some([True, False], every=2), ids=["bias", "no bias"])
 @pytest.mark.parametrize("carrier", ["bf16", "fp8"])
 @pytest.mark.parametrize("preset", ["full_precision", "tetrajet", "microscaling"])  # others: test_methods.py
 def test_a_compiled_layer_is_one_graph_and_gives_the_bits_of_eager(preset, carrier, bias, autocast):
