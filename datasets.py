@@ -210,6 +210,7 @@ def build_data(cfg: Config, *, rank: int, world_size: int, batch_size: int, devi
         train = maker.feed(train_images, batch_size, train_order, training=True)
         if cfg.data.gpu_decode and "decoded_by_gpu" not in maker.described["training"] and rank == 0:
             why = "the set is kept decoded" if "kept" in maker.described["training"] else "no GPU makes its batches"
+            why = "a stream's images come decoded" if isinstance(train_images, Stream) else why
             print(f"note: data.gpu_decode is for nothing in this run: {why}.", file=sys.stderr, flush=True)
     return Data(
         num_classes=num_classes,
