@@ -14,6 +14,7 @@ from data_helpers import folder_config, make_data, make_folder, stack, user_erro
 from PIL import EpsImagePlugin, Image
 from quick import some
 
+from config import UserError
 from images.decode import FORMATS, open_image, to_rgb
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # Pillow's, on damage
@@ -150,6 +151,15 @@ def test_a_pipe_by_an_images_name_is_not_waited_for(tmp_path, timms, pipeline):
         assert "ant/0.png cannot be read (it is no regular file)" in user_error_of(data.train_batches(0))
         skipping = make_data(f"data.resident={resident}", "data.on_corrupt=skip", base=base, batch_size=4)
         assert stack(skipping.train_batches(0)) and skipping.corrupt
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_a_pipe_by_a_tar_files_name_is_not_waited_for(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        os.mkfifo(tmp_path / split / "ant.tar")
+    with pytest.raises(UserError, match="it is no regular file"):
+        make_data(base=folder_config(tmp_path), batch_size=4)
 
 
 @pytest.mark.parametrize("skip", [False, True])
