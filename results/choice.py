@@ -7,8 +7,10 @@ A study's first two rows are compared, for each of its values:
     ratio   gap / spread: the largest is chosen
 
 All values are to take the same time, or the slowest would win: one that takes longer than the first in the file by more
-than EVEN is not chosen. How many epochs of each would take as long as the first is said beside. Neither a test nor a
-look at any other row enters the choice, nor do other seeds than those of the file, and its seeds are not used again.
+than EVEN is not chosen. Their time is that which a device works for the steps of a run, where the file says what one
+takes, else the seconds that its runs took, which other runs beside them have lengthened. How many epochs of each would
+take as long as the first is said beside. Neither a test nor a look at any other row enters the choice, nor do other
+seeds than those of the file, and its seeds are not used again.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Candidate:
     name: str
     epochs: int
     tops: tuple[tuple[float, ...], tuple[float, ...]]  # of either row, by seed
-    seconds: float  # of a run, mean over both rows
+    seconds: float  # of a run, mean over both rows: of the device's work alone, where that is known
 
     @property
     def gap(self) -> float:
@@ -62,7 +64,7 @@ def candidates(study: Study, lines: Sequence[Line]) -> tuple[list[Candidate], li
     found, without = [], []
     for value in values:
         pair = [cells.get((row, value)) for row in rows[:2]]
-        one = None if None in pair else _candidate(value, pair, lines)
+        one = None if None in pair else _candidate(value, pair, lines, study.milliseconds.get(value))
         if one is None:
             without.append(value)
         else:
@@ -70,7 +72,7 @@ def candidates(study: Study, lines: Sequence[Line]) -> tuple[list[Candidate], li
     return sorted(found, key=lambda one: -(one.ratio if one.ratio is not None else -float("inf"))), without
 
 
-def _candidate(value: str, pair: Sequence[Cell], lines: Sequence[Line]) -> Candidate | None:
+def _candidate(value: str, pair: Sequence[Cell], lines: Sequence[Line], milliseconds: float | None) -> Candidate | None:
     tops: list[dict[int, float]] = []
     seconds: list[float] = []
     for cell in pair:
@@ -80,7 +82,7 @@ def _candidate(value: str, pair: Sequence[Cell], lines: Sequence[Line]) -> Candi
             if (line.row, line.value, line.recipe) == (cell.row, cell.value, cell.recipe) and line.seed in cell.seeds
         ]
         tops.append({line.seed: line.top1 for line in own})
-        seconds += [line.seconds for line in own]
+        seconds += [line.seconds if milliseconds is None else line.steps * milliseconds / 1e3 for line in own]
     seeds = sorted(tops[0].keys() & tops[1].keys())
     if not seeds:
         return None

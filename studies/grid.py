@@ -12,6 +12,7 @@ How such a file is written:
              all others, so that rows are compared seed by seed
   rows       name: {base, set, values (names of those that it is run with), seeds}, all of them optional
   choice     whether it is there to choose one of its values (results/choice.py)
+  milliseconds  that a device works for a step of each value, for a choice among them: so long a run takes
   tables, findings   what it asks (studies/questions.py)
 A cell, a row with one of its values, is the base with the changes of the study, of its value and of its own, in this
 order. Two cells may not be the same recipe.
@@ -75,6 +76,7 @@ class _File(Part):
     seeds: Seeds
     rows: Annotated[dict[Name, Annotated[_Row, BeforeValidator(_none)]], Field(min_length=1)]
     choice: bool = False
+    milliseconds: dict[Name, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default={})
     tables: list[Table] = Field(default=[])
     findings: list[Finding] = Field(default=[])
 
@@ -142,6 +144,7 @@ class Study:
     title: str
     cells: tuple[Cell, ...]
     choice: bool
+    milliseconds: dict[str, float]
     tables: tuple[Table, ...]
     findings: tuple[Finding, ...]
 
@@ -283,9 +286,14 @@ def read_study(file: Path) -> Study:
     values = [*given.values] if given.values else []
     if given.choice and not (values and len(given.rows) > 1):
         raise UserError(f"{file}: choice is one of several values by two rows, and the study has not both.")
+    if given.milliseconds and (odd := given.milliseconds.keys() ^ {*values}):
+        raise UserError(f"{file}: milliseconds are given of all values and of nothing else; see {min(odd)}.")
+    if given.milliseconds and not given.choice:
+        raise UserError(f"{file}: milliseconds are for a choice among the values, and the study has none.")
     if said := check_questions(given.tables, given.findings, [(cell.row, cell.value) for cell in cells]):
         raise UserError(f"{file}: {said}")
-    return Study(file, given.title, tuple(cells), given.choice, tuple(given.tables), tuple(given.findings))
+    asked = tuple(given.tables), tuple(given.findings)
+    return Study(file, given.title, tuple(cells), given.choice, given.milliseconds, *asked)
 
 
 def execution_flags(study: Study, flags: Sequence[str]) -> list[str]:

@@ -85,6 +85,34 @@ def test_what_takes_longer_is_not_chosen(regimes: Study) -> None:
     assert chosen(20.0) == "Chosen: hard, ratio 2.12."
 
 
+def test_the_time_is_that_of_the_device_where_the_file_gives_it(tmp_path: Path) -> None:
+    def chosen(milliseconds: dict[str, float]) -> tuple[list[float], str]:
+        study = read_study(write_study(tmp_path, values=VALUES, choice=True, milliseconds=milliseconds))
+        lines = [dataclasses.replace(one, steps=2000) for one in lines_of(study, seconds=99.0)]
+        return [one.seconds for one in candidates(study, lines)[0]], choice(study, lines).splitlines()[-1]
+
+    times = {"kind": 3.0, "hard": 3.4, "noisy": 1.0}
+    assert chosen(times) == ([6.8, 6.0, 2.0], "Chosen: hard, ratio 2.12.")
+    assert chosen({**times, "hard": 3.5})[1] == "Chosen: kind, ratio 0.71."
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"milliseconds": {"kind": 1.0, "hard": 1.0}}, "given of all values and of nothing else; see noisy"),
+        (
+            {"milliseconds": {**dict.fromkeys(VALUES, 1.0), "soft": 1.0}},
+            "given of all values and of nothing else; see soft",
+        ),
+        ({"milliseconds": dict.fromkeys(VALUES, 0.0)}, r"milliseconds\.kind"),
+        ({"milliseconds": dict.fromkeys(VALUES, 1.0), "choice": False}, "for a choice among the values"),
+    ],
+)
+def test_the_time_of_every_value_is_given_or_of_none(tmp_path: Path, changes: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        read_study(write_study(tmp_path, values=VALUES, **{"choice": True, **changes}))
+
+
 def test_other_seeds_than_the_studys_do_not_count(regimes: Study) -> None:
     lines = lines_of(regimes)
     others = [dataclasses.replace(one, seed=9, top1=9.0 * one.top1 / 10) for one in lines if one.seed == 1]
