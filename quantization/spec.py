@@ -147,11 +147,11 @@ class QuantizerSpec:
             return "outer_delay and target_scale are of an outer scale, and outer is none"
         if self.target_scale is not None and self.target_scale > self.scale.max:
             return (
-                f"target_scale is at most {self.scale.max:g}, {self.scale_format}'s largest; got {self.target_scale:g}"
+                f"target_scale is at most {self.scale.max:g}, {self.scale_format}'s largest; got {self.target_scale!r}"
             )
         if self.outer != "none" and self.reach < 4:
             return (
-                f"target times target_scale must be at least 4, or an outer scale may leave float32; got {self.reach:g}"
+                f"target times target_scale must be at least 4, or an outer scale may leave float32; got {self.reach!r}"
             )
         if self.arithmetic == "exact":
             return "outer fp32 needs an arithmetic, te or torchao" if self.outer == "fp32" else None
@@ -253,7 +253,7 @@ class QuantizerSpec:
     def __str__(self) -> str:
         rule = self.scale_rule if self.power_of_two else self.scale_format
         others = [
-            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+            f"{name} {repr(value).removesuffix('.0')}" if isinstance(value, float) else f"{name} {value}"
             for name, value in self._others()
             if name != "scale_format"
         ]

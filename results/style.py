@@ -19,7 +19,7 @@ PRINT = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fonts
 NAMES = {"nvfp4": "NVFP4", "mxfp4_tseng": "MXFP4 of Tseng et al.", "quartet_released": "Quartet as released"}
 NAMES |= {"quartet": "Quartet", "tetrajet2": "TetraJet-v2", "fqt": "FQT", "ue5m3": "UE5M3", "amd_mxfp4": "AMD's MXFP4"}
 NAMES |= {"full_precision": "full precision", "tetrajet": "TetraJet", "microscaling": "Microscaling", "int4": "INT4"}
-NAMES |= {"mx": "MXFP4", "qema": "Q-EMA", "qramping": "Q-Ramping", "dampen": "Dampen", "freeze": "Freeze"}
+NAMES |= {"mx": "own recipe", "qema": "Q-EMA", "qramping": "Q-Ramping", "dampen": "Dampen", "freeze": "Freeze"}
 DPI = 150
 
 

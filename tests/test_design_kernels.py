@@ -94,7 +94,7 @@ else:
         return np.where(inexact, bits + toward, bits).view(np.float64).astype(np.float32)
 
     def test_points_are_of_the_whole_space():
-        jobs = [point(number).job for number in range(2000)]
+        jobs = [point(number).job for number in range(800)]  # which a GPU compares, three matrices of each
         specs = [spec for job in jobs for spec in (job.row, job.column) if spec is not None]
         assert {s.scale_format for s in specs} == set(SCALES) and {s.element for s in specs} >= set(ELEMENTS)
         assert {"e8m0", "e8m3", "e4m3", "ue5m3", "ue5m3_61440", "fp32"} <= set(SCALES)
@@ -107,7 +107,7 @@ else:
         assert {turn.signs for turn in turns} == {"none", "fixed", "fresh"}
         assert {turn.size for turn in turns} >= {2, 4, 8, 16, 32, 64, 128}
         assert {(job.chained, job.sums) for job in jobs} == set(itertools.product((False, True), repeat=2))
-        assert len({job.text for job in jobs}) > 1900
+        assert len({job.text for job in jobs}) > 760
 
     @pytest.mark.parametrize("start", range(0, POINTS, 40))
     def test_random_points(start):

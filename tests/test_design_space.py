@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -141,6 +142,16 @@ def test_every_word_has_an_off_value_which_is_the_paper_s_quantizer():  # T2
         assert spec.plain and spec == QuantizerSpec("e2m1", "floor", "stochastic", 0, 32)
     assert not QuantizerSpec(scale_rule="even").plain
     assert not any(QuantizerSpec(**{name: value}).plain for name, value in (("correction", 1.5), ("block_rows", 32)))
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_a_word_at_its_off_value_leaves_the_paper_s_bits(name, normal):  # T2, by ml_dtypes
+    x = normal[:64]
+    exponent = torch.frexp(x.view(64, -1, 32).abs().amax(-1, keepdim=True))[1] - 1 - 2  # floor of the logarithm
+    latents = torch.ldexp(x.view(64, -1, 32), -exponent).numpy()
+    codes = torch.from_numpy(latents.clip(-6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float32))
+    spec = QuantizerSpec("e2m1", "floor", "nearest_even", -1, 32, **{name: OFF[name]})
+    assert_same_bits(fake_quantize(x, spec), torch.ldexp(codes, exponent).view_as(x))
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)

@@ -372,6 +372,8 @@ def test_quantizers_that_differ_in_one_word_print_apart():
     words += [{"scale_format": "e4m3"}, {"scale_format": "e4m3", "scale_rounding": "up"}, {"block_rows": 32}]
     words += [{"scale_format": "e4m3", "target": 4.0}, {**pow2, "outer_delay": 3}, {**pow2, "target_scale": 64.0}]
     words += [{"scale_format": "e4m3", "outer": "fp32", "arithmetic": "te"}, {"correction": 1.5}, {"gradient": "mask"}]
+    words += [{"scale_format": "e4m3", "target": target} for target in (6 * 16 / 17, 5.64706)]
+    words += [{"correction": correction} for correction in (1.009276, 1.00928)]
     assert {word for some in words for word in some} == {f.name for f in fields(QuantizerSpec)} - {"axis"}
     assert len({str(LinearRecipe(q2=QuantizerSpec(**some))) for some in words}) == len(words)
     assert str(PRESETS["fqt"]).startswith("q1 q2 q4: e2m1/e4m3/nearest_even outer pow2 block 16, q3 q5 q6: ")
