@@ -39,7 +39,7 @@ from bench_step import BATCH
 from common import MODELS, TINY, Results, command, method_config, parse, parser_for, union_of
 from PIL import Image
 
-from config import load_config
+from config import UserError, load_config
 from datasets import Data, build_data
 from engine import Run, train_step
 from images.draws import Drawing
@@ -365,6 +365,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--decode", type=float, default=1.0, help="of `gpu, nvjpeg`, data.gpu_decode (default: 1)")
     parser.add_argument("--carrier", default="bf16", choices=["bf16", "fp8"], help="quant.carrier")
     options, device = parse(parser, argv)
+    if TINY_IMAGENET in options.models and "gpu, nvjpeg" in options.pipelines:
+        raise UserError(
+            f"Command line: {TINY_IMAGENET} is kept on the device, so no file of it is the GPU's to decode."
+        )
     if options.workers is None:
         cores = len(os.sched_getaffinity(0)) // environment_number("LOCAL_WORLD_SIZE", 1)
         options.workers = 0 if options.quick else max(1, cores)
@@ -395,7 +399,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> None:
             root = roots[model == TINY_IMAGENET]
             if options.loader:
                 loader_alone(results, model, root, options, device)
-            if not options.no_training:
+            if not options.no_training and {*options.pipelines} != {"float"}:  # which trains no more
                 training(results, model, root, options, device)
         if options.world_size > 1:
             dist.barrier()  # the files are the first process's, and the others may still read

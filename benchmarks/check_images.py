@@ -2,10 +2,11 @@
 
     python benchmarks/check_images.py --data-path DIR [--images 500] [--size 224]
 
-DIR holds JPEG files, in folders or not. Every image is cropped by the recipe's own draws; then each operation is done
-to it by the kernels and by Pillow. `chain` is all that the recipe draws, of files that the GPU decodes; `decoder` is
-that decoder alone. The last rows are controls: what a wrong filter and a swapped operation would look like. Prints a
-table in Markdown. On a CPU (--quick) the kernels run in Triton's interpreter with TRITON_INTERPRET=1.
+DIR holds JPEG files, in folders or not; those of other colours than RGB, and what is none by such a name, are left
+out. Every image is cropped by the recipe's own draws; then each operation is done to it by the kernels and by Pillow.
+`chain` is all that the recipe draws but erasing, decoded by libjpeg or by the GPU; `decoder` is the latter alone. The
+last rows are controls: what a wrong filter and a swapped operation would look like. Prints a table in Markdown. On a
+CPU (--quick) the kernels run in Triton's interpreter with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import io
 import itertools
 import multiprocessing
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -27,6 +29,7 @@ from torch import Tensor
 
 import models  # noqa: F401 (timm's patches)
 from config import UserError, load_config
+from images.decode import reason
 from images.draws import (
     AFFINE,
     AUTO_CONTRAST,
@@ -97,10 +100,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError("On a CPU there is nothing to compare unless TRITON_INTERPRET=1 lets the kernels run.")
     files = sorted(p for p in options.data_path.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg") and p.is_file())
-    contents = [path.read_bytes() for path in files[:: max(1, len(files) // options.images)][: options.images]]
-    images = [Image.open(io.BytesIO(content)) for content in contents]
-    contents = [content for content, image in zip(contents, images, strict=True) if image.mode == "RGB"]
-    images = [image.convert("RGB") for image in images if image.mode == "RGB"]
+    contents, images = [], []
+    for path in files[:: max(1, len(files) // options.images)][: options.images]:
+        content = path.read_bytes()
+        try:
+            image = Image.open(io.BytesIO(content))
+            pixels = image.convert("RGB")
+        except Exception as error:
+            print(f"left out: {path} ({reason(error)})", file=sys.stderr)
+            continue
+        if (image.format, image.mode) == ("JPEG", "RGB"):
+            contents.append(content)
+            images.append(pixels)
     if not images:
         raise UserError(f"{options.data_path} holds no JPEG files in colour.")
     size = options.size

@@ -51,6 +51,9 @@ CACHE_BYTES = 2**30  # many times the last-level cache of any GPU
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+COUNTS = ("batch", "batches", "tokens", "files", "steps", "images", "size")  # options of some benchmarks
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"Command line: {message}; see --help.")
@@ -93,6 +96,10 @@ def parse(
     options.carrier_override, options.carrier_suffix = (["quant.carrier=fp8"], " fp8") if fp8 else ([], "")
     if options.quick:
         options.rounds, options.warmup = 2, 1
+    for name in COUNTS:
+        given = getattr(options, name, None)
+        if given is not None and min(given if isinstance(given, list) else [given]) < 1:
+            raise UserError(f"Command line: --{name} must be at least 1.")
     if options.rounds < 2 or options.warmup < 1:
         raise UserError("Command line: --rounds must be at least 2 and --warmup at least 1.")
     if torch.cuda.is_available() and not getattr(options, "cpu", False):

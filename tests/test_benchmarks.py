@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
+import re
 import runpy
 import subprocess
 import sys
@@ -25,6 +27,7 @@ import common
 import pytest
 import torch
 from helpers import ROOT, environment
+from PIL import Image
 
 from config import UserError, load_config, recipe_differences
 from quantization import QuantizerSpec, QuantLinear, fake_quantize
@@ -398,6 +401,43 @@ def test_kernels_are_compared_with_pillow_and_controls_differ(tmp_path: Path) ->
     controls = {name for name in largest if name.startswith("control")}
     assert len(controls) == 2 and len(largest) == 14
     assert all((level > 0) == (name in controls) for name, level in largest.items()), largest
+
+
+def test_what_is_no_photograph_is_left_out_by_its_name(tmp_path: Path) -> None:
+    photograph = bench_images.photograph(0, (64, 64))
+    (tmp_path / "text.jpg").write_bytes(b"no image")
+    (tmp_path / "cut.jpg").write_bytes(photograph[:300])
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.jpg", "PNG")
+    Image.new("L", (8, 8)).save(tmp_path / "grey.jpg")
+    script = [sys.executable, str(ROOT / "benchmarks/check_images.py"), "--data-path", str(tmp_path), "--quick"]
+    env = {**environment(), "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    done = subprocess.run(script, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "holds no JPEG files in colour" in done.stderr and "Traceback" not in done.stderr
+    assert {Path(line.split()[2]).name for line in done.stderr.splitlines() if line.startswith("left out: ")} == {
+        "text.jpg",
+        "cut.jpg",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "said"),
+    [
+        ("check_images", ["--data-path", ".", "--images", "0"], "--images must be at least 1"),
+        ("check_images", ["--data-path", ".", "--size", "-3"], "--size must be at least 1"),
+        ("bench_images", ["--files", "0"], "--files must be at least 1"),
+        ("bench_images", ["--steps", "-2"], "--steps must be at least 1"),
+        ("bench_images", ["--models", "tiny_imagenet", "--pipelines", "gpu, nvjpeg"], "kept on the device"),
+        ("bench_packed", ["--batches", "4", "0"], "--batches must be at least 1"),
+        ("bench_probe", ["--batch", "0"], "--batch must be at least 1"),
+        ("bench_scaling", ["--batch", "0"], "--batch must be at least 1"),
+        ("bench_stabilizers", ["--batch", "0"], "--batch must be at least 1"),
+        ("bench_step", ["--batch", "0"], "--batch must be at least 1"),
+        ("bench_linear", ["--tokens", "0"], "--tokens must be at least 1"),
+    ],
+)
+def test_numbers_that_count_nothing_are_told_of(name: str, flags: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        importlib.import_module(name).main([*flags, "--quick"])
 
 
 def test_turns_that_cross_the_end_of_an_epoch_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
