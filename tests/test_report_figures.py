@@ -245,6 +245,6 @@ def test_early_is_a_third_of_the_way(epochs: Any, expected: list[int]) -> None:
 def test_methods_go_by_the_names_of_the_paper(runs: dict[str, Path]) -> None:
     assert spoken("tetrajet_qramping") == "TetraJet + Q-Ramping" and spoken("full_precision") == "full precision"
     assert spoken("microscaling_freeze") == "Microscaling + Freeze" and spoken("int4") == "INT4"
-    assert spoken("mx_dampen") == "MXFP4 + Dampen"
+    assert spoken("mx_dampen") == "own recipe + Dampen"
     read = [read_recordings(runs[name]) for name in ("tetrajet", "qema", "tetrajet")]
     assert labels(read) == ["TetraJet (tetrajet)", "TetraJet + Q-EMA", "TetraJet (tetrajet)"]
