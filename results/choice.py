@@ -108,7 +108,8 @@ def choice(study: Study, lines: Sequence[Line]) -> str:
     header = [word.format(first=rows[0], second=rows[1]) for word in HEADER]
     text = [
         f"Ratio of the gap in top-1 (%), {rows[0]} less {rows[1]}, to the spread over seeds, pooled over both; the "
-        "largest is chosen.",
+        "largest is chosen. Seconds: "
+        + ("the device's work for the steps of a run." if study.milliseconds else "of runs, others beside them."),
         "",
         markdown_table(header, table),
     ]

@@ -51,7 +51,8 @@ def test_the_largest_ratio_of_gap_to_spread_is_chosen(regimes: Study) -> None:
         (1.0, pytest.approx(spread), pytest.approx(1 / spread)),
         (6.0, pytest.approx(8 * spread), pytest.approx(6 / spread / 8)),
     ]
-    assert choice(regimes, lines_of(regimes)).endswith("Chosen: hard, ratio 2.12.")
+    text = choice(regimes, lines_of(regimes))
+    assert "Seconds: of runs, others beside them." in text and text.endswith("Chosen: hard, ratio 2.12.")
 
 
 def test_only_runs_of_the_present_recipe_and_of_seeds_in_common_count(regimes: Study) -> None:
@@ -89,6 +90,7 @@ def test_the_time_is_that_of_the_device_where_the_file_gives_it(tmp_path: Path) 
     def chosen(milliseconds: dict[str, float]) -> tuple[list[float], str]:
         study = read_study(write_study(tmp_path, values=VALUES, choice=True, milliseconds=milliseconds))
         lines = [dataclasses.replace(one, steps=2000) for one in lines_of(study, seconds=99.0)]
+        assert "Seconds: the device's work" in choice(study, lines)
         return [one.seconds for one in candidates(study, lines)[0]], choice(study, lines).splitlines()[-1]
 
     times = {"kind": 3.0, "hard": 3.4, "noisy": 1.0}
