@@ -109,7 +109,7 @@ def choice(study: Study, lines: Sequence[Line]) -> str:
     text = [
         f"Ratio of the gap in top-1 (%), {rows[0]} less {rows[1]}, to the spread over seeds, pooled over both; the "
         "largest is chosen. Seconds: "
-        + ("the device's work for the steps of a run." if study.milliseconds else "of runs, others beside them."),
+        + ("the device's work for the steps of a run." if study.milliseconds else "of runs, whatever ran beside them."),
         "",
         markdown_table(header, table),
     ]
