@@ -34,6 +34,7 @@ def build_parser() -> Parser:
     chosen.add_argument(
         "--filter", nargs="+", default=[], metavar="NAME", help="rows, values or runs of the study, with * and ?"
     )
+    chosen.add_argument("--without", nargs="+", default=[], metavar="NAME", help="the same, of what is left out")
     chosen.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="in place of the study's")
     placed = argparse.ArgumentParser(add_help=False)
     placed.add_argument("--output", type=Path, metavar="DIR", help="folder of the runs (default: runs/STUDY)")
@@ -46,7 +47,7 @@ def build_parser() -> Parser:
     planned = commands.add_parser("plan", parents=[chosen, placed], help="what is to be run; flags of main.py after --")
     planned.add_argument("what", metavar="FILE|TABLE")
     planned.add_argument("words", nargs="*", metavar="ROW|all [MODEL]", help="of a table")
-    planned.add_argument("--runs-dir", type=Path, default=Path("runs"), help="of a table")
+    planned.add_argument("--runs-dir", type=Path, metavar="DIR", help="of a table (default: runs)")
     run = commands.add_parser("run", parents=[chosen, placed], help="run a study; flags of main.py after --")
     run.add_argument("what", metavar="FILE")
     run.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one, or one for each GPU)")
@@ -62,13 +63,23 @@ def build_parser() -> Parser:
     return parser
 
 
+def refuse(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Raise UserError where an option is given that would be ignored."""
+    if given := [name for name in names if getattr(options, name, None)]:
+        word = " ".join(options.words) if given[0] == "words" else f"--{given[0].replace('_', '-')}"
+        raise UserError(f"{word} is {why}.")
+
+
 def of_table(options: argparse.Namespace, flags: Sequence[str]) -> None:
     """list and plan of a table of the paper."""
+    refuse(options, ("filter", "without", "seeds", "output", "results"), "a study's; a table takes ROW|all [MODEL]")
+    if options.command == "list" and flags:
+        raise UserError(f"list takes no flags of main.py, such as {flags[0]}; plan does.")
     number = int(options.what)
     if options.command == "list":
         print(listing(number))
     else:
-        for reference in runs_to_start(number, options.words, flags, options.runs_dir):
+        for reference in runs_to_start(number, options.words, flags, options.runs_dir or Path("runs")):
             print(reference)
 
 
@@ -91,10 +102,11 @@ def of_study(options: argparse.Namespace, flags: Sequence[str]) -> int:
         raise UserError(
             f"{options.what} is neither the number of a table nor a study's file, such as configs/studies/digits.yaml."
         )
+    refuse(options, ("words", "runs_dir"), "a table's; runs of a study are chosen by --filter")
     study = read_study(Path(options.what))
     if (seed := next((seed for seed in options.seeds if not 0 <= seed < 2**32), None)) is not None:
         raise UserError(f"--seeds has {seed}; numbers from 0 to {2**32 - 1} were expected.")
-    runs = study.runs(options.filter, options.seeds)
+    runs = study.runs(options.filter, options.seeds, options.without)
     if options.command == "list":
         print(study_listing(study, runs))
         return 0

@@ -152,12 +152,15 @@ class Study:
     def name(self) -> str:
         return self.file.stem
 
-    def runs(self, patterns: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[StudyRun]:
+    def runs(
+        self, patterns: Sequence[str] = (), seeds: Sequence[int] = (), without: Sequence[str] = ()
+    ) -> list[StudyRun]:
         """What the first of its tables needs, then the second, ..., then what none needs: a study that is cut off can
         answer what it asks first. Each of these seed by seed, so that rows come in pairs; then value by value.
 
-        patterns: names of rows, values, cells or runs, * and ? in them as in names of files; empty: all.
-        seeds: in place of the study's. Raises UserError for a pattern that matches nothing.
+        patterns: names of rows, values, cells or runs, * and ? in them as in names of files; empty: all. without: those
+        that are left out. seeds: in place of the study's. Raises UserError for a pattern that matches nothing, and
+        where no run is left.
         """
         found = []
         for cell in self.cells:
@@ -165,11 +168,15 @@ class Study:
             asked = next((n for n, one in enumerate(self.tables) if one.has(cell.row, cell.value)), len(self.tables))
             found += [((asked, place), StudyRun(cell, seed)) for place, seed in enumerate(dict.fromkeys(chosen))]
         runs = [run for _, run in sorted(found, key=lambda pair: pair[0])]
-        for pattern in patterns:
+        for pattern in (*patterns, *without):
             if not any(run.matches(pattern) for run in runs):
                 known = dict.fromkeys(name for run in runs for name in run.names[:3] if name)
                 raise UserError(f"{self.file} has no run {pattern}; {did_you_mean(pattern, known)}")
-        return [run for run in runs if not patterns or any(map(run.matches, patterns))]
+        runs = [run for run in runs if not patterns or any(map(run.matches, patterns))]
+        kept = [run for run in runs if not any(map(run.matches, without))]
+        if runs and not kept:
+            raise UserError(f"No run of {self.file} is left without {' '.join(without)}.")
+        return kept
 
 
 def _flat(changes: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -145,7 +145,11 @@ def test_a_command_is_one_from_the_root_of_the_repository() -> None:
     ids=str,
 )
 def test_a_filter_chooses_runs(tmp_path: Path, patterns: list[str], names: list[str]) -> None:
-    assert [run.name for run in read_study(write_study(tmp_path)).runs(patterns)] == names
+    study = read_study(write_study(tmp_path))
+    assert [run.name for run in study.runs(patterns)] == names
+    left = [run.name for run in study.runs() if run.name not in names]
+    assert [run.name for run in study.runs(without=patterns)] == left
+    assert [run.name for run in study.runs(["*-seed1"], without=["tetrajet"])] == ["full_precision-seed1"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,6 +224,10 @@ def test_no_file_and_no_name(tmp_path: Path) -> None:
         read_study(write_study(tmp_path, "a-b"))
     with pytest.raises(UserError, match=r"has no run tetrajett; did you mean tetrajet\?"):
         read_study(write_study(tmp_path)).runs(["tetrajett"])
+    with pytest.raises(UserError, match=r"has no run tetrajett; did you mean tetrajet\?"):
+        read_study(write_study(tmp_path)).runs(without=["tetrajett"])
+    with pytest.raises(UserError, match=r"is left without full_precision tetra\*"):
+        read_study(write_study(tmp_path)).runs(without=["full_precision", "tetra*"])
 
 
 @pytest.mark.parametrize(
