@@ -102,11 +102,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = sorted(p for p in options.data_path.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg") and p.is_file())
     contents, images = [], []
     for path in files[:: max(1, len(files) // options.images)][: options.images]:
-        content = path.read_bytes()
         try:
+            content = path.read_bytes()
             image = Image.open(io.BytesIO(content))
             pixels = image.convert("RGB")
-        except Exception as error:
+        except Exception as error:  # Pillow raises any
             print(f"left out: {path} ({reason(error)})", file=sys.stderr)
             continue
         if (image.format, image.mode) == ("JPEG", "RGB"):
