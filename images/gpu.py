@@ -105,17 +105,20 @@ class Finisher:
             places += [(before + row, parcel, row) for row in rows]
             before += len(parcel)
         files = [_file(parcel, row) for _, parcel, row in places]
+        shapes = [(3, *parcel.images[row, [columns.ROW, columns.PIXEL]].tolist()) for _, parcel, row in places]
         images = self.decoder(files) if self._device.type == "cuda" else [None] * len(files)
-        left = [file for file, image in zip(files, images, strict=True) if image is None]
+        # The kernels read as far as the file says that the image goes.
+        fits = [image is not None and image.shape == shape for image, shape in zip(images, shapes, strict=True)]
+        left = [file for file, fit in zip(files, fits, strict=True) if not fit]
         with ThreadPoolExecutor(THREADS) as threads:  # which it starts as it needs them
             others = threads.map(_by_libjpeg, left)
         decoded, failed = {}, []
-        for (number, parcel, row), image in zip(places, images, strict=True):
-            if image is None:
-                pixels = next(others)
-                if pixels is None:
-                    pixels, failed = np.zeros((*_box_end(parcel, row), 3), np.uint8), [*failed, number]
-                image = torch.from_numpy(pixels).to(self._device).permute(2, 0, 1)
+        for (number, *_), shape, image, fit in zip(places, shapes, images, fits, strict=True):
+            if not fit:
+                image = next(others)
+                if image is None or image.shape != shape:
+                    image, failed = torch.zeros((), dtype=torch.uint8).expand(shape), [*failed, number]
+                image = image.to(self._device)
             decoded[number] = image
         return Decoded(decoded, failed)
 
@@ -145,22 +148,16 @@ def _file(parcel: Parcel, row: int) -> Tensor:
     return parcel.source[start : start + length]
 
 
-def _by_libjpeg(file: Tensor) -> np.ndarray | None:
-    """(height, width, 3) of a JPEG file; None where it cannot be decoded."""
+def _by_libjpeg(file: Tensor) -> Tensor | None:
+    """(3, height, width) of a JPEG file; None where it cannot be decoded."""
     try:
-        return decode_plain(file.numpy().tobytes())
+        return torch.from_numpy(decode_plain(file.numpy().tobytes())).permute(2, 0, 1)
     except Exception:  # as for all images
         return None
 
 
 def _pinned(parcel: Parcel) -> Parcel:
     return Parcel(parcel.memory.pin_memory(), parcel.layout, parcel.extent)
-
-
-def _box_end(parcel: Parcel, row: int) -> tuple[int, int]:
-    """Height and width up to the end of an image's box."""
-    top, left, height, width = parcel.images[row, columns.TOP : columns.WIDTH + 1].tolist()
-    return top + height, left + width
 
 
 def augment(parcel: Parcel, levels: Tensor, size: int) -> Tensor:

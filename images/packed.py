@@ -118,7 +118,7 @@ class Draws:
             box = place[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
             place = box.copy()  # lets go of all
             drawn = drawn._replace(crop=crop._replace(top=0, left=0))
-        return Sample(place, kind, drawn)
+        return Sample(place, kind, drawn, (height, width))
 
     def _too_large(self, kind: int, crop: Crop) -> bool:
         sent = 3 * crop.height * crop.width if kind == PIXELS else 0

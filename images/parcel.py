@@ -22,7 +22,8 @@ from images.slots import Slot, Slots
 PIXELS, JPEG, RESIDENT = range(3)  # an image's pixels (height, width, 3); its file; its number in a Resident
 
 # Columns of `images`, int64, a row for each image.
-START, ROW, PIXEL, CHANNEL = range(4)  # of the image's memory: first byte, and steps between rows, pixels, channels
+# Of the image's memory: first byte, and steps between rows, pixels, channels. Of a file: first byte, height, width.
+START, ROW, PIXEL, CHANNEL = range(4)
 TOP, LEFT, HEIGHT, WIDTH, TO_HEIGHT, TO_WIDTH, DOWN, RIGHT, BICUBIC = range(4, 13)  # Crop
 FLIP, OPERATIONS, FIRST_BOX, BOXES, BETWEEN, COLUMNS_FIRST, KIND, LENGTH = range(13, 21)
 COLUMNS = 21
@@ -40,6 +41,7 @@ class Sample(NamedTuple):
     place: Any  # PIXELS: (height, width, 3) uint8, the crop's box alone; JPEG: bytes; RESIDENT: Resident's place
     kind: int
     drawn: Drawn
+    size: tuple[int, int] = (0, 0)  # JPEG: height and width, as the file says
 
 
 class Extent(NamedTuple):
@@ -174,8 +176,8 @@ def _place_images(samples: Sequence[Sample], images: np.ndarray) -> list[np.ndar
             continue
         piece = np.frombuffer(sample.place, np.uint8) if sample.kind == JPEG else sample.place.reshape(-1)
         images[row, START], images[row, LENGTH] = filled, piece.size
-        if sample.kind == PIXELS:
-            images[row, [ROW, PIXEL, CHANNEL]] = 3 * sample.place.shape[1], 3, 1
+        lies = (*sample.size, 0) if sample.kind == JPEG else (3 * sample.place.shape[1], 3, 1)
+        images[row, [ROW, PIXEL, CHANNEL]] = lies
         pieces.append(piece)
         filled += piece.size
     return pieces

@@ -155,10 +155,10 @@ def _layer(
 ) -> PackedLinear:
     """The packed layer of a file's tensors. Raises UserError where their values are none that an export writes."""
     packed = Packed(parts[CODES], parts[SCALES].t(), stored(recipe.q2), linear.in_features)
-    outer, held = (parts[leaf].view(torch.float32) if leaf in parts else None for leaf in (OUTER, HELD))
-    weight = PackedWeight(packed, outer)
+    outer, held = parts.get(OUTER), parts.get(HELD)
+    weight = PackedWeight(packed, None if outer is None else outer.view(torch.float32))
     fault = weight_fault(weight, recipe.q2)
-    if held is not None and not (torch.isfinite(held) and held >= 0):
+    if held is not None and not (held.view(torch.float32).isfinite() and held >= 0):
         fault = "has a largest activation that is no number"
     if fault is not None:
         raise UserError(f"{path} cannot be used: {name} {fault}.")

@@ -155,8 +155,8 @@ class PackedLinear(nn.Module):
         weight: as q2 has made it.
         recipe: of the layer that was trained.
         quantize_activations: by q1, as in training; else the layer multiplies X as it comes (or is rotated).
-        held: the largest activation that a delayed outer scale of q1 hangs from (float32 scalar); None or 0 for that of
-            each X itself.
+        held: the bits of the largest activation (float32) that a delayed outer scale of q1 hangs from (int32 scalar);
+            None or 0 for that of each X itself.
 
     Raises ValueError for a recipe that has no packed form and for tensors of other shapes.
     """
@@ -178,8 +178,8 @@ class PackedLinear(nn.Module):
         if outer is not None:
             given[OUTER] = outer.detach().float().view(torch.int32)
         if HELD in tensors_of_layer(recipe, self.shape):
-            held = torch.zeros((), device=packed.codes.device) if held is None else held
-            given[HELD] = held.detach().float().clone().view(torch.int32)  # training renews its own
+            held = torch.zeros((), dtype=torch.int32, device=packed.codes.device) if held is None else held
+            given[HELD] = held.clone()  # training renews its own
         shapes = {name: tuple(value.shape) for name, value in given.items()}
         own = {name: shape for name, (shape, _) in tensors_of_layer(recipe, self.shape).items()}
         if shapes != own:
@@ -232,7 +232,7 @@ class PackedLinear(nn.Module):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         X_ND = x.reshape(-1, x.shape[-1])
-        held = None if self.held is None else -self.held.view(torch.float32).repeat(2)  # below 0: it stays
+        held = None if self.held is None else -self.held.repeat(2)  # below 0: it stays
         x1 = prepare(X_ND, self.jobs.of(X, X_ND, dtype, column=False), held=held).row
         bias_C = None if self.bias is None else self.bias.to(dtype)
         output = multiply(x1, self._operand(X_ND, dtype), (COLUMNS, COLUMNS), dtype, dtype, bias_C)

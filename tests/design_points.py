@@ -126,7 +126,7 @@ def differences_at(it: Point, device: torch.device) -> list[str]:
         shadow = x.float() * (1 + torch.randn(it.shape, generator=torch.Generator().manual_seed(1)).to(device) / 4)
     results = []
     for backend in ("triton", "reference"):
-        held = torch.tensor([0.7, 0.0], device=device)
+        held = torch.tensor([0.7, 0.0], device=device).view(torch.int32)
         with by(backend):
             results.append((prepare(x, job, noise, shadow, held=held), held))
     (ours, held), (theirs, expected) = results

@@ -31,7 +31,7 @@ def trained_model(
         if hasattr(module, "shadow"):
             module.shadow = module.weight.detach() * (1 + 0.2 * torch.randn(module.weight.shape))
             if module.held is not None:
-                module.held.copy_(torch.tensor([[3.7, 0.0], [0.31, 0.0], [0.0, 0.0]]))
+                module.held.copy_(torch.tensor([[3.7, 0.0], [0.31, 0.0], [0.0, 0.0]]).view(torch.int32))
     return net.eval(), cfg
 
 

@@ -240,13 +240,13 @@ def test_what_codes_and_scales_cannot_say_is_refused_and_not_written_wrong(monke
 def test_a_delayed_outer_scale_is_what_training_left(held: float) -> None:
     """Of the activations' too, which no weight shows; at whichever position an evaluation is."""
     layer = layer_of(PRESETS["ue5m3"])
-    layer.held.fill_(held)
+    layer.held.view(torch.float32).fill_(held)
     packed, x = PackedLinear.from_quantized(layer), input_of(64)
     with torch.no_grad():
         for position in (0, 1, 49, 50):
             layer.noise.seek(position)
             assert torch.equal(packed(x), layer(x))
-        layer.held[0] = 1e-6
+        layer.held.view(torch.float32)[0] = 1e-6
         assert torch.equal(packed(x), layer(x)) is False  # the control: it is heard
 
 

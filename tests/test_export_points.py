@@ -36,7 +36,7 @@ def test_a_packed_layer_keeps_the_bits_of_any_quantizer(number: int) -> None:
     if draw.random() < 0.4:
         layer.shadow = layer.weight * (1 + 0.3 * torch.randn(shape))
     if layer.held is not None:
-        layer.held.fill_(draw.choice((0.0, 0.01, 30.0)))
+        layer.held.view(torch.float32).fill_(draw.choice((0.0, 0.01, 30.0)))
     packed, x = PackedLinear.from_quantized(layer), torch.randn(3, 5, shape[1])
     assert torch.equal(packed.quantized_weight(), layer.quantized_weight())
     assert torch.equal(packed(x), layer(x))

@@ -104,6 +104,20 @@ def test_a_file_that_the_gpu_cannot_decode_is_pillows(folder, monkeypatch, capsy
     assert_same(expected.train_batches(0), [(images.cpu(), targets.cpu())])
 
 
+def test_an_image_of_another_size_than_its_file_says_is_pillows(folder, monkeypatch):  # noqa: F811
+    options = {"base": [*folder_config(folder), FILES, "data.gpu_decode=1"], "batch_size": 4}
+    expected = make_data("data.gpu_decode=0", base=options["base"], batch_size=4)
+
+    def cut(*args: object, **more: object) -> list[torch.Tensor]:
+        images = decode_jpeg(*args, **more)
+        return [image[:, : image.shape[1] - number % 2 * 3] for number, image in enumerate(images, 1)]
+
+    monkeypatch.setattr("images.jpegs.decode_jpeg", cut)
+    plain = stack(make_data(**options, device="cuda").train_batches(0))[0].cpu()
+    same = [torch.equal(a, b) for a, b in zip(plain, stack(expected.train_batches(0))[0], strict=True)]
+    assert any(same) and not all(same)  # those of the GPU's decoder differ by levels
+
+
 def test_a_file_that_the_gpu_refuses_leaves_its_neighbours_alone(capsys):
     stream = io.BytesIO()
     photograph(1, 64, 80).save(stream, "JPEG")

@@ -186,3 +186,14 @@ def test_what_the_decoder_leaves_is_decoded_by_several_threads_in_order(monkeypa
     assert decoded.failed == [5] and list(decoded.images) == list(range(16))
     for number in set(range(16)) - {5}:
         assert np.array_equal(decoded.images[number].permute(1, 2, 0).numpy(), decode(CONTENTS[number]))
+
+
+@pytest.mark.parametrize("size", [(19, 30), (20, 31), (30, 20)])
+def test_an_image_of_another_size_than_its_file_said_has_failed(size):
+    """Kernels would read beside it; the failed image reads as zeros as far as the file said."""
+    maker = Draws(train_transform(make_config()), 16, 1.0)
+    sample = maker.make(maker.open(CONTENTS[0], 0), 0, 0, 0, 0)
+    assert sample.size == (20, 30)
+    decoded = Finisher(16, (0.5,) * 3, (0.5,) * 3, CPU).decode([pack([sample, sample._replace(size=size)], [0] * 2)])
+    assert decoded.failed == [1] and decoded.images[0].any()
+    assert decoded.images[1].shape == (3, *size) and not decoded.images[1].any()

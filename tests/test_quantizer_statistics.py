@@ -7,18 +7,20 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from test_kernels import noise_on
 from test_methods import Blocks
 from torch import nn
 
-from quantization import PRESETS, LinearRecipe, QuantizerSpec, QuantLinear, convert_linears, fake_quantize
-from quantization.backends.reference import amax_of
-from quantization.watch.quantizers import STATISTICS, quantizer_statistics, statistics_of
+from quantization import PRESETS, LinearRecipe, QuantizerSpec, QuantLinear, convert_linears
+from quantization.backends.reference import amax_of, quantize
+from quantization.watch.quantizers import PLACES, STATISTICS, Observer, quantizer_statistics, statistics_of
 
 NVFP4 = QuantizerSpec(block_size=16, scale_format="e4m3")
 
 
 def of(x: torch.Tensor, spec: QuantizerSpec) -> dict[str, float]:
-    found = statistics_of(x, fake_quantize(x, spec, seed=1), spec, amax_of(x, spec))
+    noise = noise_on(x.device)
+    found = statistics_of(x, quantize(x, spec, noise), spec, amax_of(x, spec), noise)
     return dict(zip(STATISTICS, found.tolist(), strict=True))
 
 
@@ -42,7 +44,62 @@ def test_underflow_and_saturation_are_counted():
     assert of(x, QuantizerSpec())["saturated"] == 0
 
 
-@pytest.mark.parametrize("method", ["tetrajet", "nvfp4", "quartet", "mxfp4_tseng"])
+@pytest.mark.parametrize("scale_format", ["e4m3", "e8m3", "ue5m3"])
+def test_a_scale_that_was_drawn_is_the_one_that_counts(scale_format):
+    """By what the quantizer made: six times the scale of each block's largest number. With the nearest scale too."""
+    spec = dataclasses.replace(NVFP4, scale_format=scale_format, scale_rounding="stochastic")
+    x = torch.randn(256, 512, generator=torch.Generator().manual_seed(2))
+    for it in (spec, dataclasses.replace(spec, scale_rounding="nearest")):
+        q = quantize(x, it, noise_on(x.device))
+        largest = q.view(256, -1, 16).abs().amax(-1, keepdim=True)
+        beyond = float((x.view(256, -1, 16).abs() > largest).double().mean())
+        found = of(x, it)
+        assert found["saturated"] == pytest.approx(beyond) and found["saturated"] > 0.01 and found["underflow"] == 0
+        small = x * 2.0**-10  # whose scales round, or are drawn, to none of e4m3's but zero
+        gone = quantize(small, it, noise_on(x.device)).view(256, -1, 16).abs().amax(-1) == 0
+        underflow = of(small, it)["underflow"]
+        assert underflow == pytest.approx(float(gone.double().mean())) and (underflow > 0) == (scale_format == "e4m3")
+
+
+@pytest.mark.parametrize("role", ["X", "W", "G"])
+def test_a_delayed_outer_scale_is_the_layer_s(role):
+    """What is read has grown a thousandfold since: all of it saturates, as it does in the layer, whose product with the
+    identity is what the quantizer made."""
+    spec = dataclasses.replace(NVFP4, outer="pow2", outer_delay=50)
+    layer = QuantLinear.from_linear(nn.Linear(32, 32, bias=False), LinearRecipe(**{PLACES[role][0]: spec}))
+    torch.manual_seed(3)
+    x = torch.randn(32, 32)
+    layer.weight.data.copy_(torch.eye(32))
+
+    def product(size: float) -> torch.Tensor:
+        given = {name: torch.eye(32) for name in PLACES} | {role: size * x}
+        if role == "W":
+            layer.weight.data.copy_(given["W"])
+        given["X"].requires_grad_()
+        y = layer(given["X"])
+        (gradient,) = torch.autograd.grad(y, given["X"], given["G"])
+        return {"X": y, "W": y.T, "G": gradient}[role].detach()
+
+    layer.noise.seek(0)
+    product(1.0)
+    held = layer.held.clone()
+    layer.noise.seek(1)
+    for training in (True, False):
+        layer.train(training).observer = Observer()
+        q = product(1000.0)
+        found = dict(zip(STATISTICS, layer.observer.found[PLACES[role][0]].tolist(), strict=True))
+        assert found["mse"] == pytest.approx(float((q - 1000 * x).double().square().sum() / (1000 * x).square().sum()))
+        assert found["saturated"] > 0.9 and found["gain"] < 0.1
+        assert torch.equal(layer.held, held)
+    layer.noise.seek(50)
+    layer.train().observer = Observer()
+    product(1000.0)
+    found = layer.observer.found[PLACES[role][0]]
+    assert found[3] < 0.05 and found[1] == pytest.approx(1, abs=0.01)  # the control: renewed, nothing is amiss
+    assert layer.held.view(torch.float32).max() == (1000 * x).abs().max()
+
+
+@pytest.mark.parametrize("method", ["tetrajet", "nvfp4", "quartet", "mxfp4_tseng", "ue5m3"])
 def test_every_quantizer_of_a_model_has_its_own_and_the_model_is_as_before(method):
     torch.manual_seed(0)
     model = Blocks()
@@ -68,7 +125,7 @@ def test_every_quantizer_of_a_model_has_its_own_and_the_model_is_as_before(metho
 def test_a_layer_tells_what_its_quantizers_read():
     layer = QuantLinear.from_linear(nn.Linear(32, 48), LinearRecipe(q1=NVFP4, q5=NVFP4))
     seen = {}
-    layer.observer = lambda role, x, job, noise, shadow: seen.update({role: x})
+    layer.observer = lambda role, x, *_: seen.update({role: x})
     x = torch.randn(16, 32)
     layer(x).backward(torch.full((16, 48), 2.0))
     assert torch.equal(seen["X"], x) and torch.equal(seen["W"], layer.weight) and (seen["G"] == 2).all()

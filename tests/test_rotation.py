@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 
 import pytest
 import scipy.linalg
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
+from config import UserError
 from quantization import PRESETS, LinearRecipe, QuantizerSpec, QuantLinear, fake_quantize
 from quantization.noise import STREAMS_PER_LAYER, Noise
 from quantization.rotation import FIXED, SIGNS, SIZES, Rotation, Turn, hadamard, rotate, rotate_back, signs_of
+from record.weights import restore_model
 
 NOISE = Noise(torch.tensor([(3 << 32) | 77, 5 << 32]), 8 * 4)
 CPU = torch.device("cpu")
@@ -247,13 +251,14 @@ def test_a_delayed_outer_scale_is_that_of_the_latest_position_that_the_delay_div
     spec = dataclasses.replace(NVFP4, outer_delay=4)
     layer, _ = layer_of(LinearRecipe(q1=spec, q5=spec))
     assert layer.held.shape == (3, 2) and "held" in layer.state_dict()
+    numbers = layer.held.view(torch.float32)
     seen = []
     for step in range(9):
         layer.noise.seek(step)
         x = torch.full((32, 96), 1.0 + step).requires_grad_()
         layer(x).sum().backward()
-        seen.append(float(layer.held[0, 0]))
-        assert float(layer.held[2, 1]) == 1.0 and float(layer.held[1].sum()) == 0.0
+        seen.append(float(numbers[0, 0]))
+        assert float(numbers[2, 1]) == 1.0 and float(numbers[1].sum()) == 0.0
     assert seen == [1.0] * 4 + [5.0] * 4 + [9.0]
     layer.eval()
     x = torch.full((32, 96), 100.0)
@@ -261,8 +266,31 @@ def test_a_delayed_outer_scale_is_that_of_the_latest_position_that_the_delay_div
     for position in (11, 12):
         layer.noise.seek(position)
         found.append(layer(x))
-    assert float(layer.held[0, 0]) == 9.0  # evaluation renews nothing
+    assert float(numbers[0, 0]) == 9.0  # evaluation renews nothing
     assert torch.equal(*found)  # nor does it look at X
+
+
+def test_what_delayed_outer_scales_hang_from_is_neither_cast_nor_averaged():
+    spec = dataclasses.replace(NVFP4, outer_delay=4)
+    layer, _ = layer_of(LinearRecipe(q1=spec, q2=spec))
+    x = 1.2345678 * torch.ones(32, 96)
+    average = ModelEmaV3(layer, decay=0.9)
+    layer(x)
+    average.update(layer)
+    assert torch.equal(average.module.held, layer.held) and layer.held[:2, 0].all()
+    assert not torch.equal(average.module.held, torch.zeros_like(layer.held))
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        cast = copy.deepcopy(layer).to(dtype)
+        assert torch.equal(cast.held, layer.held) and cast.weight.dtype == dtype
+        assert float(cast.held.view(torch.float32)[0, 0]) == float(x[0, 0])
+
+
+def test_magnitudes_that_are_no_bits_are_refused(tmp_path):
+    layer, _ = layer_of(LinearRecipe(q1=dataclasses.replace(NVFP4, outer_delay=4)))
+    weights = {**layer.state_dict(), "held": torch.full((3, 2), 1.5)}
+    with pytest.raises(UserError, match="held is int32 here and float32 in the file"):
+        restore_model(layer, weights, tmp_path / "last.pth")
+    assert not layer.held.any()
 
 
 def test_a_delayed_outer_scale_of_a_resumed_run_is_the_checkpoint_s():

@@ -155,15 +155,29 @@ def block_scales(x: Tensor, spec: QuantizerSpec, amax: Tensor | None = None) -> 
         raise ValueError("a block has no one scale where scales are rounded stochastically")
     x = x.detach()
     blocks = to_blocks(x, spec)
-    scales = scales_of(blocks.values, spec, amax_of(x, spec) if amax is None else amax)
+    scales = scales_in(x, blocks, spec, amax)
     scale = _times(scales.scale, factor_of(spec, scales.outer, x.device))
     return from_blocks(Blocks(scale.expand_as(blocks.values), blocks.shape), spec)
 
 
-def block_latents(x: Tensor, spec: QuantizerSpec, amax: Tensor | None = None) -> Tensor:
-    """x over the scale of each element's block: float32, x's shape; NaN in blocks that are not finite."""
+def scales_in(
+    x: Tensor, blocks: Blocks, spec: QuantizerSpec, amax: Tensor | None = None, noise: Noise | None = None
+) -> Scales:
+    """The scales of x, whose blocks are `blocks`. noise: the quantizer's stream, for scales rounded stochastically."""
+    u = None
+    if spec.scale_rounding == "stochastic":
+        count = blocks.values.shape[:-1].numel()
+        u = uniform((count, 1), noise, _BLOCKS).view(*blocks.values.shape[:-1], 1)
+    return scales_of(blocks.values, spec, amax_of(x, spec) if amax is None else amax, u)
+
+
+def block_latents(x: Tensor, spec: QuantizerSpec, amax: Tensor | None = None, noise: Noise | None = None) -> Tensor:
+    """x over the scale of each element's block: float32, x's shape; NaN in blocks that are not finite.
+
+    noise: the quantizer's stream, for scales rounded stochastically.
+    """
     blocks = to_blocks(x, spec)
-    scales = scales_of(blocks.values, spec, amax_of(x, spec) if amax is None else amax)
+    scales = scales_in(x, blocks, spec, amax, noise)
     if _in_units_of_scale(spec):
         latent = torch.where(scales.scale == 0, 0.0, blocks.values / scales.scale)
     else:
@@ -211,12 +225,7 @@ def quantized(
     blocks = to_blocks(x, spec)
     shadow_blocks = None if shadow is None else to_blocks(shadow, spec).values
     u = to_blocks(uniform(x.shape, noise), spec).values if spec.stochastic else None
-    u_scale = None
-    if spec.scale_rounding == "stochastic":
-        count = blocks.values.shape[:-1].numel()
-        u_scale = uniform((count, 1), noise, _BLOCKS).view(*blocks.values.shape[:-1], 1)
-
-    scales = scales_of(blocks.values, spec, amax_of(x, spec) if amax is None else amax, u_scale)
+    scales = scales_in(x, blocks, spec, amax, noise)
     finite = scales.finite
     if shadow_blocks is not None:
         finite = finite & torch.isfinite(shadow_blocks).all(dim=-1, keepdim=True)
@@ -391,7 +400,7 @@ def prepare(
 def held_amax(x: Tensor, spec: QuantizerSpec, noise: Noise | None, held: Tensor | None) -> Tensor | None:
     """A of a matrix's outer scale; with a delay, of the matrix at the latest position of the run that it divides.
 
-    held: A as it was (float32 scalar, 0 for none yet, below 0 to be kept), which is renewed where it is time, or None.
+    held: A as it was (see operands/prepare.py), which is renewed where it is time, or None.
     """
     amax = amax_of(x, spec)
     return amax if amax is None or held is None or not spec.outer_delay else hold(amax, spec, noise, held)
@@ -400,13 +409,14 @@ def held_amax(x: Tensor, spec: QuantizerSpec, noise: Noise | None, held: Tensor 
 def hold(amax: Tensor, spec: QuantizerSpec, noise: Noise | None, held: Tensor) -> Tensor:
     """A to be used: that of the present matrix where `held` is to be renewed, which this does, else `held`.
 
-    `held` below 0 stands for its magnitude at every position. noise: None where the pass is at no position of a run.
+    held: its bits (int32 scalar), 0 for none yet; below 0 minus them, for A at every position. noise: None where the
+    pass is at no position of a run.
     """
     due = held == 0
     if noise is not None:
         due = due | ((held > 0) & (((noise.state[1] >> 32) & WORD) % spec.outer_delay == 0))
-    amax = torch.where(due, amax, held.abs())
-    held.copy_(amax)
+    amax = torch.where(due, amax, held.abs().view(torch.float32))
+    held.copy_(amax.view(torch.int32))
     return amax
 
 

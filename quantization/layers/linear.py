@@ -31,7 +31,8 @@ class QuantLinear(NoisyLinear):
         blocks_below_window: with the fp8 carrier, how many blocks of training passes it could not hold exactly (int64,
             on the device, see operands/forms.py); else None.
         held: with delayed outer scales, the largest magnitudes they hang from, of both quantizers of X, W and G (3, 2,
-            float32, 0 for none yet), saved with the model; else None. Evaluation takes them as they are.
+            0 for none yet), saved with the model; else None. Evaluation takes them as they are. They are the bits of
+            float32 numbers, as int32, which no cast of the model rounds and no moving average of it mixes.
         observer: is told what quantizers read, see Call; mostly None.
     """
 
@@ -63,7 +64,7 @@ class QuantLinear(NoisyLinear):
         if recipe.carrier == "fp8":
             counter = torch.zeros((), dtype=torch.int64, device=linear.weight.device)
         quant.register_buffer("blocks_below_window", counter, persistent=False)
-        held = torch.zeros(3, 2, device=linear.weight.device) if quant.jobs.delayed else None
+        held = torch.zeros(3, 2, dtype=torch.int32, device=linear.weight.device) if quant.jobs.delayed else None
         quant.register_buffer("held", held)
         return quant.train(linear.training)
 
@@ -96,7 +97,7 @@ class QuantLinear(NoisyLinear):
         """The largest magnitude that q2's delayed outer scale hangs from (float32 scalar); None where it has none."""
         if self.held is None or self.recipe.q2 is None or not self.recipe.q2.outer_delay:
             return None
-        held = self.held[1, 0]
+        held = self.held[1, 0].view(torch.float32)
         return torch.where(held > 0, held, largest_of(self.turned_weight()))
 
     def turned_weight(self) -> Tensor:

@@ -40,7 +40,7 @@ class Call(NamedTuple):
     """What a call of a layer has beside its tensors.
 
     stream: the first of the layer's streams of noise. differentiable: whether a backward pass may follow. observer: is
-    told what quantizers read: role, matrix, job, noise and shadow.
+    told what quantizers read before they do: role, matrix, job, noise, shadow and held.
     """
 
     jobs: LinearJobs
@@ -74,8 +74,8 @@ class QuantLinearFunction(torch.autograd.Function):
         of_x, of_w, ctx.held = (None, None, None) if held is None else held.unbind()
         x_job, w_job = jobs.of(X, X_ND, dtype, column=for_weight), jobs.of(W, X_ND, dtype, column=for_input)
         if call.observer is not None:
-            call.observer(X, X_ND, x_job, noise, None)
-            call.observer(W, weight, w_job, noise, shadow)
+            call.observer(X, X_ND, x_job, noise, None, of_x)
+            call.observer(W, weight, w_job, noise, shadow, of_w)
         x1, x6, _, x_inside = prepare(X_ND, x_job, noise, None, lost, of_x)
         w2, w4, _, w_inside = prepare(weight, w_job, noise, shadow, lost, of_w)
         bias_C = None if bias is None else bias.to(dtype)
@@ -105,7 +105,7 @@ class QuantLinearFunction(torch.autograd.Function):
         jobs = ctx.call.jobs
         job = jobs.of(G, G_NC, dtype, row=for_input, column=for_weight, sums=for_bias)
         if ctx.call.observer is not None:
-            ctx.call.observer(G, G_NC, job, noise, None)
+            ctx.call.observer(G, G_NC, job, noise, None, ctx.held)
         g3, g5, grad_bias, _ = prepare(G_NC, job, noise, None, ctx.lost, ctx.held)
         turn = jobs.turn("output", ctx.x_shape[-1])
         chained = jobs.recipe.chained_weight, jobs.recipe.chained_activation

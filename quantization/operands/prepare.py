@@ -28,8 +28,8 @@ def prepare(
         noise: the layer's first stream: of stochastic rounding, fresh signs of rotations and delayed outer scales.
         shadow: shadow weight of x's shape, for the row quantizer.
         lost: int64 scalar to which the number of blocks below the window of carried results is added, or None.
-        held: the largest magnitudes that delayed outer scales hang from, of the row and the column quantizer (2,
-            float32), which are renewed where it is time, or below 0 and kept; or None.
+        held: the largest magnitudes that delayed outer scales hang from, of the row and the column quantizer: the bits
+            of float32 numbers (2, int32), renewed where it is time, or minus those that are to be kept; or None.
 
     Raises TypeError for another dtype of x.
     """

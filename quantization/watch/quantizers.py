@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantization.backends.reference import amax_of, block_latents, quantized, to_blocks
-from quantization.backends.scales import scales_of
+from quantization.backends.reference import block_latents, held_amax, quantized, scales_in, to_blocks
 from quantization.job import Job
 from quantization.layers.linear import QuantLinear
 from quantization.noise import Noise
@@ -33,22 +32,22 @@ STATISTICS = ("mse", "gain", "underflow", "saturated")
 PLACES = {"X": ("q1", "q6"), "W": ("q2", "q4"), "G": ("q3", "q5")}  # of the row and the column quantizer
 
 
-def statistics_of(x: Tensor, q: Tensor, spec: QuantizerSpec, amax: Tensor | None) -> Tensor:
-    """STATISTICS of a matrix and what its quantizer made of it (float32): (4,) float64. amax: of its outer scale."""
+def statistics_of(x: Tensor, q: Tensor, spec: QuantizerSpec, amax: Tensor | None, noise: Noise | None) -> Tensor:
+    """STATISTICS of a matrix and what its quantizer made of it (float32): (4,) float64.
+
+    amax: of its outer scale. noise: its stream, for scales that are drawn.
+    """
     a, b = x.double(), q.double()
-    blocks = to_blocks(x, spec).values
-    u = None
-    if spec.scale_rounding == "stochastic":  # the scale that is nearest, then
-        u = torch.full_like(blocks[..., :1], 0.5)
-    held = blocks.abs().amax(-1, keepdim=True) > 0
-    zero = (scales_of(blocks, spec, amax, u).scale == 0) & held
-    beyond = block_latents(x, spec, amax).abs() > spec.format.max if u is None else torch.zeros_like(x)
+    blocks = to_blocks(x, spec)
+    some = blocks.values.abs().amax(-1, keepdim=True) > 0
+    zero = (scales_in(x, blocks, spec, amax, noise).scale == 0) & some
+    beyond = block_latents(x, spec, amax, noise).abs() > spec.format.max
     square = a.square().sum()
     return torch.stack(
         [
             (b - a).square().sum() / square,
             (a * b).sum() / square,
-            zero.sum() / held.sum(),
+            zero.sum() / some.sum(),
             beyond.double().mean(),
         ]
     )
@@ -61,20 +60,23 @@ class Observer:
         self.found: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, role: str, x: Tensor, job: Job, noise: Noise, shadow: Tensor | None) -> None:
-        """As reference.prepare, but for a delayed outer scale, in whose place the present one stands."""
+    def __call__(
+        self, role: str, x: Tensor, job: Job, noise: Noise, shadow: Tensor | None, held: Tensor | None
+    ) -> None:
+        """As reference.prepare, but `held` stays as it is, which the layer's own call is to read."""
         source = x_float32 = x.detach().float()
         sides = ((job.row, job.row_stream, job.row_turn), (job.column, job.column_stream, job.column_turn))
-        for name, axis, (spec, stream, turn) in zip(PLACES[role], (-1, 0), sides, strict=True):
+        for place, (name, axis, (spec, stream, turn)) in enumerate(zip(PLACES[role], (-1, 0), sides, strict=True)):
             turned = source if turn is None else rotate(source, axis, turn, noise)
             if shadow is not None and turn is not None:
                 shadow = rotate(shadow, axis, turn, noise)
             values = turned
             if spec is not None and x.numel():
                 own = Noise(noise.state, noise.stream + stream) if spec.draws else None
-                result = quantized(turned, spec, own, shadow)
+                amax = held_amax(turned, spec, noise, None if held is None else held[place].clone())
+                result = quantized(turned, spec, own, shadow, amax)
                 values = result.values if result.factor is None else result.values * result.factor
-                self.found[name] = statistics_of(turned, values, spec, amax_of(turned, spec))
+                self.found[name] = statistics_of(turned, values, spec, amax, own)
             source, shadow = values if job.chained else x_float32, None
 
 
