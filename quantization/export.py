@@ -23,10 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from quantization.backends.reference import amax_of, factor_of, pack, quantized, to_blocks, unpack
+from quantization.backends.reference import factor_of, pack, quantized, to_blocks, unpack
 from quantization.backends.scales import (
     CODE_DTYPES,
     SCALE_BIAS,
+    amax_of,
     codes_of_scales,
     no_scale,
     outer_exponent,

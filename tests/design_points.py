@@ -10,6 +10,7 @@ import torch
 from test_kernels import DTYPES, awkward, by, noise_on, unequal
 
 from quantization import QuantizerSpec
+from quantization.backends.choose import backend_of_matrix
 from quantization.formats import FORMATS, SCALE_FORMATS
 from quantization.job import DENSE, NOTHING, PACKED, SCALED, Dense, Job, Packed
 from quantization.noise import Noise
@@ -173,6 +174,26 @@ def fault_at(it: Point, device: torch.device) -> str | None:
 
 
 __all__ = ["SCALED", "Point", "differences_at", "fault_at", "matrix_of", "point", "spec_of"]
+
+
+def split_amiss(device: torch.device) -> list[str]:
+    """Gradients that INT4's kernel splits otherwise than the reference, with ties and numbers that are not finite."""
+    faults = []
+    for number, (dtype, shape) in enumerate(itertools.product(DTYPES, ((37, 130), (64, 96), (3, 7), (130, 33)))):
+        g = torch.Generator().manual_seed(number)
+        x = (torch.randint(-196, 197, shape, generator=g) / 2).to(dtype)  # all ties among them
+        x = torch.where(torch.rand(shape, generator=g) < 0.5, x, torch.randn(shape, generator=g).to(dtype))
+        x[0, 0], x[-1, -1] = 98.0, -0.0
+        x[:2, 1:3] = torch.tensor([[0.0, torch.nan], [torch.inf, -torch.inf]]).to(dtype)
+        results = []
+        for backend in ("triton", "reference"):
+            with by(backend):
+                made = backend_of_matrix(x.to(device))
+                own = Noise(noise_on(device).state, 8 * number)
+                results.append(made.split(x.to(device), torch.ones((), device=device), 14, 6, own))
+        if wrong := sum(unequal(a, b) for a, b in zip(*results, strict=True)):
+            faults.append(f"{shape} {dtype}: {wrong}")
+    return faults
 
 
 def turned_back_amiss(device: torch.device, sizes: tuple[int, ...] = SIZES) -> list[str]:

@@ -19,9 +19,10 @@ from interpreter_helpers import Process, assert_passed, interpreting
 
 from quantization import PRESETS, QuantizerSpec, fake_quantize
 from quantization.backends import choose, reference
-from quantization.backends.scales import outer_exponent
+from quantization.backends.scales import hold, outer_exponent
 from quantization.formats import FORMATS, SCALE_FORMATS, ScaleFormat
 from quantization.job import DENSE, NOTHING, SCALED, Job
+from quantization.noise import uniform
 from quantization.rotation import Turn
 from quantization.words import QUANTIZERS, SCALE_RULES
 
@@ -65,7 +66,7 @@ else:
     from triton.runtime import interpreter
 
     fast_interpreter.install()
-    from design_points import Point, differences_at, fault_at, matrix_of, point, turned_back_amiss
+    from design_points import Point, differences_at, fault_at, matrix_of, point, split_amiss, turned_back_amiss
     from test_kernels import awkward, by, differing, noise_on, unequal
     from test_scales import NOISE, maxima
 
@@ -147,8 +148,8 @@ else:
 
     def test_a_block_outgrows_its_delayed_outer_scale():
         spec, block = OUTGROWN.job.row, matrix_of(OUTGROWN, CPU)[:, :16]
-        held = torch.tensor(0.7)  # that of differences_at
-        assert reference.hold(block.abs().max(), spec, noise_on(CPU), held) == torch.tensor(0.7)  # it is not renewed
+        held = torch.tensor(0.7).view(torch.int32)  # that of differences_at
+        assert hold(block.abs().max(), spec, noise_on(CPU), held) == torch.tensor(0.7)  # it is not renewed
         assert block.isfinite().all() and spec.block_rows >= len(block)
         outgrown = block.abs().max().double() / 2.0 ** int(outer_exponent(held, spec))
         assert outgrown > torch.finfo(torch.float32).max
@@ -233,6 +234,11 @@ else:
                 spec = QuantizerSpec(block_size=16, block_rows=rows, scale_format=name, outer=outer)
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     assert differing(awkward((70, 130), dtype, 3), spec) == 0
+
+    def test_gradients_are_split_to_the_same_bits(monkeypatch):
+        assert split_amiss(CPU) == []
+        monkeypatch.setattr(reference, "uniform", lambda shape, noise: uniform(shape, noise, 1))  # the control
+        assert len(split_amiss(CPU)) == 12
 
     def test_gradients_are_turned_back_to_the_same_bits(monkeypatch):
         assert turned_back_amiss(CPU, (2, 16, 128)) == []

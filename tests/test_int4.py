@@ -22,6 +22,7 @@ from int4_helpers import (
 )
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from quantization.backends import reference
 from quantization.layers import int4
 from quantization.layers.int4 import keep_probability, split_gradient
 from quantization.noise import Noise, uniform
@@ -199,19 +200,19 @@ def _clamped_split(G_NC, noise):
 
 
 MISTAKES = {
-    "not divided by p": ("sample_rows", _sampled_with(lambda kept, p: kept.float())),
-    "divided by the mean p": ("sample_rows", _sampled_with(lambda kept, p: kept.float() / p.mean())),
-    "nearest low part": ("uniform", lambda shape, noise: torch.full(shape, 0.5)),
-    "low part clamped to 4 bits": ("split_gradient", _clamped_split),
+    "not divided by p": (int4, "sample_rows", _sampled_with(lambda kept, p: kept.float())),
+    "divided by the mean p": (int4, "sample_rows", _sampled_with(lambda kept, p: kept.float() / p.mean())),
+    "nearest low part": (reference, "uniform", lambda shape, noise: torch.full(shape, 0.5)),
+    "low part clamped to 4 bits": (int4, "split_gradient", _clamped_split),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_each_mistake_biases_the_gradients(monkeypatch, mistake):
     """The controls of the tests above: a quarter of their draws, in their standard errors, so 4 without bias."""
-    recipe = Int4Recipe(sampling=MISTAKES[mistake][0] == "sample_rows")
+    recipe = Int4Recipe(sampling=MISTAKES[mistake][1] == "sample_rows")
     errors = mean_and_error(recipe)
-    monkeypatch.setattr(int4, *MISTAKES[mistake])
+    monkeypatch.setattr(*MISTAKES[mistake])
     figures = mean_and_error.__wrapped__(recipe, repeats=100)
     for name in ("grad_input", "grad_weight"):
         assert mean_square_z(figures, name, errors) > 20

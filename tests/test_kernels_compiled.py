@@ -31,6 +31,7 @@ from triton.backends.nvidia.driver import CudaDriver  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from quantization.backends.gpu import design_launch, launch  # noqa: E402
+from quantization.backends.gpu.launching import Launcher  # noqa: E402
 
 SHARED_MEMORY = 232448  # bytes of a multiprocessor that a program may have
 
@@ -86,7 +87,7 @@ def test_kernels_compile_and_are_launched(preset, role, launches):
 @pytest.mark.parametrize("size", [2, 32, 128])
 def test_what_turns_gradients_back_compiles_and_is_launched(size, launches, monkeypatch):
     launchers = []
-    monkeypatch.setattr(design_launch, "Launcher", lambda *a: launchers.append(launch.Launcher(*a)) or launchers[-1])
+    monkeypatch.setattr(design_launch, "Launcher", lambda *a: launchers.append(Launcher(*a)) or launchers[-1])
     design_launch._turning.cache_clear()
     x, noise = torch.zeros(70, 384, dtype=torch.bfloat16), Noise(torch.zeros(2, dtype=torch.int64), 0)
     for _ in range(2):
@@ -102,8 +103,8 @@ def test_square_blocks_take_no_more_instructions_than_blocks_in_a_row(launches, 
     """Else threads do the work of others too, in kernels that compile for minutes; of matrices that are widened."""
     launchers = []
 
-    def launcher(*arguments) -> launch.Launcher:
-        launchers.append(launch.Launcher(*arguments))
+    def launcher(*arguments) -> Launcher:
+        launchers.append(Launcher(*arguments))
         return launchers[-1]
 
     monkeypatch.setattr(design_launch, "Launcher", launcher)
@@ -133,7 +134,7 @@ def test_a_thread_has_at_most_128_numbers(scale_format):
 def test_no_register_of_one_nvfp4_matrix_is_spilt(axis, shadowed, launches, monkeypatch, tmp_path):
     """Rounded to nearest it has few registers a thread, so that many programs run; a shadow takes more of them."""
     launchers = []
-    monkeypatch.setattr(design_launch, "Launcher", lambda *a: launchers.append(launch.Launcher(*a)) or launchers[-1])
+    monkeypatch.setattr(design_launch, "Launcher", lambda *a: launchers.append(Launcher(*a)) or launchers[-1])
     design_launch._plan.cache_clear()
     spec = QuantizerSpec(axis=axis, block_size=16, scale_format="e4m3", outer="pow2")
     specs, forms = ((spec, None), (DENSE, NOTHING)) if axis else ((None, spec), (NOTHING, DENSE))
@@ -143,3 +144,17 @@ def test_no_register_of_one_nvfp4_matrix_is_spilt(axis, shadowed, launches, monk
     tool = triton.knobs.nvidia.cuobjdump.path
     said = subprocess.run([tool, "--dump-resource-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True)
     assert " STACK:0 " in said.stdout
+
+
+def test_what_splits_int4_s_gradients_compiles_and_is_launched(launches, monkeypatch):
+    launchers = []
+    monkeypatch.setattr(launch, "Launcher", lambda *a: launchers.append(Launcher(*a)) or launchers[-1])
+    launch._plan_split.cache_clear()
+    x, unit, noise = torch.zeros(70, 384, dtype=torch.bfloat16), torch.ones(()), Noise(torch.zeros(2).long(), 0)
+    for _ in range(2):
+        high, low = launch.split(x, unit, 14, 6, noise)
+        assert high.shape == low.shape == x.shape
+    (launcher,) = launchers
+    by_triton, by_us = ((arguments[:3], len(arguments)) for arguments in launches)
+    assert by_triton == by_us
+    assert "st.local" not in launcher.compiled.asm["ptx"]

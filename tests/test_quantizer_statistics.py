@@ -12,7 +12,8 @@ from test_methods import Blocks
 from torch import nn
 
 from quantization import PRESETS, LinearRecipe, QuantizerSpec, QuantLinear, convert_linears
-from quantization.backends.reference import amax_of, quantize
+from quantization.backends.reference import quantize
+from quantization.backends.scales import amax_of
 from quantization.watch.quantizers import PLACES, STATISTICS, Observer, quantizer_statistics, statistics_of
 
 NVFP4 = QuantizerSpec(block_size=16, scale_format="e4m3")

@@ -84,8 +84,8 @@ def backend_of_packed(packed: Packed) -> ModuleType:
     return _backend(packed.codes, packed.spec) if plain else reference
 
 
-def backend_of_turning(x: Tensor) -> ModuleType:
-    """The backend that turns a matrix back: the kernel of every size of a rotation."""
+def backend_of_matrix(x: Tensor) -> ModuleType:
+    """The backend of what has a kernel for every matrix: turning one back, INT4's split."""
     if _without_kernels(x) or x.dtype not in DTYPES:
         return reference
     try:

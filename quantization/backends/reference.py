@@ -23,9 +23,10 @@ from quantization.backends.scales import (
     NAN_SCALE,
     SCALE_BIAS,
     Scales,
+    amax_of,
     binade,
+    held_amax,
     inverse,
-    largest_of,
     power_of_two,
     scale_exponent,
     scale_numbers,
@@ -35,7 +36,7 @@ from quantization.backends.scales import (
 from quantization.constants import constant
 from quantization.formats import ElementFormat
 from quantization.job import DENSE, FP8_MULTIPLE, PACKED, SCALED, Carried, Dense, Job, Packed, Prepared, Scaled
-from quantization.noise import WORD, Noise, uniform
+from quantization.noise import Noise, uniform
 from quantization.rotation import Turn, rotate, rotate_back
 from quantization.spec import QuantizerSpec
 from quantization.words import Rounding
@@ -139,11 +140,6 @@ def block_exponents(values: Tensor, spec: QuantizerSpec) -> tuple[Tensor, Tensor
     block_max = values.abs().amax(dim=-1, keepdim=True)
     finite = torch.isfinite(block_max)
     return scale_exponent(torch.where(finite, block_max, 1.0), spec.format, spec.scale_rule), finite
-
-
-def amax_of(x: Tensor, spec: QuantizerSpec) -> Tensor | None:
-    """A of a tensor, where the spec has an outer scale."""
-    return None if spec.outer == "none" else largest_of(x)
 
 
 def block_scales(x: Tensor, spec: QuantizerSpec, amax: Tensor | None = None) -> Tensor:
@@ -397,29 +393,6 @@ def prepare(
     return Prepared(*operands, x.sum(0, dtype=torch.float32) if job.sums else None, inside if job.mask else None)
 
 
-def held_amax(x: Tensor, spec: QuantizerSpec, noise: Noise | None, held: Tensor | None) -> Tensor | None:
-    """A of a matrix's outer scale; with a delay, of the matrix at the latest position of the run that it divides.
-
-    held: A as it was (see operands/prepare.py), which is renewed where it is time, or None.
-    """
-    amax = amax_of(x, spec)
-    return amax if amax is None or held is None or not spec.outer_delay else hold(amax, spec, noise, held)
-
-
-def hold(amax: Tensor, spec: QuantizerSpec, noise: Noise | None, held: Tensor) -> Tensor:
-    """A to be used: that of the present matrix where `held` is to be renewed, which this does, else `held`.
-
-    held: its bits (int32 scalar), 0 for none yet; below 0 minus them, for A at every position. noise: None where the
-    pass is at no position of a run.
-    """
-    due = held == 0
-    if noise is not None:
-        due = due | ((held > 0) & (((noise.state[1] >> 32) & WORD) % spec.outer_delay == 0))
-    amax = torch.where(due, amax, held.abs().view(torch.float32))
-    held.copy_(amax.view(torch.int32))
-    return amax
-
-
 def _shift_into_window(x: Tensor, job: Job) -> Tensor:
     """The exponent that brings what is carried of x into fp8's window: int32 scalar."""
     spec = job.row or job.column
@@ -444,6 +417,14 @@ def expand(packed: Packed, dtype: torch.dtype) -> Tensor:
     """The numbers of a packed matrix in `dtype`, (rows, columns)."""
     latents, scales = _latents_and_scales(packed)
     return (latents * scales).to(dtype)
+
+
+def split(x: Tensor, unit: Tensor, base: int, high_max: int, noise: Noise) -> tuple[Tensor, Tensor]:
+    """(high, low) with x / unit ~ base high + low: integers in float32, high the nearest one up to high_max, ties to
+    even, and low what is left, rounded at random. x: a matrix; unit: float32 scalar."""
+    latent = x.to(torch.float32) / unit
+    high = (latent / base).round().clamp(-high_max, high_max)
+    return high, torch.floor(latent - base * high + uniform(latent.shape, noise))
 
 
 def turn_back(x: Tensor, turn: Turn, noise: Noise) -> Tensor:

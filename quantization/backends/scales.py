@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quantization.constants import constant
 from quantization.formats import SCALE_FORMATS, SCALE_MAX, SCALE_MIN, ElementFormat, ScaleFormat
+from quantization.noise import WORD, Noise
 from quantization.spec import QuantizerSpec
 from quantization.words import ScaleRule
 
@@ -164,6 +165,34 @@ def rms_exponent(values: Tensor, rule: ScaleRule) -> Tensor:
 def largest_of(x: Tensor) -> Tensor:
     """A: the largest finite magnitude of a tensor (float32 scalar)."""
     return torch.where(torch.isfinite(x), x, 0.0).abs().amax().float()
+
+
+def amax_of(x: Tensor, spec: QuantizerSpec) -> Tensor | None:
+    """A of a tensor, where the spec has an outer scale."""
+    return None if spec.outer == "none" else largest_of(x)
+
+
+def held_amax(x: Tensor, spec: QuantizerSpec, noise: Noise | None, held: Tensor | None) -> Tensor | None:
+    """A of a matrix's outer scale; with a delay, of the matrix at the latest position of the run that it divides.
+
+    held: A as it was (see operands/prepare.py), which is renewed where it is time, or None.
+    """
+    amax = amax_of(x, spec)
+    return amax if amax is None or held is None or not spec.outer_delay else hold(amax, spec, noise, held)
+
+
+def hold(amax: Tensor, spec: QuantizerSpec, noise: Noise | None, held: Tensor) -> Tensor:
+    """A to be used: that of the present matrix where `held` is to be renewed, which this does, else `held`.
+
+    held: its bits (int32 scalar), 0 for none yet; below 0 minus them, for A at every position. noise: None where the
+    pass is at no position of a run.
+    """
+    due = held == 0
+    if noise is not None:
+        due = due | ((held > 0) & (((noise.state[1] >> 32) & WORD) % spec.outer_delay == 0))
+    amax = torch.where(due, amax, held.abs().view(torch.float32))
+    held.copy_(amax.view(torch.int32))
+    return amax
 
 
 def outer_exponent(amax: Tensor, spec: QuantizerSpec) -> Tensor:

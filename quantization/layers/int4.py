@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
+from quantization.backends.choose import backend_of_matrix
 from quantization.layers.clock import NoiseClock, NoisyLinear
 from quantization.noise import STREAMS_PER_LAYER, Noise, uniform
 from quantization.recipes import as_recipe
@@ -81,14 +82,12 @@ def quantize_backward(grad: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def split_gradient(G_NC: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
     """(high, low, unit) with G ~ (14 high + low) unit: integers (N x C, float32) and max|G| / 98 (scalar)."""
-    G_NC = G_NC.to(torch.float32)
     if not len(G_NC):
+        G_NC = G_NC.to(torch.float32)
         return G_NC, G_NC, G_NC.sum()
-    unit = (G_NC.abs().amax() / RANGE).clamp(min=torch.finfo(torch.float32).tiny)  # a zero gradient stays zero
-    G0 = G_NC / unit
-    high = (G0 / BASE).round().clamp(-HIGH_MAX, HIGH_MAX)
-    low = torch.floor(G0 - BASE * high + uniform(G0.shape, noise))
-    return high, low, unit
+    largest = G_NC.abs().amax().to(torch.float32)
+    unit = (largest / RANGE).clamp(min=torch.finfo(torch.float32).tiny)  # a zero gradient stays zero
+    return *backend_of_matrix(G_NC).split(G_NC, unit, BASE, HIGH_MAX, noise), unit
 
 
 def keep_probability(score: Tensor, expected: int) -> Tensor:

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantization.backends.reference import block_latents, held_amax, quantized, scales_in, to_blocks
+from quantization.backends.reference import block_latents, quantized, scales_in, to_blocks
+from quantization.backends.scales import held_amax
 from quantization.job import Job
 from quantization.layers.linear import QuantLinear
 from quantization.noise import Noise

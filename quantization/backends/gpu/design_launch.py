@@ -25,8 +25,7 @@ from quantization.backends.gpu.launching import (
     tiles_over,
 )
 from quantization.backends.gpu.tiles import DesignSpec, KernelTurn
-from quantization.backends.reference import hold
-from quantization.backends.scales import ROOT_OF_2
+from quantization.backends.scales import ROOT_OF_2, hold
 from quantization.formats import ScaleFormat
 from quantization.job import SCALED, Job, Operand, Prepared, Scaled
 from quantization.noise import Noise

@@ -168,7 +168,7 @@ def scale_code(block_max, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _nearest_integer(n):
+def nearest_integer(n):
     """The nearest integer, ties to even, of |n| < 2^22: the first sum rounds, the second is exact."""
     return (n + _INTEGERS_ONLY) - _INTEGERS_ONLY
 
@@ -193,7 +193,7 @@ def round_nearest(latent, shadow, SPEC: tl.constexpr):
         n = tl.abs(latent) * gaps_per_one
         # The integer below: n - 1 for odd n, from where each rounding then goes up to n. Where n - 0.5 is not exact
         # it lies between -0.5 and -0.25, and the integer is 0.
-        lower = _nearest_integer(n - 0.5)
+        lower = nearest_integer(n - 0.5)
         target = n
         if shadow is not None:
             lower += tl.where(n - lower == 1.0, 1.0, 0.0)  # here the pair must begin with n itself
