@@ -124,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def sampled(kind: int, what: Sequence[Drawn]) -> list[Sample]:
         places = contents if kind == JPEG else [np.asarray(image) for image in images]
-        return [Sample(place, kind, one) for place, one in zip(places, what, strict=True)]
+        sizes = [(image.height, image.width) for image in images]
+        return [Sample(place, kind, *of) for place, *of in zip(places, what, sizes, strict=True)]
 
     print(f"{len(images)} images of {options.data_path.name}, cropped to {size}x{size}\n")
     print("| | largest difference | mean | pixels that differ |\n|---|---|---|---|")

@@ -36,6 +36,7 @@ _TRACED += ("GaussianBlur", "GaussianBlurRand")
 _RAMP = Image.fromarray(np.arange(256, dtype=np.uint8)[None])  # every level once
 
 
+_BICUBIC = {transforms.InterpolationMode.BICUBIC: True, transforms.InterpolationMode.BILINEAR: False}
 _STEPS = (RandomResizedCropAndInterpolation, transforms.Resize, transforms.CenterCrop, transforms.RandomCrop)
 _STEPS += (transforms.RandomHorizontalFlip, transforms.ColorJitter, RandomErasing, RandAugment, AutoAugment)
 
@@ -88,7 +89,10 @@ class CannotDraw(Exception):  # noqa: N818
 
 
 class Drawing:
-    """A transform of `transforms.py`, for what it draws."""
+    """A transform of `transforms.py`, for what it draws.
+
+    by_numpy: whether some of it comes from numpy's generator, as timm's choice of operations does.
+    """
 
     def __init__(self, transform: transforms.Compose) -> None:
         steps = [copy.deepcopy(step) for step in transform.transforms]
@@ -100,6 +104,7 @@ class Drawing:
                 name = op.name.removesuffix("Increasing").removesuffix("Original")
                 op.aug_fn = functools.partial(_note, name, op.aug_fn)
         self._size = _output_size(self._steps)
+        self.by_numpy = any(isinstance(step, RandAugment) for step in self._steps)
 
     def draw(self, height: int, width: int) -> Drawn:
         """The draws for an image of that size, from the process's generators. Raises CannotDraw."""
@@ -219,10 +224,9 @@ def _run(step: Any, sheet: _Sheet) -> None:
 
 
 def _bicubic(mode: Any) -> bool:
-    modes = {transforms.InterpolationMode.BICUBIC: True, transforms.InterpolationMode.BILINEAR: False}
-    if mode not in modes:
+    if mode not in _BICUBIC:
         raise CannotDraw
-    return modes[mode]
+    return _BICUBIC[mode]
 
 
 def _resized(step: transforms.Resize, sheet: _Sheet) -> tuple[int, int]:

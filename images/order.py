@@ -28,11 +28,15 @@ def words(seed: int, *key: int) -> list[int]:
     return np.random.SeedSequence(seed, spawn_key=key).generate_state(4).tolist()
 
 
-def reseed(seed: int, *key: int) -> None:
-    """Seed Python's, numpy's and torch's CPU generator, all of which augmentation draws from, from (seed, key)."""
+def reseed(seed: int, *key: int, numpy: bool = True) -> None:
+    """Seed Python's, numpy's and torch's CPU generator, all of which augmentation draws from, from (seed, key).
+
+    numpy: whether its generator too, which takes as long as the others together and is needed by few transforms.
+    """
     mixed = words(seed, *key)
     random.seed(mixed[0] << 32 | mixed[1])
-    np.random.seed(mixed)
+    if numpy:
+        np.random.seed(mixed)
     torch.default_generator.manual_seed(mixed[2] << 32 | mixed[3])  # torch.manual_seed would seed the GPUs too
 
 

@@ -107,7 +107,7 @@ class Draws:
         for it, or no room. Raises Unreadable where only then a file proves to be damaged."""
         kind, place, height, width = opened
         try:
-            with _seeded(seed, *key):
+            with _seeded(seed, *key, numpy=self._drawing.by_numpy):
                 drawn = self._drawing.draw(height, width)
         except CannotDraw:  # a rotation by 180 degrees, say
             drawn = None
@@ -133,11 +133,11 @@ class Draws:
             raise Unreadable(reason(error)) from None
 
 
-def _seeded(seed: int, *key: int) -> contextlib.AbstractContextManager[None]:
+def _seeded(seed: int, *key: int, numpy: bool = True) -> contextlib.AbstractContextManager[None]:
     """Seeded generators; in a loader process nobody else needs them, so they are not put back."""
     if get_worker_info() is None:
         return seeded(seed, *key)
-    reseed(seed, *key)
+    reseed(seed, *key, numpy=numpy)
     return contextlib.nullcontext()
 
 

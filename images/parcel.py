@@ -41,7 +41,7 @@ class Sample(NamedTuple):
     place: Any  # PIXELS: (height, width, 3) uint8, the crop's box alone; JPEG: bytes; RESIDENT: Resident's place
     kind: int
     drawn: Drawn
-    size: tuple[int, int] = (0, 0)  # JPEG: height and width, as the file says
+    size: tuple[int, int] | None = None  # JPEG: height and width, as the file says
 
 
 class Extent(NamedTuple):

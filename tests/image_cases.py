@@ -94,7 +94,7 @@ def batch_of(
             Image.fromarray(pixels).save(stream, "JPEG", quality=90)
             place, pixels = stream.getvalue(), np.asarray(Image.open(stream))
         kept.append(pixels)
-        samples.append(Sample(place, kind, placed))
+        samples.append(Sample(place, kind, placed, pixels.shape[:2]))
         changed = torch.from_numpy(np.array(replay(Image.fromarray(pixels), one, size))).permute(2, 0, 1)
         expected.append(normalise(changed, MEAN, STD))
         erase(expected[-1], one.boxes)

@@ -45,6 +45,16 @@ def photograph(seed: int, height: int = 41, width: int = 53) -> Image.Image:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_numpy_s_generator_is_seeded_for_those_that_draw_from_it(policy):
+    drawing = Drawing(train_transform(config(*POLICIES[policy])))
+    with seeded(0, AUGMENT, 0, 0):
+        before = np.random.get_state()[2]
+        for _ in range(60):
+            drawing.draw(41, 53)
+        assert drawing.by_numpy is (np.random.get_state()[2] != before)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_replayed_draws_are_timms_pixels(policy):
     cfg = config(*POLICIES[policy])
     transform = train_transform(cfg)
@@ -104,7 +114,7 @@ def test_a_parcel_holds_what_was_drawn():
         with seeded(1, AUGMENT, 0, number):
             drawn = drawings[number % 3].draw(41, 53)
         kind = JPEG if number % 4 == 3 else PIXELS
-        samples.append(Sample(bytes([number] * 7) if kind == JPEG else images[-1], kind, drawn))
+        samples.append(Sample(bytes([number] * 7) if kind == JPEG else images[-1], kind, drawn, (41, 53)))
     parcel = pack(samples)
     assert len(parcel) == 30
     for row, sample in enumerate(samples):
