@@ -56,3 +56,27 @@ def test_a_method_of_one_s_own_in_a_file_is_what_readme_says(tmp_path):
     mine.write_text(mine.read_text().replace("scale_format: e4m3", "scale_format: ue5m3"))
     recipe = resolve(load_config(tmp_path / "configs/methods/deit_tiny_mine.yaml").quant)
     assert recipe.q1.scale_format == "ue5m3" and recipe.policy == PRESETS["nvfp4"].policy
+
+
+def test_readme_has_the_figures_of_the_results_page() -> None:
+    """Table 2 of DeiT, and how many runs of each study there are."""
+    readme = " ".join((ROOT / "README.md").read_text().split("## Results so far")[1].split())
+    page = (ROOT / "docs/RESULTS.md").read_text()
+    table = page.split("### Table 2, DeiT")[1].split("###")[0]
+    names = {"full_precision": "full precision", "microscaling": "Microscaling", "tetrajet": "TetraJet"}
+    names |= {"tetrajet_qema": "TetraJet + Q-EMA", "tetrajet_qramping": "TetraJet + Q-Ramping"}
+    compared = 0
+    for line in table.splitlines():
+        row, *cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        if row in names:
+            _, _, mean, _, difference, _, published, of_published = cells
+            same = (mean, difference.rstrip(" *"), published, of_published)
+            assert (
+                f"| {names[row]} | {' | '.join('' if c == '-' else c for c in same)} |".replace("|  |", "| |") in readme
+            )
+            compared += 1
+    assert compared == len(names)
+    counts = re.findall(r"Runs that are done: (\d+); the study has (\d+)", page)
+    for done, planned in counts:
+        assert re.search(rf"\b{done} of (their|its) {planned}\b", readme), (done, planned)
+    assert len(counts) == 2

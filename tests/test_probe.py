@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 import engine
 from engine import Run
-from quantization import PRESETS, Int4Linear, QuantizerSpec, build_recipe, convert_linears
+from quantization import PRESETS, Int4Linear, LinearRecipe, QuantizerSpec, build_recipe, convert_linears
 from quantization.formats import FORMATS
 from quantization.layers import int4
 from quantization.oscillation import (
@@ -499,3 +499,30 @@ def test_on_a_gpu_a_step_does_not_synchronise(method: str, tmp_path: Path, monke
         assert probe.after_step(2) is None
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_what_moves_a_block_s_output_is_activations_unless_its_input_is_fixed() -> None:
+    """Why r(Y), which is of fixed images, hardly hears of weights that oscillate."""
+    recipe, moved = PRESETS["tetrajet"], {}
+    images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for name in ("q1", "q2"):
+        torch.manual_seed(1)
+        size = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3}
+        model = timm.create_model("deit_tiny_patch16_224", **size).eval()
+        convert_linears(model, LinearRecipe(**{name: getattr(recipe, name)}))
+        block, seen = model.blocks[5], []
+        block.register_forward_hook(lambda _, inputs, output, seen=seen: seen.append((inputs[0], output)))
+        with torch.no_grad():
+            model(images)
+            block(seen[0][0])
+            assert torch.equal(seen[0][1], seen[1][1])  # nothing is drawn
+            for layer in model.blocks.modules():
+                if isinstance(layer, nn.Linear):
+                    step = torch.randn(layer.weight.shape)
+                    layer.weight += 5.3e-5 * layer.weight.norm() / step.norm() * step
+            model(images)
+            block(seen[0][0])
+        (_, before), _, (_, of_images), (_, of_its_input) = seen
+        moved[name] = [float((after - before).norm() / before.norm()) for after in (of_images, of_its_input)]
+    assert moved["q1"][0] > 5 * moved["q2"][0] > 0
+    assert 0 < moved["q1"][1] < 3 * moved["q2"][1]
