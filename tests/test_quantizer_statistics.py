@@ -62,41 +62,63 @@ def test_a_scale_that_was_drawn_is_the_one_that_counts(scale_format):
         assert underflow == pytest.approx(float(gone.double().mean())) and (underflow > 0) == (scale_format == "e4m3")
 
 
+class OneQuantizer:
+    """A layer with the row quantizer of one role alone: by its product with the identity, what that has made."""
+
+    def __init__(self, role: str, spec: QuantizerSpec) -> None:
+        self.role, self.name = role, PLACES[role][0]
+        self.layer = QuantLinear.from_linear(nn.Linear(32, 32, bias=False), LinearRecipe(**{self.name: spec}))
+        self.x = torch.randn(32, 32, generator=torch.Generator().manual_seed(3))
+
+    def made(self, size: float = 1.0) -> torch.Tensor:
+        given = {name: torch.eye(32) for name in PLACES} | {self.role: size * self.x}
+        self.layer.weight.data.copy_(given["W"])
+        y = self.layer(given["X"].requires_grad_())
+        (gradient,) = torch.autograd.grad(y, given["X"], given["G"])
+        return {"X": y, "W": y.T, "G": gradient}[self.role].detach()
+
+    def observed(self, size: float = 1.0) -> tuple[torch.Tensor, dict[str, float]]:
+        self.layer.observer = Observer()
+        made, found = self.made(size), self.layer.observer.found[self.name]
+        self.layer.observer = None
+        return made, dict(zip(STATISTICS, found.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("role", ["X", "W", "G"])
+def test_an_observer_is_of_the_scales_that_the_layer_draws(role):
+    one = OneQuantizer(role, dataclasses.replace(NVFP4, scale_rounding="stochastic"))
+    of_positions = []
+    for position in range(3):
+        one.layer.noise.seek(position)
+        q, found = one.observed()
+        error = (q - one.x).double().square().sum() / one.x.square().sum()
+        assert found["mse"] == pytest.approx(float(error))
+        largest = q.view(32, 2, 16).abs().amax(-1, keepdim=True)
+        assert found["saturated"] == pytest.approx(float((one.x.view(32, 2, 16).abs() > largest).double().mean()))
+        of_positions.append(found["saturated"])
+    assert len(set(of_positions)) == 3  # the control: the draws of another place saturate other numbers
+
+
 @pytest.mark.parametrize("role", ["X", "W", "G"])
 def test_a_delayed_outer_scale_is_the_layer_s(role):
-    """What is read has grown a thousandfold since: all of it saturates, as it does in the layer, whose product with the
-    identity is what the quantizer made."""
-    spec = dataclasses.replace(NVFP4, outer="pow2", outer_delay=50)
-    layer = QuantLinear.from_linear(nn.Linear(32, 32, bias=False), LinearRecipe(**{PLACES[role][0]: spec}))
-    torch.manual_seed(3)
-    x = torch.randn(32, 32)
-    layer.weight.data.copy_(torch.eye(32))
-
-    def product(size: float) -> torch.Tensor:
-        given = {name: torch.eye(32) for name in PLACES} | {role: size * x}
-        if role == "W":
-            layer.weight.data.copy_(given["W"])
-        given["X"].requires_grad_()
-        y = layer(given["X"])
-        (gradient,) = torch.autograd.grad(y, given["X"], given["G"])
-        return {"X": y, "W": y.T, "G": gradient}[role].detach()
-
+    """What is read has grown a thousandfold since: all of it saturates, as it does in the layer."""
+    one = OneQuantizer(role, dataclasses.replace(NVFP4, outer="pow2", outer_delay=50))
+    layer, x = one.layer, one.x
     layer.noise.seek(0)
-    product(1.0)
+    one.made()
     held = layer.held.clone()
-    layer.noise.seek(1)
-    for training in (True, False):
-        layer.train(training).observer = Observer()
-        q = product(1000.0)
-        found = dict(zip(STATISTICS, layer.observer.found[PLACES[role][0]].tolist(), strict=True))
+    for training, position in ((True, 1), (False, 1), (False, 50)):
+        layer.train(training).noise.seek(position)
+        q, found = one.observed(1000.0)
+        layer.noise.seek(position)
+        assert torch.equal(q, one.made(1000.0))  # whom nobody observes
         assert found["mse"] == pytest.approx(float((q - 1000 * x).double().square().sum() / (1000 * x).square().sum()))
         assert found["saturated"] > 0.9 and found["gain"] < 0.1
         assert torch.equal(layer.held, held)
-    layer.noise.seek(50)
-    layer.train().observer = Observer()
-    product(1000.0)
-    found = layer.observer.found[PLACES[role][0]]
-    assert found[3] < 0.05 and found[1] == pytest.approx(1, abs=0.01)  # the control: renewed, nothing is amiss
+    layer.train().noise.seek(50)
+    _, found = one.observed(1000.0)
+    # The control: renewed, nothing is amiss.
+    assert found["saturated"] < 0.05 and found["gain"] == pytest.approx(1, abs=0.01)
     assert layer.held.view(torch.float32).max() == (1000 * x).abs().max()
 
 
