@@ -123,6 +123,13 @@ def _values_amiss(own: Mapping[str, Any], given: Mapping[str, Any]) -> str | Non
     return None
 
 
+def _layers_amiss(model: nn.Module, given: Mapping[str, Any]) -> str | None:
+    """The first fault that a layer finds in its own entries; None if there is none."""
+    layers = ((f"{name}." if name else "", m) for name, m in model.named_modules() if hasattr(m, "state_fault"))
+    faults = (layer.state_fault(given, prefix) for prefix, layer in layers)
+    return next(filter(None, faults), None)
+
+
 def restore_model(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
     """Load weights that must fit exactly. Raises UserError with the first difference and leaves the model untouched."""
     own = model.state_dict()
@@ -131,7 +138,7 @@ def restore_model(model: nn.Module, weights: Mapping[str, Tensor], path: str | P
             f"{path} is the checkpoint of another model: {difference}; check --model, or start from its weights with "
             "--finetune."
         )
-    if (amiss := _values_amiss(own, weights)) is not None:
+    if (amiss := _values_amiss(own, weights) or _layers_amiss(model, weights)) is not None:
         raise UserError(f"The weights in {path} cannot be used: {amiss}.")
     model.load_state_dict(weights)
 
@@ -175,7 +182,7 @@ def finetune_from(model: nn.Module, weights: Mapping[str, Tensor], path: str | P
                 raise misfit(difference) from None
             given = {name: value for name, value in given.items() if name not in heads}
             break
-    if (amiss := _values_amiss(own, given)) is not None:
+    if (amiss := _values_amiss(own, given) or _layers_amiss(model, given)) is not None:
         raise UserError(f"The weights in {path} cannot be used: {amiss}.")
     left = []
     for name, difference in _differences(own, given):

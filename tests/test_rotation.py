@@ -285,12 +285,28 @@ def test_what_delayed_outer_scales_hang_from_is_neither_cast_nor_averaged():
         assert float(cast.held.view(torch.float32)[0, 0]) == float(x[0, 0])
 
 
-def test_magnitudes_that_are_no_bits_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        (torch.full((3, 2), 1.5), "float32"),
+        (torch.full((3, 2), 2), "int64"),
+        (torch.full((3, 2), torch.nan).view(torch.int32), "no finite magnitude"),
+        (torch.full((3, 2), torch.inf).view(torch.int32), "no finite magnitude"),
+        (torch.full((3, 2), -1.5).view(torch.int32), "no finite magnitude"),
+    ],
+    ids=["numbers", "int64", "nan", "inf", "negative"],
+)
+def test_magnitudes_that_are_no_bits_are_refused(held, said, tmp_path):
     layer, _ = layer_of(LinearRecipe(q1=dataclasses.replace(NVFP4, outer_delay=4)))
-    weights = {**layer.state_dict(), "held": torch.full((3, 2), 1.5)}
-    with pytest.raises(UserError, match="held is int32 here and float32 in the file"):
-        restore_model(layer, weights, tmp_path / "last.pth")
+    model = nn.Sequential(layer)
+    weights = {**model.state_dict(), "0.held": held}
+    with pytest.raises(UserError, match=f"0.held .*{said}"):
+        restore_model(model, weights, tmp_path / "last.pth")
     assert not layer.held.any()
+    with pytest.raises(RuntimeError, match=f"0.held .*{said}"):
+        model.load_state_dict(weights)
+    restore_model(model, {**weights, "0.held": torch.full((3, 2), 1.5).view(torch.int32)}, tmp_path / "last.pth")
+    assert (layer.held.view(torch.float32) == 1.5).all()
 
 
 def test_a_delayed_outer_scale_of_a_resumed_run_is_the_checkpoint_s():

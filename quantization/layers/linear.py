@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,23 @@ class QuantLinear(NoisyLinear):
     @property
     def recipe(self) -> LinearRecipe:
         return self.jobs.recipe
+
+    def state_fault(self, state: Mapping[str, Any], prefix: str = "") -> str | None:
+        """What is wrong, in words, with what a state dict has for `held`, which nothing else shows; None if nothing."""
+        held = state.get(f"{prefix}held")
+        if self.held is None or not isinstance(held, Tensor):
+            return None
+        if held.dtype != torch.int32:
+            return (
+                f"{prefix}held is {str(held.dtype).removeprefix('torch.')}, and int32, the bits of float32, is expected"
+            )
+        amiss = (held < 0).any() or not held.view(torch.float32).isfinite().all()
+        return f"{prefix}held has bits of no finite magnitude" if amiss else None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if (fault := self.state_fault(state_dict, prefix)) is not None:
+            args[-1].append(fault)  # the errors that load_state_dict raises
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., C) for an input of any rank."""
