@@ -31,7 +31,7 @@ def words(seed: int, *key: int) -> list[int]:
 def reseed(seed: int, *key: int, numpy: bool = True) -> None:
     """Seed Python's, numpy's and torch's CPU generator, all of which augmentation draws from, from (seed, key).
 
-    numpy: whether its generator too, which takes as long as the others together and is needed by few transforms.
+    numpy: whether its generator too, whose seeding takes longer than either other's and which few transforms draw from.
     """
     mixed = words(seed, *key)
     random.seed(mixed[0] << 32 | mixed[1])
