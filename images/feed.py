@@ -139,7 +139,7 @@ class Feed:
             self._copied.popleft()[1].free()
 
     def _mend(self, finished: _Finished, batch: _Batch) -> Loaded:
-        """Images that neither the device nor Pillow could decode, replaced as any unreadable image is."""
+        """Images that were not decoded to the size that their files say, replaced as any unreadable images are."""
         loaded = finished.loaded
         if not finished.failed:
             return loaded
@@ -189,7 +189,7 @@ def _whole(pieces: Iterator[Any], sampler: Any) -> Iterator[_Batch]:
 
 class _Finished(NamedTuple):
     loaded: Loaded
-    failed: list[int]  # rows that could not be decoded
+    failed: list[int]  # rows of images that are to be replaced
 
 
 class _Ahead:

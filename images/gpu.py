@@ -32,7 +32,8 @@ THREADS = 8  # that decode what the GPU does not
 
 
 class Decoded(NamedTuple):
-    """JPEG files of a parcel: images by row, seen as (3, height, width) uint8, and rows that nothing can decode."""
+    """JPEG files of a parcel: images by row, seen as (3, height, width) uint8, and rows that nothing decodes to
+    the size that their files say."""
 
     images: dict[int, Tensor]
     failed: list[int]
@@ -61,8 +62,11 @@ class Finisher:
         self._levels = normalise(every_level, mean, std).reshape(3, 256).to(device)
 
     def __call__(self, parcels: Sequence[Parcel], decoded: Decoded | None = None) -> tuple[Tensor, Tensor, list[int]]:
-        """(images (B, 3, size, size) float32, labels (B,) int64, both on the device, rows that could not be decoded and
-        hold anything) of a batch. decoded: what `decode` has made of it, if it was asked before."""
+        """(images (B, 3, size, size) float32, labels (B,) int64, both on the device, rows that could not be decoded, or
+        not to the size that their files say, and hold anything) of a batch.
+
+        decoded: what `decode` has made of it, if it was asked before.
+        """
         if self._device.type == "cpu" and not _interpreted():
             return self._by_pillow(parcels)
         decoded = self.decode(parcels) if decoded is None else decoded

@@ -181,7 +181,12 @@ def split_amiss(device: torch.device) -> list[str]:
     faults = []
     for number, (dtype, shape) in enumerate(itertools.product(DTYPES, ((37, 130), (64, 96), (3, 7), (130, 33)))):
         g = torch.Generator().manual_seed(number)
-        x = (torch.randint(-196, 197, shape, generator=g) / 2).to(dtype)  # all ties among them
+        x = torch.randint(-196, 197, shape, generator=g) / 2  # all ties among them, and what is next to them in float32
+        x = (
+            (x.view(torch.int32) + torch.randint(-4, 5, shape, generator=g).int() * (x != 0))
+            .view(torch.float32)
+            .to(dtype)
+        )
         x = torch.where(torch.rand(shape, generator=g) < 0.5, x, torch.randn(shape, generator=g).to(dtype))
         x[0, 0], x[-1, -1] = 98.0, -0.0
         x[:2, 1:3] = torch.tensor([[0.0, torch.nan], [torch.inf, -torch.inf]]).to(dtype)

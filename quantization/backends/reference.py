@@ -423,7 +423,8 @@ def split(x: Tensor, unit: Tensor, base: int, high_max: int, noise: Noise) -> tu
     """(high, low) with x / unit ~ base high + low: integers in float32, high the nearest one up to high_max, ties to
     even, and low what is left, rounded at random. x: a matrix; unit: float32 scalar."""
     latent = x.to(torch.float32) / unit
-    high = (latent / base).round().clamp(-high_max, high_max)
+    # A GPU takes a tensor over a number for a product with the reciprocal.
+    high = (latent / constant((base,), x.device)).round().clamp(-high_max, high_max)
     return high, torch.floor(latent - base * high + uniform(latent.shape, noise))
 
 
