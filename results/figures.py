@@ -311,13 +311,13 @@ def table3(figure: Any, runs: Sequence[ProbedRun]) -> Rows | None:
     figure.set_size_inches(5.6, 0.4 + 0.25 * (len(cells) + 1))
     axes = figure.subplots()
     axes.set_axis_off()
-    header = ["", "epoch", "$r(W)$", "$r(W_Q)$", "$r(Y)$", "$r(Y)$, fixed input"]
+    header = ["", "epoch", "$r(W)$", "$r(W_Q)$", "$r(Y)$", "$r(Y|X)$"]
     table = axes.table(
         [header, *cells],
         loc="upper center",
         cellLoc="right",
         edges="horizontal",
-        colWidths=[0.36, 0.08, 0.13, 0.13, 0.13, 0.17],
+        colWidths=[0.36, 0.1, 0.135, 0.135, 0.135, 0.135],
     )
     table.auto_set_font_size(False)
     table.set_fontsize(9)
@@ -326,7 +326,8 @@ def table3(figure: Any, runs: Sequence[ProbedRun]) -> Rows | None:
         if column == 0:
             cell.set_text_props(ha="left")
     blocks = sorted({str(run.last["block"]) for run in runs})
-    axes.set_title(f"rates of change per step in the last recording ({steps_of(runs)}; $Y$: {', '.join(blocks)})")
+    of_y = f"$Y$: {', '.join(blocks)}, $Y|X$: its input fixed"
+    axes.set_title(f"rates of change per step in the last recording ({steps_of(runs)}; {of_y})")
     return rows
 
 
