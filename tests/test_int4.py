@@ -22,7 +22,7 @@ from int4_helpers import (
 )
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from quantization.backends import reference
+from quantization.backends import int4 as formulas
 from quantization.layers import int4
 from quantization.layers.int4 import keep_probability, split_gradient
 from quantization.noise import Noise, uniform
@@ -202,7 +202,7 @@ def _clamped_split(G_NC, noise):
 MISTAKES = {
     "not divided by p": (int4, "sample_rows", _sampled_with(lambda kept, p: kept.float())),
     "divided by the mean p": (int4, "sample_rows", _sampled_with(lambda kept, p: kept.float() / p.mean())),
-    "nearest low part": (reference, "uniform", lambda shape, noise: torch.full(shape, 0.5)),
+    "nearest low part": (formulas, "uniform", lambda shape, noise: torch.full(shape, 0.5)),
     "low part clamped to 4 bits": (int4, "split_gradient", _clamped_split),
 }
 
