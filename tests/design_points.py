@@ -187,6 +187,7 @@ def int4_amiss(device: torch.device) -> list[str]:
         x[0, 0], x[-1, -1] = 98.0, -0.0
         x[:2, 1:3] = torch.tensor([[0.0, torch.nan], [torch.inf, -torch.inf]])
         v, product = (x / 7).to(device), torch.randn(shape, generator=g).to(dtype).to(device)
+        weights = (torch.rand(2, shape[0], generator=g) * 3 - 1).clamp(min=0).to(device)  # of a third of the rows 0
         own = Noise(noise_on(device).state, 8 * number)
         results = []
         for backend in ("triton", "reference"):
@@ -194,8 +195,9 @@ def int4_amiss(device: torch.device) -> list[str]:
                 kernels = backend_of_int4(v)
             parts = kernels.split(x.to(dtype).to(device), one, 14, 6, own)
             levels = kernels.levels(v, -8, 7, dtype)
-            results.append((*parts, levels, *kernels.straight_through(product, 0.3 * one, v, -8, 7)))
-        names = ("high", "low", "levels", "gradient", "of step")
+            rows = kernels.weighted_rows(*parts, weights, 14, dtype)
+            results.append((*parts, levels, rows, *kernels.straight_through(product, 0.3 * one, v, -8, 7)))
+        names = ("high", "low", "levels", "rows", "gradient", "of step")
         for name, a, b in zip(names, *results, strict=True):
             if wrong := unequal(a, b):
                 faults.append(f"{name} {shape} {dtype}: {wrong}")

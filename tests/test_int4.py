@@ -185,11 +185,11 @@ def test_sampling_costs_variance():
 
 
 def _sampled_with(weight_of):
-    def sample_rows(high, low, x_norm, noise):
+    def sample_rows(high, low, x_norm, noise, dtype):
         norms = torch.stack([14 * high.norm(dim=1), low.norm(dim=1)])
         p = keep_probability((norms * x_norm).flatten(), len(high))
         weight = weight_of(uniform(p.shape, noise) < p, p).view(2, -1, 1)
-        return 14 * high * weight[0] + low * weight[1]
+        return (14 * high * weight[0] + low * weight[1]).to(dtype)
 
     return sample_rows
 

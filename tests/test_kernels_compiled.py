@@ -146,7 +146,7 @@ def test_no_register_of_one_nvfp4_matrix_is_spilt(axis, shadowed, launches, monk
     assert " STACK:0 " in said.stdout
 
 
-@pytest.mark.parametrize("name", ["split", "levels", "straight_through"])
+@pytest.mark.parametrize("name", ["split", "levels", "straight_through", "weighted_rows"])
 def test_int4_s_kernels_compile_and_are_launched(name, launches, monkeypatch):
     launchers = []
     monkeypatch.setattr(int4, "Launcher", lambda *a: launchers.append(Launcher(*a)) or launchers[-1])
@@ -155,6 +155,7 @@ def test_int4_s_kernels_compile_and_are_launched(name, launches, monkeypatch):
     call = {
         "split": lambda: int4.split(x, one, 14, 6, Noise(torch.zeros(2).long(), 0)),
         "levels": lambda: (int4.levels(v, -8, 7, torch.bfloat16),),
+        "weighted_rows": lambda: (int4.weighted_rows(v, v, torch.ones(2, 70), 14, torch.bfloat16),),
         "straight_through": lambda: int4.straight_through(x, one, v, -8, 7),
     }[name]
     for _ in range(2):

@@ -26,6 +26,12 @@ def straight_through(product: Tensor, scale: Tensor, v: Tensor, smallest: int, l
     return gradient * inside, gradient * slope  # a product with the mask, where a selection would swallow a NaN
 
 
+def weighted_rows(high: Tensor, low: Tensor, weights: Tensor, base: int, dtype: torch.dtype) -> Tensor:
+    """base high + low (N x C), a row of either times its weight (2 x N): in `dtype`, rounded to it once."""
+    of_high, of_low = weights.unsqueeze(-1)
+    return (base * high * of_high + low * of_low).to(dtype)
+
+
 def split(x: Tensor, unit: Tensor, base: int, high_max: int, noise: Noise) -> tuple[Tensor, Tensor]:
     """(high, low) with x / unit ~ base high + low: integers in float32, high the nearest one up to high_max, ties to
     even, and low what is left, rounded at random. x: a matrix; unit: float32 scalar."""

@@ -104,12 +104,14 @@ def keep_probability(score: Tensor, expected: int) -> Tensor:
     return torch.ceil((score * rate).clamp(max=1.0) * 2.0**16) * 2.0**-16
 
 
-def sample_rows(high: Tensor, low: Tensor, x_norm: Tensor | float, noise: Noise) -> Tensor:
-    """G~ in units of `unit` (N x C, float32): each row of 14 high and of low kept with p ~ its norm times x_norm."""
+def sample_rows(
+    high: Tensor, low: Tensor, x_norm: Tensor | float, noise: Noise, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """G~ in units of `unit` (N x C): each row of 14 high and of low kept with p ~ its norm times x_norm."""
     norms = torch.stack([BASE * high.norm(dim=1), low.norm(dim=1)])
     p = keep_probability((norms * x_norm).flatten(), expected=len(high))
-    weight = ((uniform(p.shape, noise) < p) / p.clamp(min=2.0**-16)).view(2, -1, 1)
-    return BASE * high * weight[0] + low * weight[1]
+    weights = ((uniform(p.shape, noise) < p) / p.clamp(min=2.0**-16)).view(2, -1)
+    return backend_of_int4(high).weighted_rows(high, low, weights, BASE, dtype)
 
 
 class Int4LinearFunction(torch.autograd.Function):
@@ -151,7 +153,7 @@ class Int4LinearFunction(torch.autograd.Function):
         def sampled(x_norm: Tensor | float, use: int) -> Tensor:
             if not recipe.sampling or not len(G_NC):
                 return (BASE * high + low).to(dtype)
-            return sample_rows(high, low, x_norm, Noise(noise_state, ctx.stream + use)).to(dtype)
+            return sample_rows(high, low, x_norm, Noise(noise_state, ctx.stream + use), dtype)
 
         grad_input = grad_weight = grad_bias = grad_step_x = grad_step_w = None
         if needs[0] or needs[3]:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantization.backends.gpu.design import narrowed
 from quantization.backends.gpu.launching import INTERPRETED, PLANS, Launcher, Tile, aligned, on_device, stream_of
 from quantization.backends.gpu.tiles import (
     INFINITY,
@@ -27,6 +28,7 @@ from quantization.backends.gpu.tiles import (
 from quantization.noise import Noise
 
 TILE = Tile(64, 64, 1) if INTERPRETED else Tile(32, 32, 1)
+ROWS = Tile(8, 1024, 4, fused=False) if INTERPRETED else Tile(8, 128, 4, fused=False)  # each with its weight
 ROW = Tile(1, 4096 if INTERPRETED else 1024, 4)  # of numbers whose place does not matter
 
 
@@ -117,10 +119,35 @@ def split_kernel(
     tl.store(low_ptr + offset, low, mask=inside)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def weighted_rows_kernel(
+    high_ptr,
+    low_ptr,
+    weights_ptr,
+    out_ptr,
+    rows,
+    columns,
+    BASE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    """To be compiled without fused operations: every product is rounded."""
+    tiles_across = tl.cdiv(columns, TILE_COLUMNS)
+    row = tl.program_id(0) // tiles_across * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
+    column = tl.program_id(0) % tiles_across * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)[None, :]
+    inside = (row < rows) & (column < columns)
+    offset = row.to(tl.int64) * columns + column
+    of_high = tl.load(weights_ptr + row, mask=row < rows, other=0.0)
+    of_low = tl.load(weights_ptr + rows + row, mask=row < rows, other=0.0)
+    high = tl.load(high_ptr + offset, mask=inside, other=0.0) * BASE * of_high
+    low = tl.load(low_ptr + offset, mask=inside, other=0.0) * of_low
+    tl.store(out_ptr + offset, narrowed(high + low, out_ptr.dtype.element_ty), mask=inside)
+
+
 @functools.lru_cache(maxsize=PLANS)
 def _plan(kernel: triton.JITFunction, tile: Tile, shape: tuple[int, ...], *more: Any) -> Launcher:
     """more: the kernel's last arguments, in a tuple, and what else Triton compiles for: dtypes, alignments, device."""
-    rows, columns = shape if tile is TILE else (1, shape[0])
+    rows, columns = shape if len(shape) == 2 else (1, shape[0])
     return Launcher(kernel, rows, columns, tile, *shape, *more[0])
 
 
@@ -143,6 +170,17 @@ def straight_through(product: Tensor, scale: Tensor, v: Tensor, smallest: int, l
     with on_device(v.device):
         launch(stream_of(v.device), product, scale, v, gradient, of_step)
     return gradient, of_step
+
+
+def weighted_rows(high: Tensor, low: Tensor, weights: Tensor, base: int, dtype: torch.dtype) -> Tensor:
+    """`backends.int4.weighted_rows` on a GPU."""
+    high, low, weights = high.contiguous(), low.contiguous(), weights.contiguous()
+    out = torch.empty(high.shape, dtype=dtype, device=high.device)
+    alike = dtype, aligned(high), aligned(low), aligned(weights), high.device
+    launch = _plan(weighted_rows_kernel, ROWS, tuple(high.shape), (base,), *alike)
+    with on_device(high.device):
+        launch(stream_of(high.device), high, low, weights, out)
+    return out
 
 
 def split(x: Tensor, unit: Tensor, base: int, high_max: int, noise: Noise) -> tuple[Tensor, Tensor]:
