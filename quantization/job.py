@@ -7,13 +7,12 @@ A quantized matrix has one of four forms:
     PACKED    4-bit codes, two to a byte, and the code of a scale a block, a byte of E8M0: kept for the backward pass
     CARRIED   fp8 numbers, the summed dimension last, and a power of two they are to be multiplied by
 
-A backend is a module with five functions:
+A backend is a module with four functions:
 
     quantize(x, spec, noise, shadow)            a tensor quantized and back, in its own dtype
     prepare(x, job, noise, shadow, lost, held)  a matrix quantized as a Job says: Prepared
     expand(packed, dtype)                       the numbers of a Packed matrix
     turn_back(x, turn, noise)                   a matrix rotated back, in its own dtype
-    split(x, unit, base, high_max, noise)       INT4's two integers for each number of a matrix
 """
 
 from __future__ import annotations

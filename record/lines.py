@@ -47,6 +47,7 @@ class Line:
     r_w: float | None  # rates of change of Appendix A.3: weights, quantized weights, the watched block's output
     r_WQ: float | None  # noqa: N815
     r_Y: float | None  # noqa: N815
+    r_Y_block: float | None  # noqa: N815 - its input fixed; empty in lines of before
     oscillating_share: float | None  # of the weights, R_w > 16
     confidence: float | None  # quantization confidence, mean
     classes: int
@@ -65,7 +66,7 @@ class Line:
 
 FIELDS = [field.name for field in fields(Line)]
 _TYPES = {field.name: str(field.type) for field in fields(Line)}
-OSCILLATION = ("r_w", "r_WQ", "r_Y", "oscillating_share", "confidence")
+OSCILLATION = ("r_w", "r_WQ", "r_Y", "r_Y_block", "oscillating_share", "confidence")
 
 
 @dataclass(frozen=True)

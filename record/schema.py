@@ -337,6 +337,7 @@ class Arrays(Form):
     steps: _array(_WHOLE, 0, 1, MOST)
     r_w: _array(_REAL, 1, 0, finite=False)  # (L,); infinite where a weight leaves 0
     r_Y: _array(_REAL, 0, 0, finite=False)  # noqa: N815
+    r_Y_block: _array(_REAL, 0, 0, finite=False) | None = None  # noqa: N815 - recordings of before have none
     r_WQ: _array(_REAL, 1, 0, finite=False) | None = None  # noqa: N815 - (L,), as all of _QUANTIZED or none of it
     grid: _array(_REAL, 1) | None = None
     latent_edges: _array(_REAL, 1) | None = None  # (bins + 1,)

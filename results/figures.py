@@ -77,13 +77,14 @@ def thresholds(grid: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 
 Rows = list[list[Any]]
+RATES = ("r_w", "r_WQ", "r_Y", "r_Y_block")  # as a recording has them
 
 
 def figure2(figure: Any, runs: Sequence[ProbedRun]) -> Rows | None:
     """Rate of change of weights and of a block's output over the epochs."""
     figure.set_size_inches(7.5, 3.2)
     weights, output = figure.subplots(1, 2)
-    rows: Rows = [["run", "method", "epoch", "steps", "r_w", "r_WQ", "r_Y"]]
+    rows: Rows = [["run", "method", "epoch", "steps", *RATES]]
     for run, label, style in zip(runs, labels(runs), styles(runs), strict=True):
         if run.quantized:
             weights.plot(*series(run.quantized, "r_WQ"), **style, linewidth=1.6, label=f"{label}: $r(W_Q)$")
@@ -92,7 +93,7 @@ def figure2(figure: Any, runs: Sequence[ProbedRun]) -> Rows | None:
             weights.plot(*series(run.recordings, "r_w"), **style, linewidth=1.6, label=f"{label}: $r(W)$")
         output.plot(*series(run.recordings, "r_Y"), **style, linewidth=1.6, label=label)
         for r in run.recordings:
-            rates = [float(np.mean(r[name])) if name in r else "" for name in ("r_w", "r_WQ", "r_Y")]
+            rates = [float(np.mean(r[name])) if name in r else "" for name in RATES]
             rows.append([run.directory, run.method, int(r["epoch"]), int(r["steps"]), *rates])
     weights.set_title("weights, mean over layers" + (" (thin: $r(W)$)" if any(run.quantized for run in runs) else ""))
     output.set_title(f"output $Y$ of {', '.join(sorted({str(run.last['block']) for run in runs}))}, fixed batch")
@@ -296,11 +297,11 @@ def figure6(figure: Any, runs: Sequence[ProbedRun]) -> Rows | None:
 
 def table3(figure: Any, runs: Sequence[ProbedRun]) -> Rows | None:
     """Rates of change at the end of training, as a picture of a table."""
-    rows: Rows = [["run", "method", "epoch", "steps", "block", "r_w", "r_WQ", "r_Y"]]
+    rows: Rows = [["run", "method", "epoch", "steps", "block", *RATES]]
     cells = []
     for run, label in zip(runs, labels(runs), strict=True):
         r = run.last
-        rates = [float(np.mean(r[name])) if name in r else None for name in ("r_w", "r_WQ", "r_Y")]
+        rates = [float(np.mean(r[name])) if name in r else None for name in RATES]
         rows.append(
             [run.directory, run.method, int(r["epoch"]), int(r["steps"]), str(r["block"])]
             + ["" if rate is None else rate for rate in rates]
@@ -310,13 +311,13 @@ def table3(figure: Any, runs: Sequence[ProbedRun]) -> Rows | None:
     figure.set_size_inches(5.6, 0.4 + 0.25 * (len(cells) + 1))
     axes = figure.subplots()
     axes.set_axis_off()
-    header = ["", "epoch", "$r(W)$", "$r(W_Q)$", "$r(Y)$"]
+    header = ["", "epoch", "$r(W)$", "$r(W_Q)$", "$r(Y)$", "$r(Y|X)$"]
     table = axes.table(
         [header, *cells],
         loc="upper center",
         cellLoc="right",
         edges="horizontal",
-        colWidths=[0.4, 0.1, 0.16, 0.16, 0.16],
+        colWidths=[0.36, 0.1, 0.135, 0.135, 0.135, 0.135],
     )
     table.auto_set_font_size(False)
     table.set_fontsize(9)
@@ -325,7 +326,8 @@ def table3(figure: Any, runs: Sequence[ProbedRun]) -> Rows | None:
         if column == 0:
             cell.set_text_props(ha="left")
     blocks = sorted({str(run.last["block"]) for run in runs})
-    axes.set_title(f"rates of change per step in the last recording ({steps_of(runs)}; $Y$: {', '.join(blocks)})")
+    of_y = f"$Y$: {', '.join(blocks)}, $Y|X$: its input fixed"
+    axes.set_title(f"rates of change per step in the last recording ({steps_of(runs)}; {of_y})")
     return rows
 
 

@@ -24,7 +24,14 @@ STUDIES, RESULTS = ROOT / "configs/studies", ROOT / "results"
 PAGE, PICTURE = ROOT / "docs/RESULTS.md", ROOT / "docs/images/results.png"
 FARTHEST = 4.0  # times as far as the next: a row whose dot would leave the others no room in the picture
 WORDS = {"deit_tiny": "DeiT", "swin_tiny": "Swin", "top1": "top-1 (%)", "top5": "top-5 (%)", "": ""}
-WORDS |= {"r_w": "r(W)", "r_WQ": "r(W_Q)", "r_Y": "r(Y)", "loss": "loss", "best_top1": "best top-1 (%)"}
+WORDS |= {
+    "r_w": "r(W)",
+    "r_WQ": "r(W_Q)",
+    "r_Y": "r(Y)",
+    "r_Y_block": "r(Y), the block's input fixed",
+    "loss": "loss",
+    "best_top1": "best top-1 (%)",
+}
 
 
 def worded(name: str) -> str:

@@ -21,7 +21,9 @@ from config import UserError
 from config.explain import did_you_mean
 from config.rows import table_cells
 
-Figure = Literal["top1", "top5", "loss", "best_top1", "r_w", "r_WQ", "r_Y", "oscillating_share", "confidence"]
+Figure = Literal[
+    "top1", "top5", "loss", "best_top1", "r_w", "r_WQ", "r_Y", "r_Y_block", "oscillating_share", "confidence"
+]
 Names = Annotated[list[str], Field(min_length=1)]
 
 

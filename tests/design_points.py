@@ -10,7 +10,7 @@ import torch
 from test_kernels import DTYPES, awkward, by, noise_on, unequal
 
 from quantization import QuantizerSpec
-from quantization.backends.choose import backend_of_matrix
+from quantization.backends.choose import backend_of_int4
 from quantization.formats import FORMATS, SCALE_FORMATS
 from quantization.job import DENSE, NOTHING, PACKED, SCALED, Dense, Job, Packed
 from quantization.noise import Noise
@@ -176,23 +176,31 @@ def fault_at(it: Point, device: torch.device) -> str | None:
 __all__ = ["SCALED", "Point", "differences_at", "fault_at", "matrix_of", "point", "spec_of"]
 
 
-def split_amiss(device: torch.device) -> list[str]:
-    """Gradients that INT4's kernel splits otherwise than the reference, with ties and numbers that are not finite."""
-    faults = []
+def int4_amiss(device: torch.device) -> list[str]:
+    """What INT4's kernels make otherwise than their formulas, of ties, their neighbours and what is not finite too."""
+    faults, one = [], torch.ones((), device=device)
     for number, (dtype, shape) in enumerate(itertools.product(DTYPES, ((37, 130), (64, 96), (3, 7), (130, 33)))):
         g = torch.Generator().manual_seed(number)
-        x = (torch.randint(-196, 197, shape, generator=g) / 2).to(dtype)  # all ties among them
-        x = torch.where(torch.rand(shape, generator=g) < 0.5, x, torch.randn(shape, generator=g).to(dtype))
+        x = torch.randint(-196, 197, shape, generator=g) / 2  # all ties among them, and what is next to them in float32
+        x = (x.view(torch.int32) + torch.randint(-4, 5, shape, generator=g).int() * (x != 0)).view(torch.float32)
+        x = torch.where(torch.rand(shape, generator=g) < 0.5, x, torch.randn(shape, generator=g))
         x[0, 0], x[-1, -1] = 98.0, -0.0
-        x[:2, 1:3] = torch.tensor([[0.0, torch.nan], [torch.inf, -torch.inf]]).to(dtype)
+        x[:2, 1:3] = torch.tensor([[0.0, torch.nan], [torch.inf, -torch.inf]])
+        v, product = (x / 7).to(device), torch.randn(shape, generator=g).to(dtype).to(device)
+        weights = (torch.rand(2, shape[0], generator=g) * 3 - 1).clamp(min=0).to(device)  # of a third of the rows 0
+        own = Noise(noise_on(device).state, 8 * number)
         results = []
         for backend in ("triton", "reference"):
             with by(backend):
-                made = backend_of_matrix(x.to(device))
-                own = Noise(noise_on(device).state, 8 * number)
-                results.append(made.split(x.to(device), torch.ones((), device=device), 14, 6, own))
-        if wrong := sum(unequal(a, b) for a, b in zip(*results, strict=True)):
-            faults.append(f"{shape} {dtype}: {wrong}")
+                kernels = backend_of_int4(v)
+            parts = kernels.split(x.to(dtype).to(device), one, 14, 6, own)
+            levels = kernels.levels(v, -8, 7, dtype)
+            rows = kernels.weighted_rows(*parts, weights, 14, dtype)
+            results.append((*parts, levels, rows, *kernels.straight_through(product, 0.3 * one, v, -8, 7)))
+        names = ("high", "low", "levels", "rows", "gradient", "of step")
+        for name, a, b in zip(names, *results, strict=True):
+            if wrong := unequal(a, b):
+                faults.append(f"{name} {shape} {dtype}: {wrong}")
     return faults
 
 

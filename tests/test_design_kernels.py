@@ -18,7 +18,7 @@ import torch
 from interpreter_helpers import Process, assert_passed, interpreting
 
 from quantization import PRESETS, QuantizerSpec, fake_quantize
-from quantization.backends import choose, reference, scales
+from quantization.backends import choose, int4, reference, scales
 from quantization.backends.scales import hold, outer_exponent
 from quantization.formats import FORMATS, SCALE_FORMATS, ScaleFormat
 from quantization.job import DENSE, NOTHING, SCALED, Job
@@ -66,7 +66,7 @@ else:
     from triton.runtime import interpreter
 
     fast_interpreter.install()
-    from design_points import Point, differences_at, fault_at, matrix_of, point, split_amiss, turned_back_amiss
+    from design_points import Point, differences_at, fault_at, int4_amiss, matrix_of, point, turned_back_amiss
     from test_kernels import awkward, by, differing, noise_on, unequal
     from test_scales import NOISE, maxima
 
@@ -235,10 +235,13 @@ else:
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     assert differing(awkward((70, 130), dtype, 3), spec) == 0
 
-    def test_gradients_are_split_to_the_same_bits(monkeypatch):
-        assert split_amiss(CPU) == []
-        monkeypatch.setattr(reference, "uniform", lambda shape, noise: uniform(shape, noise, 1))  # the control
-        assert len(split_amiss(CPU)) == 12
+    def test_int4_s_kernels_give_the_bits_of_its_formulas(monkeypatch):
+        assert int4_amiss(CPU) == []
+        monkeypatch.setattr(int4, "uniform", lambda shape, noise: uniform(shape, noise, 1))  # the controls
+        assert {fault.split()[0] for fault in int4_amiss(CPU)} == {"low", "rows"}
+        right = int4.levels
+        monkeypatch.setattr(int4, "levels", lambda v, *more: right((v.abs() + 0.5).floor().copysign(v), *more))
+        assert {fault.split()[0] for fault in int4_amiss(CPU)} == {"low", "rows", "levels", "of"}
 
     def test_gradients_are_turned_back_to_the_same_bits(monkeypatch):
         assert turned_back_amiss(CPU, (2, 16, 128)) == []

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from design_points import fault_at, point, split_amiss, turned_back_amiss
+from design_points import fault_at, int4_amiss, point, turned_back_amiss
 from test_kernels import by, unequal
 from torch import nn
 
@@ -30,8 +30,8 @@ def test_gradients_are_turned_back_to_the_same_bits():
     assert turned_back_amiss(torch.device("cuda")) == []
 
 
-def test_int4_s_gradients_are_split_to_the_same_bits():
-    assert split_amiss(torch.device("cuda")) == []
+def test_int4_s_kernels_give_the_bits_of_its_formulas():
+    assert int4_amiss(torch.device("cuda")) == []
 
 
 # Those of the small floats, all of which have kernels.

@@ -22,7 +22,7 @@ from int4_helpers import (
 )
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from quantization.backends import reference
+from quantization.backends import int4 as formulas
 from quantization.layers import int4
 from quantization.layers.int4 import keep_probability, split_gradient
 from quantization.noise import Noise, uniform
@@ -185,11 +185,11 @@ def test_sampling_costs_variance():
 
 
 def _sampled_with(weight_of):
-    def sample_rows(high, low, x_norm, noise):
+    def sample_rows(high, low, x_norm, noise, dtype):
         norms = torch.stack([14 * high.norm(dim=1), low.norm(dim=1)])
         p = keep_probability((norms * x_norm).flatten(), len(high))
         weight = weight_of(uniform(p.shape, noise) < p, p).view(2, -1, 1)
-        return 14 * high * weight[0] + low * weight[1]
+        return (14 * high * weight[0] + low * weight[1]).to(dtype)
 
     return sample_rows
 
@@ -202,7 +202,7 @@ def _clamped_split(G_NC, noise):
 MISTAKES = {
     "not divided by p": (int4, "sample_rows", _sampled_with(lambda kept, p: kept.float())),
     "divided by the mean p": (int4, "sample_rows", _sampled_with(lambda kept, p: kept.float() / p.mean())),
-    "nearest low part": (reference, "uniform", lambda shape, noise: torch.full(shape, 0.5)),
+    "nearest low part": (formulas, "uniform", lambda shape, noise: torch.full(shape, 0.5)),
     "low part clamped to 4 bits": (int4, "split_gradient", _clamped_split),
 }
 

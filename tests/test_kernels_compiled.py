@@ -30,7 +30,7 @@ from triton.backends.driver import GPUDriver  # noqa: E402
 from triton.backends.nvidia.driver import CudaDriver  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from quantization.backends.gpu import design_launch, launch  # noqa: E402
+from quantization.backends.gpu import design_launch, int4, launch  # noqa: E402
 from quantization.backends.gpu.launching import Launcher  # noqa: E402
 
 SHARED_MEMORY = 232448  # bytes of a multiprocessor that a program may have
@@ -146,14 +146,20 @@ def test_no_register_of_one_nvfp4_matrix_is_spilt(axis, shadowed, launches, monk
     assert " STACK:0 " in said.stdout
 
 
-def test_what_splits_int4_s_gradients_compiles_and_is_launched(launches, monkeypatch):
+@pytest.mark.parametrize("name", ["split", "levels", "straight_through", "weighted_rows"])
+def test_int4_s_kernels_compile_and_are_launched(name, launches, monkeypatch):
     launchers = []
-    monkeypatch.setattr(launch, "Launcher", lambda *a: launchers.append(Launcher(*a)) or launchers[-1])
-    launch._plan_split.cache_clear()
-    x, unit, noise = torch.zeros(70, 384, dtype=torch.bfloat16), torch.ones(()), Noise(torch.zeros(2).long(), 0)
+    monkeypatch.setattr(int4, "Launcher", lambda *a: launchers.append(Launcher(*a)) or launchers[-1])
+    int4._plan.cache_clear()
+    x, v, one = torch.zeros(70, 384, dtype=torch.bfloat16), torch.zeros(70, 384), torch.ones(())
+    call = {
+        "split": lambda: int4.split(x, one, 14, 6, Noise(torch.zeros(2).long(), 0)),
+        "levels": lambda: (int4.levels(v, -8, 7, torch.bfloat16),),
+        "weighted_rows": lambda: (int4.weighted_rows(v, v, torch.ones(2, 70), 14, torch.bfloat16),),
+        "straight_through": lambda: int4.straight_through(x, one, v, -8, 7),
+    }[name]
     for _ in range(2):
-        high, low = launch.split(x, unit, 14, 6, noise)
-        assert high.shape == low.shape == x.shape
+        assert all(out.shape == x.shape for out in call())
     (launcher,) = launchers
     by_triton, by_us = ((arguments[:3], len(arguments)) for arguments in launches)
     assert by_triton == by_us

@@ -26,7 +26,21 @@ DIGITS = ROOT / "configs/digits_tetrajet.yaml"
 def line(**changes: Any) -> Line:
     first = Line(
         *("digits", "tetrajet", "", 0, "0123456789ab", 90.5, 99.0, 0.1 + 0.2, 91.0, 5, 110, 35.0),
-        *(1e-3, None, 0.02, 0.5, None, 10, "none", "x86_64", "2.11.0", "0123+", "2026-01-01", "python main.py, 'a'"),
+        *(
+            1e-3,
+            None,
+            0.02,
+            0.01,
+            0.5,
+            None,
+            10,
+            "none",
+            "x86_64",
+            "2.11.0",
+            "0123+",
+            "2026-01-01",
+            "python main.py, 'a'",
+        ),
     )
     return dataclasses.replace(first, **changes)
 

@@ -75,7 +75,7 @@ def without_probe(folder: Path) -> dict[str, Any]:
     for name in ("last.pt", "best.pt"):
         del found[name]["probe"]
     for line in found["metrics"]:
-        for name in ("r_w", "r_WQ", "r_Y", "oscillating", "oscillating_share", "confidence"):
+        for name in ("r_w", "r_WQ", "r_Y", "r_Y_block", "oscillating", "oscillating_share", "confidence"):
             line["data"].pop(f"eval.{name}", None)
     return found
 
@@ -97,7 +97,7 @@ def test_a_probe_that_left_its_mark_would_be_seen(tmp_path: Path, monkeypatch: p
     """The control: one that leaves the model in eval mode."""
     off = train(tmp_path / "off", *SMALL)
     monkeypatch.setattr(nn.Module, "eval", lambda self: self.train(False))
-    monkeypatch.setattr(OscillationProbe, "output", lambda self: self.model.eval()(self.images))
+    monkeypatch.setattr(OscillationProbe, "output", lambda self, _=None: (self.model.eval()(self.images),) * 3)
     on = train(tmp_path / "on", *SMALL, *PROBES)
     assert any(where.startswith("/last.pt/model") for where in differences(without_probe(off), without_probe(on)))
 
@@ -184,7 +184,7 @@ def test_a_forward_pass_of_it_puts_everything_back(tmp_path: Path, monkeypatch: 
     draws = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     noise = clock.rank, clock.state.clone(), clock.next_position.clone()
     first, second = run.probe.output(), run.probe.output()
-    assert torch.equal(first, second) and not first.requires_grad
+    assert all(map(torch.equal, first, second)) and not any(x.requires_grad for x in first)
     assert modes == [module.training for module in model.modules()] and len(set(modes)) == 2
     assert draws[0] == random.getstate() and draws[1] == np.random.get_state()[1].tolist()
     assert torch.equal(draws[2], torch.get_rng_state())
@@ -229,22 +229,25 @@ def test_it_waits_for_no_value_but_at_the_end_of_a_recording(
 
 def watched(folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> tuple[list[dict[str, Any]], Run]:
     """What a run with a probe goes through: before its first step and after each, the master weights and what they
-    are quantized to, layer by layer, and the output of the block."""
+    are quantized to, layer by layer, the output of the block, and that for what it read at each moment so far."""
     seen: list[dict[str, Any]] = []
     runs: list[Run] = []
+    read: list[Tensor] = []
     step = engine.train_step
 
     def look(run: Run) -> None:
         layers = run.probe.layers.values()
-        output: list[Tensor] = []
-        handle = run.model.blocks[-1].register_forward_hook(lambda _m, _i, y: output.append(y))
+        block, output = run.model.blocks[-1], []
+        handle = block.register_forward_hook(lambda _m, x, y: (read.append(x[0].clone()), output.append(y))[1])
         training = run.model.training
         with torch.no_grad():
             run.model.eval()(run.probe.images)
+            handle.remove()
+            of_read = [block(x) for x in read]
         run.model.train(training)
-        handle.remove()
         quantized = run.probe.views and [layer.quantized_weight().clone() for layer in layers]
-        seen.append({"w": [x.weight.detach().clone() for x in layers], "q": quantized, "y": output[0]})
+        w = [x.weight.detach().clone() for x in layers]
+        seen.append({"w": w, "q": quantized, "y": output[0], "of_read": of_read})
 
     def train_step(run: Run, batches: Any) -> dict[str, float]:
         if not seen:
@@ -274,6 +277,10 @@ def test_a_recording_holds_the_statistics_of_its_steps(
         assert arrays["r_WQ"].tolist() == pytest.approx([rate_of_change(x).item() for x in q], rel=1e-5)
         y = torch.stack([s["y"] for s in steps])
         assert arrays["r_Y"].item() == pytest.approx(rate_of_change(y).item(), rel=1e-5)
+        first = 4 * epoch - 3
+        y = torch.stack([s["of_read"][first] for s in steps])
+        assert arrays["r_Y_block"].item() == pytest.approx(rate_of_change(y).item(), rel=1e-5)
+        assert arrays["r_Y_block"] != arrays["r_Y"]
         ratios = [oscillation_ratio(a, b) for a, b in zip(w, q, strict=True)]
         assert arrays["oscillating"].tolist() == [int((r > OSCILLATING).sum()) for r in ratios]
         assert arrays["numel"].tolist() == [r.numel() for r in ratios]
@@ -292,6 +299,7 @@ def test_a_recording_holds_the_statistics_of_its_steps(
         "r_w": arrays["r_w"].mean(),
         "r_WQ": arrays["r_WQ"].mean(),
         "r_Y": arrays["r_Y"],
+        "r_Y_block": arrays["r_Y_block"],
         "oscillating": arrays["oscillating"].sum(),
         "oscillating_share": arrays["oscillating"].sum() / arrays["numel"].sum(),
         "confidence": np.average(arrays["confidence"], weights=arrays["numel"]),
@@ -342,12 +350,12 @@ def test_without_quantized_weights_there_are_the_rates_of_weights_and_output(
     for method in ("full_precision", "without_q2", "stochastic_forward"):
         seen, _ = watched(tmp_path / method, monkeypatch, *SMALL, *METHODS[method], *PROBES)
         arrays = recordings(tmp_path / method)["epoch_0002.npz"]
-        expected = {"r_w", "r_Y", "steps", "first_step", "layers", "block", "epoch"}
+        expected = {"r_w", "r_Y", "r_Y_block", "steps", "first_step", "layers", "block", "epoch"}
         assert arrays.keys() == expected and len(arrays["layers"]) == 4
         w = [torch.stack(ws) for ws in zip(*(s["w"] for s in seen[5:9]), strict=True)]
         assert arrays["r_w"].tolist() == pytest.approx([rate_of_change(x).item() for x in w], rel=1e-5)
         data = {k for line in outcome(tmp_path / method)["metrics"] if len(line["step"]) == 1 for k in line["data"]}
-        assert {"eval.r_w", "eval.r_Y"} <= data and not {"eval.r_WQ", "eval.confidence"} & data
+        assert {"eval.r_w", "eval.r_Y", "eval.r_Y_block"} <= data and not {"eval.r_WQ", "eval.confidence"} & data
 
 
 def test_int4_is_watched_in_the_basis_that_is_quantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,7 +418,7 @@ def test_the_block_is_the_ninth_of_all_stages_or_the_last_of_fewer(
     assert probe.block_name == expected
     assert len(probe.layers) == 4 * sum(".attn.proj" in name for name in probe.layers)
     if expected == "layers.2.blocks.4":
-        assert probe.output().shape == (1, 14, 14, 384)
+        assert probe.output()[0].shape == (1, 14, 14, 384)
 
 
 @pytest.mark.parametrize("scale_rule", ["truncation_free", "floor"])

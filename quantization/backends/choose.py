@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from quantization.backends import reference
+from quantization.backends import int4, reference
 from quantization.job import Job, Packed
 from quantization.spec import QuantizerSpec
 
@@ -84,11 +84,22 @@ def backend_of_packed(packed: Packed) -> ModuleType:
     return _backend(packed.codes, packed.spec) if plain else reference
 
 
-def backend_of_matrix(x: Tensor) -> ModuleType:
-    """The backend of what has a kernel for every matrix: turning one back, INT4's split."""
+def backend_of_turning(x: Tensor) -> ModuleType:
+    """The backend that turns a matrix back: the kernel of every size of a rotation."""
     if _without_kernels(x) or x.dtype not in DTYPES:
         return reference
     try:
         return _kernels()
     except ImportError:
         return reference
+
+
+def backend_of_int4(x: Tensor) -> ModuleType:
+    """The backend of what INT4 does number by number, for a float32 tensor or what a product has made."""
+    if _without_kernels(x) or x.dtype not in DTYPES:
+        return int4
+    try:
+        from quantization.backends.gpu import int4 as kernels
+    except ImportError:
+        return int4
+    return kernels

@@ -419,14 +419,6 @@ def expand(packed: Packed, dtype: torch.dtype) -> Tensor:
     return (latents * scales).to(dtype)
 
 
-def split(x: Tensor, unit: Tensor, base: int, high_max: int, noise: Noise) -> tuple[Tensor, Tensor]:
-    """(high, low) with x / unit ~ base high + low: integers in float32, high the nearest one up to high_max, ties to
-    even, and low what is left, rounded at random. x: a matrix; unit: float32 scalar."""
-    latent = x.to(torch.float32) / unit
-    high = (latent / base).round().clamp(-high_max, high_max)
-    return high, torch.floor(latent - base * high + uniform(latent.shape, noise))
-
-
 def turn_back(x: Tensor, turn: Turn, noise: Noise) -> Tensor:
     """x T^T along the last axis of a matrix: its dtype."""
     return rotate_back(x, turn, noise).to(x.dtype)

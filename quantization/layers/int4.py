@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
-from quantization.backends.choose import backend_of_matrix
+from quantization.backends.choose import backend_of_int4
 from quantization.layers.clock import NoiseClock, NoisyLinear
 from quantization.noise import STREAMS_PER_LAYER, Noise, uniform
 from quantization.recipes import as_recipe
@@ -67,17 +67,15 @@ def divide(x: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor]:
     return x / step, step
 
 
-def quantize(v: Tensor) -> Tensor:
-    """The levels q(v) / s: integers from -8 to 7 in float32; NaN where v is not finite."""
-    return v.round().clamp(LEVEL_MIN, LEVEL_MAX).masked_fill(~torch.isfinite(v), torch.nan)
+def quantize(v: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The levels q(v) / s: integers from -8 to 7; NaN where v is not finite."""
+    return backend_of_int4(v).levels(v, LEVEL_MIN, LEVEL_MAX, dtype)
 
 
-def quantize_backward(grad: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the step (scalar) from that of q(x), straight through the rounding."""
-    inside = (v > LEVEL_MIN) & (v < LEVEL_MAX)
-    slope = quantize(v) - torch.where(inside, v, 0.0)
-    # A product with the mask, where a selection would swallow a NaN.
-    return grad * inside, (grad * slope).sum() / math.sqrt(LEVEL_MAX * max(grad.numel(), 1))
+def quantize_backward(product: Tensor, scale: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the step (scalar) from that of q(x), product scale, straight through the rounding."""
+    grad, of_step = backend_of_int4(product).straight_through(product, scale, v, LEVEL_MIN, LEVEL_MAX)
+    return grad, of_step.sum() / math.sqrt(LEVEL_MAX * max(v.numel(), 1))
 
 
 def split_gradient(G_NC: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +85,7 @@ def split_gradient(G_NC: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
         return G_NC, G_NC, G_NC.sum()
     largest = G_NC.abs().amax().to(torch.float32)
     unit = (largest / RANGE).clamp(min=torch.finfo(torch.float32).tiny)  # a zero gradient stays zero
-    return *backend_of_matrix(G_NC).split(G_NC, unit, BASE, HIGH_MAX, noise), unit
+    return *backend_of_int4(G_NC).split(G_NC, unit, BASE, HIGH_MAX, noise), unit
 
 
 def keep_probability(score: Tensor, expected: int) -> Tensor:
@@ -106,12 +104,14 @@ def keep_probability(score: Tensor, expected: int) -> Tensor:
     return torch.ceil((score * rate).clamp(max=1.0) * 2.0**16) * 2.0**-16
 
 
-def sample_rows(high: Tensor, low: Tensor, x_norm: Tensor | float, noise: Noise) -> Tensor:
-    """G~ in units of `unit` (N x C, float32): each row of 14 high and of low kept with p ~ its norm times x_norm."""
+def sample_rows(
+    high: Tensor, low: Tensor, x_norm: Tensor | float, noise: Noise, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """G~ in units of `unit` (N x C): each row of 14 high and of low kept with p ~ its norm times x_norm."""
     norms = torch.stack([BASE * high.norm(dim=1), low.norm(dim=1)])
     p = keep_probability((norms * x_norm).flatten(), expected=len(high))
-    weight = ((uniform(p.shape, noise) < p) / p.clamp(min=2.0**-16)).view(2, -1, 1)
-    return BASE * high * weight[0] + low * weight[1]
+    weights = ((uniform(p.shape, noise) < p) / p.clamp(min=2.0**-16)).view(2, -1)
+    return backend_of_int4(high).weighted_rows(high, low, weights, BASE, dtype)
 
 
 class Int4LinearFunction(torch.autograd.Function):
@@ -133,7 +133,7 @@ class Int4LinearFunction(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x_v, step_x = divide(basis(x.reshape(-1, x.shape[-1]), recipe), step_x)
         w_v, step_w = divide(basis(weight, recipe), step_w)
-        output = F.linear(quantize(x_v).to(dtype), quantize(w_v).to(dtype)).float() * (step_x * step_w)
+        output = F.linear(quantize(x_v, dtype), quantize(w_v, dtype)).float() * (step_x * step_w)
         output = output if bias is None else output + bias
 
         ctx.save_for_backward(x_v, w_v, step_x, step_w, noise_state)
@@ -153,17 +153,18 @@ class Int4LinearFunction(torch.autograd.Function):
         def sampled(x_norm: Tensor | float, use: int) -> Tensor:
             if not recipe.sampling or not len(G_NC):
                 return (BASE * high + low).to(dtype)
-            return sample_rows(high, low, x_norm, Noise(noise_state, ctx.stream + use)).to(dtype)
+            return sample_rows(high, low, x_norm, Noise(noise_state, ctx.stream + use), dtype)
 
         grad_input = grad_weight = grad_bias = grad_step_x = grad_step_w = None
         if needs[0] or needs[3]:
-            product = sampled(1.0, ROWS_OF_GRAD_INPUT) @ quantize(w_v).to(dtype)
-            grad, grad_step_x = quantize_backward(product.float() * (unit * step_w), x_v)
+            product = sampled(1.0, ROWS_OF_GRAD_INPUT) @ quantize(w_v, dtype)
+            grad, grad_step_x = quantize_backward(product, unit * step_w, x_v)
             grad_input = basis(grad, recipe)[:, :D].to(ctx.x_dtype).reshape(ctx.x_shape)
         if needs[1] or needs[4]:
-            x_levels = quantize(x_v)
-            product = sampled(x_levels.norm(dim=1), ROWS_OF_GRAD_WEIGHT).t() @ x_levels.to(dtype)
-            grad, grad_step_w = quantize_backward(product.float() * (unit * step_x), w_v)
+            x_levels = quantize(x_v, dtype)
+            x_norm = torch.linalg.vector_norm(x_levels, dim=1, dtype=torch.float32)
+            product = sampled(x_norm, ROWS_OF_GRAD_WEIGHT).t() @ x_levels
+            grad, grad_step_w = quantize_backward(product, unit * step_x, w_v)
             grad_weight = basis(grad, recipe)[:, :D].to(ctx.weight_dtype)
         if needs[2]:
             grad_bias = G_NC.sum(0, dtype=ctx.bias_dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, impl, register_fake
 
-from quantization.backends.choose import DTYPES, backend_of_job, backend_of_matrix, backend_of_packed
+from quantization.backends.choose import DTYPES, backend_of_job, backend_of_packed, backend_of_turning
 from quantization.job import DENSE, Dense, Job, Operand, Packed, Prepared, Scaled
 from quantization.noise import Noise
 from quantization.rotation import Turn
@@ -69,7 +69,7 @@ def turned_back(x: Tensor, turn: Turn, noise: Noise) -> Tensor:
     torch.compile. noise: the layer's first stream."""
     if torch.compiler.is_compiling():
         return torch.ops.mxfp4.turn_back(x, turn.text, noise.state, noise.stream)
-    return backend_of_matrix(x).turn_back(x, turn, noise)
+    return backend_of_turning(x).turn_back(x, turn, noise)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def _shape_of_expand(codes: Tensor, scales: Tensor, spec: str, columns: int, dty
 
 @impl(_ops, "turn_back", "CompositeExplicitAutograd")
 def _turn_back(x: Tensor, turn: str, state: Tensor, stream: int) -> Tensor:
-    return backend_of_matrix(x).turn_back(x, Turn.parse(turn), Noise(state, stream))
+    return backend_of_turning(x).turn_back(x, Turn.parse(turn), Noise(state, stream))
 
 
 @register_fake("mxfp4::turn_back", lib=_ops)

@@ -5,7 +5,8 @@ A recording covers the last T0 optimizer steps of an epoch:
 | name | what | of |
 |---|---|---|
 | r_w, r_WQ | rates of change of the master and the quantized weight (A.3) | each layer; their mean |
-| r_Y | the same of the output of one transformer block | a fixed batch in eval mode |
+| r_Y | the same of the output of one transformer block, Y | a fixed batch in eval mode |
+| r_Y_block | the same where the block reads what it read at first, so that it alone moves Y | that block |
 | oscillating | weights with R_w > 16 (A.1): count, and share of all | each layer; all |
 | confidence | quantization confidence (A.2) after the last step: mean and histogram | each layer; all |
 | latent | histogram of w / S after the last step | each layer |
@@ -14,7 +15,7 @@ A recording covers the last T0 optimizer steps of an epoch:
 
 Layers are the block linears. A quantized weight is what the output product sees: Q(w) of the training's own q2, its
 shadow included; under INT4 and a rotation both w and Q(w) are taken in the basis that is quantized. Where a layer has
-no quantized weight (full precision, q2 off or stochastic), r_w and r_Y alone are recorded.
+no quantized weight (full precision, q2 off or stochastic), r_w, r_Y and r_Y_block alone are recorded.
 
 Every process of a run computes the same, from weights that are the same. Nothing waits for the device but the end of a
 recording, and the forward pass of the probe uses a noise position of its own and gives the clock back.
@@ -185,21 +186,23 @@ class OscillationProbe(Probe):
         return list(w), list(q)
 
     @torch.no_grad()
-    def output(self) -> Tensor:
-        """Y: the output of the watched block on the fixed batch, in eval mode."""
+    def output(self, given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """In eval mode: (Y, the output of the watched block on the fixed batch; X, what the block reads; its output for
+        `given` in place of X, or for X again)."""
         seen: list[Tensor] = []
 
-        def stop(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            seen.append(output)
+        def stop(block: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Tensor) -> None:
+            x, *others = inputs
+            seen.extend((output, x, block.forward(x if given is None else given, *others, **options)))
             raise _Enough
 
-        handle = self.block.register_forward_hook(stop)
+        handle = self.block.register_forward_hook(stop, with_kwargs=True)
         try:
             with self._as_it_was(), self.autocast(), contextlib.suppress(_Enough):
                 self.model(self.images)
         finally:
             handle.remove()
-        return seen[0]
+        return tuple(seen)
 
     @contextlib.contextmanager
     def _as_it_was(self) -> Iterator[None]:
@@ -260,7 +263,7 @@ class OscillationProbe(Probe):
     def _record(self, epoch: int) -> Recording:
         window, arrays, figures = self.window, {}, {}
         arrays |= window.arrays()
-        figures |= {"r_w": float(arrays["r_w"].mean()), "r_Y": float(arrays["r_Y"])}
+        figures |= {name: float(arrays[name].mean()) for name in ("r_w", "r_Y", "r_Y_block")}
         if self.views:
             ratios = window.paths.ratio()
             arrays |= self._levels() | self._histograms()
@@ -329,7 +332,10 @@ class OscillationProbe(Probe):
         self.chosen = None if state["chosen"] is None else [index.to(device) for index in state["chosen"]]
         self._figures = state["figures"]
         if state["window"] is not None:
-            self.window = _Window(self, state["window"]["first_step"])
+            given = state["window"]["given"]
+            if not isinstance(given, Tensor):
+                raise ValueError(f"what {self.block_name} reads is no tensor")
+            self.window = _Window(self, state["window"]["first_step"], given.to(device))
             self.window.load_state_dict(state["window"])
         if state["tracks"] is not None and self.chosen is not None:
             self.tracks = _Tracks(self.views, self.chosen, state["tracks"]["first_step"])
@@ -343,19 +349,27 @@ def _counts(places: Tensor, bins: int) -> Tensor:
 
 
 class _Window:
-    """The steps of one recording so far."""
+    """The steps of one recording so far. given: what the block reads for r_Y_block; None: what it reads now."""
 
-    def __init__(self, probe: OscillationProbe, first_step: int) -> None:
+    def __init__(self, probe: OscillationProbe, first_step: int, given: Tensor | None = None) -> None:
         self.probe, self.first_step = probe, first_step
         w, q = probe.weights()
-        self.r_w, self.r_Y = RateOfChange(w), RateOfChange(probe.output())
+        y, x, y_of_given = probe.output(given)
+        if given is not None and (given.shape, given.dtype) != (x.shape, x.dtype):
+            raise ValueError(
+                f"{probe.block_name} reads {tuple(x.shape)} {x.dtype}, not {tuple(given.shape)} {given.dtype}"
+            )
+        self.given = x.clone() if given is None else given
+        self.r_w, self.r_Y, self.r_Y_block = (RateOfChange(x) for x in (w, y, y_of_given))
         self.r_WQ = RateOfChange(q) if q else None
         self.paths = PathLengths(w, q) if q else None
 
     def add(self) -> None:
         w, q = self.probe.weights()
         self.r_w.add(w)
-        self.r_Y.add(self.probe.output())
+        y, _, y_of_given = self.probe.output(self.given)
+        self.r_Y.add(y)
+        self.r_Y_block.add(y_of_given)
         if q:
             self.r_WQ.add(q)
             self.paths.add(w, q)
@@ -365,7 +379,7 @@ class _Window:
         return {**rates, "first_step": np.array(self.first_step), "steps": np.array(self.r_w.steps)}
 
     def _rates(self) -> dict[str, RateOfChange]:
-        rates = {"r_w": self.r_w, "r_WQ": self.r_WQ, "r_Y": self.r_Y}
+        rates = {"r_w": self.r_w, "r_WQ": self.r_WQ, "r_Y": self.r_Y, "r_Y_block": self.r_Y_block}
         return {name: rate for name, rate in rates.items() if rate is not None}
 
     def state_dict(self) -> dict[str, Any]:
@@ -373,6 +387,7 @@ class _Window:
             "first_step": self.first_step,
             "rates": {name: rate.state_dict() for name, rate in self._rates().items()},
             "paths": None if self.paths is None else self.paths.state_dict(),
+            "given": self.given,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -4,8 +4,7 @@ A tensor X, W or G feeds two products, one with blocks along its rows and one wi
 `prepare_kernel` reads a tile of it once, quantizes it for either product or for both, and writes each result as
 numbers, as fp8 numbers within a window, or packed: codes of 4 bits, two to a byte, and a byte of scale a block.
 `survey_kernel` finds the largest magnitude that the window hangs from, `expand_kernel` turns packed tensors into
-numbers, `total_kernel` adds up the column sums of all tiles. What is done to a tile is in tiles.py. `split_kernel` is
-INT4's.
+numbers, `total_kernel` adds up the column sums of all tiles. What is done to a tile is in tiles.py.
 
 Import this module only where Triton is there; launch.py launches the kernels.
 """
@@ -22,12 +21,10 @@ from quantization.backends.gpu.tiles import (
     NAN_SCALE,
     PATCH_COLUMNS,
     PATCH_ROWS,
-    SIGN,
     column_numbers,
     decoded,
     dequantize,
     from_float32,
-    nearest_integer,
     power_of_two,
     quantize_tile,
     random_halves,
@@ -294,41 +291,6 @@ def total_kernel(
         total += tl.load(x_ptr + row * columns + column, mask=inside, other=0.0)
     place = tl.program_id(0) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     tl.store(out_ptr + place, tl.sum(total, axis=0), mask=place < columns)
-
-
-@triton.jit(do_not_specialize=["rows", "stream"])
-def split_kernel(
-    x_ptr,
-    unit_ptr,
-    state_ptr,  # of the noise
-    stream,
-    high_ptr,
-    low_ptr,
-    rows,
-    columns,
-    BASE: tl.constexpr,
-    HIGH_MAX: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-):
-    """x / unit as BASE high + low: integers, high the nearest one, low drawn. The products are exact, so that it does
-    not matter which of them are fused with sums."""
-    tiles_across = tl.cdiv(columns, TILE_COLUMNS)
-    first_row = tl.program_id(0) // tiles_across * TILE_ROWS
-    first_column = tl.program_id(0) % tiles_across * TILE_COLUMNS
-    row, column = row_numbers(first_row, TILE_ROWS), column_numbers(first_column, TILE_COLUMNS)
-    inside = (row < rows) & (column < columns)
-    offset = row.to(tl.int64) * columns + column
-    latent = tl.div_rn(to_float32(tl.load(x_ptr + offset, mask=inside, other=0.0)), tl.load(unit_ptr))
-    share = tl.div_rn(latent, BASE * 1.0)
-    size = nearest_integer(tl.abs(share))
-    size = tl.where(size > HIGH_MAX, HIGH_MAX * 1.0, size)  # where a minimum might lose a NaN
-    sign = share.to(tl.int32, bitcast=True) & SIGN
-    high = (size.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    halves = random_halves(state_ptr, stream, first_row, first_column, TILE_ROWS, TILE_COLUMNS)
-    low = tl.floor(latent - BASE * high + (halves.to(tl.float32) + 64.0) * 2.0**-23)
-    tl.store(high_ptr + offset, high, mask=inside)
-    tl.store(low_ptr + offset, low, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])

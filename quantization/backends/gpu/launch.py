@@ -17,7 +17,6 @@ from quantization.backends.gpu.design_launch import by_design
 from quantization.backends.gpu.kernels import (
     expand_kernel,
     prepare_kernel,
-    split_kernel,
     survey_kernel,
     total_kernel,
 )
@@ -171,23 +170,8 @@ def prepare(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# INT4's split; expanding, and one quantizer alone
+# Expanding, and one quantizer alone
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=PLANS)
-def _plan_split(base: int, high_max: int, rows: int, columns: int, *_compiled_alike: Any) -> Launcher:
-    return Launcher(split_kernel, rows, columns, TILE, rows, columns, base, high_max)
-
-
-def split(x: Tensor, unit: Tensor, base: int, high_max: int, noise: Noise) -> tuple[Tensor, Tensor]:
-    """`reference.split` on a GPU."""
-    x, device = x.contiguous(), x.device
-    high, low = (torch.empty(x.shape, device=device) for _ in range(2))
-    launch = _plan_split(base, high_max, *x.shape, x.dtype, aligned(x), aligned(unit), device)
-    with on_device(device):
-        launch(stream_of(device), x, unit, noise.state, noise.stream, high, low)
-    return high, low
 
 
 @functools.lru_cache(maxsize=PLANS)
