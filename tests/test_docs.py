@@ -64,7 +64,11 @@ def test_readme_has_the_figures_of_the_results_page() -> None:
     page = (ROOT / "docs/RESULTS.md").read_text()
     table = page.split("### Table 2, DeiT")[1].split("###")[0]
     names = {"full_precision": "full precision", "microscaling": "Microscaling", "tetrajet": "TetraJet"}
-    names |= {"tetrajet_qema": "TetraJet + Q-EMA", "tetrajet_qramping": "TetraJet + Q-Ramping"}
+    names |= {
+        "int4": "INT4 per tensor",
+        "tetrajet_qema": "TetraJet + Q-EMA",
+        "tetrajet_qramping": "TetraJet + Q-Ramping",
+    }
     compared = 0
     for line in table.splitlines():
         row, *cells = [cell.strip() for cell in line.strip("| ").split("|")]
@@ -79,4 +83,4 @@ def test_readme_has_the_figures_of_the_results_page() -> None:
     counts = re.findall(r"Runs that are done: (\d+); the study has (\d+)", page)
     for done, planned in counts:
         assert re.search(rf"\b{done} of (their|its) {planned}\b", readme), (done, planned)
-    assert len(counts) == 2
+    assert len(counts) == 3
