@@ -23,16 +23,17 @@ its seed and chance add to it, with chance of one variance for all rows; interva
 degrees of freedom that are left. Rows whose differences vary more than the others' are judged by those differences
 alone, and a * says so: three seeds may hide that a row varies more by nature, and then p is too small. The p of the
 paired t test, which always takes those differences alone, stands beside, as does that of all sign flips, which takes
-nothing for granted but symmetry: with n pairs it is 2 / 2^n at least."""
+nothing for granted but symmetry: with n pairs it is 2 / 2^n at least. Both are of no difference, so they have a gap
+beside a finding that is tested against a size or a margin."""
 RULE = f"""\
 A finding is the mean of the rows that the paper has higher less that of those it has lower. It **shows** at this scale
 where the difference has the paper's sign and its p, adjusted for the number of findings (Holm), is below {ALPHA:g}; it
 **does not** where that holds with the other sign; else it is **within noise**, and the interval says which differences
-the runs do not rule out. A finding that names a size, such as a collapse, is tested against that size in place of 0. A
-finding of equality is tested against its margin: it shows where the difference lies within by two one-sided t tests,
-and does not where it lies beyond, p adjusted alike. Either is **undecided** else, which is no equality. Fewer than
-{FEWEST} pairs are too few, and so are runs that seeds do not tell apart; "so far" stands where there are fewer than the
-study is to have."""
+the runs do not rule out. A finding that names a size, such as a collapse, is tested against that size in place of 0,
+and **does not** stands where the difference is below it. A finding of equality is tested against its margin: it shows
+where the difference lies within by two one-sided t tests, and does not where it lies beyond, p adjusted alike. Either
+is **undecided** else, which is no equality. Fewer than {FEWEST} pairs are too few, and so are runs that seeds do not
+tell apart; "so far" stands where there are fewer than the study is to have."""
 
 
 @dataclass(frozen=True)

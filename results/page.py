@@ -104,6 +104,7 @@ def findings_table(verdicts: Sequence[Verdict]) -> str:
     lines = []
     for one in verdicts:
         figure, difference = one.finding.figure, one.difference
+        of_none = one.finding.within is None and not one.finding.beyond  # what is tested is that there is a difference
         lines.append(
             [
                 one.finding.says,
@@ -113,8 +114,8 @@ def findings_table(verdicts: Sequence[Verdict]) -> str:
                 str(difference.n if difference else 0),
                 probability(one.p),
                 probability(one.adjusted),
-                probability(one.paired.p if one.paired else None),
-                probability(difference.p_flip if difference else None),
+                probability(one.paired.p if one.paired and of_none else None),
+                probability(difference.p_flip if difference and of_none else None),
                 GAP if one.published is None else signed(number(figure, one.published)),
             ]
         )
@@ -182,8 +183,9 @@ def study_part(evidence: Evidence, shown: str | None) -> list[str]:
         text += [
             "### Findings",
             RULE,
-            f"Tested: {counted(tested, 'finding')}. The tables below show "
-            f"{counted(evidence.comparisons(), 'paired comparison')} more, whose p are not adjusted.",
+            f"Tested: {tested} of {counted(len(verdicts), 'finding')}; p is adjusted for those, and changes as others "
+            f"come. The tables below show {counted(evidence.comparisons(), 'paired comparison')}, findings among them, "
+            "whose p are not adjusted.",
             findings_table(verdicts),
         ]
     if shown is not None:
