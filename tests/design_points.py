@@ -196,12 +196,26 @@ def int4_amiss(device: torch.device) -> list[str]:
             parts = kernels.split(x.to(dtype).to(device), one, 14, 6, own)
             levels = kernels.levels(v, -8, 7, dtype)
             rows = kernels.weighted_rows(*parts, weights, 14, dtype)
-            results.append((*parts, levels, rows, *kernels.straight_through(product, 0.3 * one, v, -8, 7)))
-        names = ("high", "low", "levels", "rows", "gradient", "of step")
+            sampled = [kernels.row_weights(score.to(device), shape[0], own) for score in _scores(shape[0], g)]
+            results.append((*parts, levels, rows, *kernels.straight_through(product, 0.3 * one, v, -8, 7), *sampled))
+        names = ("high", "low", "levels", "rows", "gradient", "of step", *(f"weights {kind}" for kind in _SCORES))
         for name, a, b in zip(names, *results, strict=True):
             if wrong := unequal(a, b):
                 faults.append(f"{name} {shape} {dtype}: {wrong}")
     return faults
+
+
+_SCORES = ("even", "uneven", "few", "none", "infinite", "nan")
+
+
+def _scores(rows: int, g: torch.Generator) -> list[torch.Tensor]:
+    """Scores of rows (2 x N): those of which some are certain in any round, and what leaves nothing to share."""
+    g = g.clone_state()  # the same for every backend
+    even, uneven = torch.rand(2, rows, generator=g), torch.randn(2, rows, generator=g).mul(4).exp()
+    few = uneven * (torch.rand(2, rows, generator=g) < 0.3)
+    infinite, nan = even.clone(), even.clone()
+    infinite[0, 1], nan[1, 0] = torch.inf, torch.nan
+    return [even, uneven, few, torch.zeros(2, rows), infinite, nan]
 
 
 def turned_back_amiss(device: torch.device, sizes: tuple[int, ...] = SIZES) -> list[str]:

@@ -238,10 +238,13 @@ else:
     def test_int4_s_kernels_give_the_bits_of_its_formulas(monkeypatch):
         assert int4_amiss(CPU) == []
         monkeypatch.setattr(int4, "uniform", lambda shape, noise: uniform(shape, noise, 1))  # the controls
-        assert {fault.split()[0] for fault in int4_amiss(CPU)} == {"low", "rows"}
+        assert {fault.split()[0] for fault in int4_amiss(CPU)} == {"low", "rows", "weights"}
         right = int4.levels
         monkeypatch.setattr(int4, "levels", lambda v, *more: right((v.abs() + 0.5).floor().copysign(v), *more))
-        assert {fault.split()[0] for fault in int4_amiss(CPU)} == {"low", "rows", "levels", "of"}
+        assert {fault.split()[0] for fault in int4_amiss(CPU)} == {"low", "rows", "weights", "levels", "of"}
+        monkeypatch.undo()
+        monkeypatch.setattr(int4, "FILLING_ROUNDS", int4.FILLING_ROUNDS - 1)
+        assert {" ".join(fault.split()[:2]) for fault in int4_amiss(CPU)} == {"weights uneven", "weights few"}
 
     def test_gradients_are_turned_back_to_the_same_bits(monkeypatch):
         assert turned_back_amiss(CPU, (2, 16, 128)) == []

@@ -23,8 +23,9 @@ from int4_helpers import (
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from quantization.backends import int4 as formulas
+from quantization.backends.int4 import keep_probability
 from quantization.layers import int4
-from quantization.layers.int4 import keep_probability, split_gradient
+from quantization.layers.int4 import split_gradient
 from quantization.noise import Noise, uniform
 from quantization.rotation import hadamard
 from quantization.spec import Int4Recipe

@@ -11,6 +11,9 @@ from torch import Tensor
 from quantization.constants import constant
 from quantization.noise import Noise, uniform
 
+FILLING_ROUNDS = 8
+SMALLEST_P = 2.0**-16  # above 0: probabilities are multiples of what 16 bits can tell
+
 
 def levels(v: Tensor, smallest: int, largest: int, dtype: torch.dtype) -> Tensor:
     """The nearest integers from `smallest` to `largest`, ties to even, in `dtype`; NaN where v is not finite."""
@@ -24,6 +27,28 @@ def straight_through(product: Tensor, scale: Tensor, v: Tensor, smallest: int, l
     inside = (v > smallest) & (v < largest)
     slope = levels(v, smallest, largest, torch.float32) - torch.where(inside, v, 0.0)
     return gradient * inside, gradient * slope  # a product with the mask, where a selection would swallow a NaN
+
+
+def keep_probability(score: Tensor, expected: int) -> Tensor:
+    """p = min(1, rate * score) with the rate at which p sums to `expected`: water-filling; float32, the score's shape.
+
+    Each round finds the rows that are certain and shares what they leave among the others. The rate rises to its limit;
+    short of it, fewer rows are kept, still without bias. p is rounded up to a multiple of SMALLEST_P, which a draw
+    meets exactly. A score of 0 has p = 0; a NaN makes every p NaN.
+    """
+    certain, rate = torch.zeros_like(score, dtype=torch.bool), torch.zeros_like(score[0])
+    for _ in range(FILLING_ROUNDS):
+        rest = score.masked_fill(certain, 0.0).sum()
+        # Where nothing is left to share, or by rounding errors less than nothing, the rate stays.
+        rate = torch.where(rest == 0, rate, torch.maximum(rate, (expected - certain.sum()) / rest))
+        certain = score * rate >= 1
+    return torch.ceil((score * rate).clamp(max=1.0) / SMALLEST_P) * SMALLEST_P
+
+
+def row_weights(score: Tensor, expected: int, noise: Noise) -> Tensor:
+    """(2 x N): 1 / p where a row is kept, which it is with probability p ~ its score (2 x N, float32), else 0."""
+    p = keep_probability(score.flatten(), expected)
+    return ((uniform(p.shape, noise) < p) / p.clamp(min=SMALLEST_P)).view(score.shape)
 
 
 def weighted_rows(high: Tensor, low: Tensor, weights: Tensor, base: int, dtype: torch.dtype) -> Tensor:

@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from quantization.backends.choose import backend_of_int4
 from quantization.layers.clock import NoiseClock, NoisyLinear
-from quantization.noise import STREAMS_PER_LAYER, Noise, uniform
+from quantization.noise import STREAMS_PER_LAYER, Noise
 from quantization.recipes import as_recipe
 from quantization.rotation import hadamard
 from quantization.spec import Int4Recipe
@@ -46,7 +46,6 @@ from quantization.spec import Int4Recipe
 LEVEL_MIN, LEVEL_MAX = -8, 7
 BASE, RANGE, HIGH_MAX = 14, 98, 6  # of the split
 MIN_STEP = 1e-8  # where training drives a step to zero or below, or a tensor is all zeros
-FILLING_ROUNDS = 8
 LOW, ROWS_OF_GRAD_INPUT, ROWS_OF_GRAD_WEIGHT = range(3)  # streams of noise of a layer
 
 
@@ -88,30 +87,13 @@ def split_gradient(G_NC: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
     return *backend_of_int4(G_NC).split(G_NC, unit, BASE, HIGH_MAX, noise), unit
 
 
-def keep_probability(score: Tensor, expected: int) -> Tensor:
-    """p = min(1, rate * score) with the rate at which p sums to `expected`: water-filling; float32, the score's shape.
-
-    Each round finds the rows that are certain and shares what they leave among the others. The rate rises to its limit;
-    short of it, fewer rows are kept, still without bias. p is rounded up to a multiple of 2^-16, which a draw of 16
-    bits meets exactly. A score of 0 has p = 0; a NaN makes every p NaN.
-    """
-    certain, rate = torch.zeros_like(score, dtype=torch.bool), torch.zeros_like(score[0])
-    for _ in range(FILLING_ROUNDS):
-        rest = score.masked_fill(certain, 0.0).sum()
-        # Where nothing is left to share, or by rounding errors less than nothing, the rate stays.
-        rate = torch.where(rest == 0, rate, torch.maximum(rate, (expected - certain.sum()) / rest))
-        certain = score * rate >= 1
-    return torch.ceil((score * rate).clamp(max=1.0) * 2.0**16) * 2.0**-16
-
-
 def sample_rows(
     high: Tensor, low: Tensor, x_norm: Tensor | float, noise: Noise, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """G~ in units of `unit` (N x C): each row of 14 high and of low kept with p ~ its norm times x_norm."""
-    norms = torch.stack([BASE * high.norm(dim=1), low.norm(dim=1)])
-    p = keep_probability((norms * x_norm).flatten(), expected=len(high))
-    weights = ((uniform(p.shape, noise) < p) / p.clamp(min=2.0**-16)).view(2, -1)
-    return backend_of_int4(high).weighted_rows(high, low, weights, BASE, dtype)
+    score = torch.stack([BASE * high.norm(dim=1), low.norm(dim=1)]) * x_norm
+    backend = backend_of_int4(high)
+    return backend.weighted_rows(high, low, backend.row_weights(score, len(high), noise), BASE, dtype)
 
 
 class Int4LinearFunction(torch.autograd.Function):

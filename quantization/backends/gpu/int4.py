@@ -1,4 +1,6 @@
-"""INT4's kernels: what `backends/int4.py` computes, bit for bit, each in one pass over memory, and their launches.
+"""INT4's kernels: what `backends/int4.py` computes, bit for bit, and their launches.
+
+Each is one pass over memory, but for the weights of rows, which take one of a row's score for each round of filling.
 
 Import only where Triton is there.
 """
@@ -21,11 +23,13 @@ from quantization.backends.gpu.tiles import (
     SIGN,
     column_numbers,
     nearest_integer,
+    philox,
     random_halves,
     row_numbers,
     to_float32,
 )
-from quantization.noise import Noise
+from quantization.backends.int4 import FILLING_ROUNDS, SMALLEST_P
+from quantization.noise import ELEMENTS_PER_CALL, Noise
 
 TILE = Tile(64, 64, 1) if INTERPRETED else Tile(32, 32, 1)
 ROWS = Tile(8, 1024, 4, fused=False) if INTERPRETED else Tile(8, 128, 4, fused=False)  # each with its weight
@@ -119,6 +123,73 @@ def split_kernel(
     tl.store(low_ptr + offset, low, mask=inside)
 
 
+@triton.jit
+def _next_rate(rates_ptr, certain_ptr, rest_ptr, expected, ROUND: tl.constexpr):
+    """The rate of water-filling after a round, from the rate, the certain rows and the rest of the one before."""
+    rate, rest = tl.load(rates_ptr + ROUND), tl.load(rest_ptr)
+    quotient = tl.div_rn((expected - tl.load(certain_ptr + ROUND)).to(tl.float32), rest)
+    larger = tl.where(rate > quotient, rate, quotient)  # a quotient that is NaN
+    return tl.where((rest == 0.0) | (rate != rate), rate, larger)
+
+
+@triton.jit(do_not_specialize=["numel", "expected"])
+def filling_kernel(
+    score_ptr,
+    rest_ptr,  # the sum of what this kernel wrote to others_ptr in the round before
+    rates_ptr,  # of the rounds
+    certain_ptr,  # numbers of certain rows
+    others_ptr,
+    numel,
+    expected,
+    ROUND: tl.constexpr,
+    _ROWS: tl.constexpr,
+    MANY: tl.constexpr,
+):
+    """A round of `keep_probability`: its rate, how many rows are certain, and the scores of the others."""
+    rate = _next_rate(rates_ptr, certain_ptr, rest_ptr, expected, ROUND)
+    if tl.program_id(0) == 0:
+        tl.store(rates_ptr + ROUND + 1, rate)
+    place = tl.program_id(0) * MANY + tl.arange(0, MANY)
+    score = tl.load(score_ptr + place, mask=place < numel, other=0.0)
+    certain = score * rate >= 1.0
+    tl.store(others_ptr + place, tl.where(certain, 0.0, score), mask=place < numel)
+    tl.atomic_add(certain_ptr + ROUND + 1, tl.sum((certain & (place < numel)).to(tl.int32)))
+
+
+@triton.jit(do_not_specialize=["stream", "numel", "expected"])
+def row_weights_kernel(
+    score_ptr,
+    rest_ptr,
+    rates_ptr,
+    certain_ptr,
+    state_ptr,  # of the noise
+    stream,
+    out_ptr,
+    numel,
+    expected,
+    ROUND: tl.constexpr,
+    CALL: tl.constexpr,  # elements that share a call of Philox
+    SMALLEST: tl.constexpr,
+    _ROWS: tl.constexpr,
+    MANY: tl.constexpr,
+):
+    rate = _next_rate(rates_ptr, certain_ptr, rest_ptr, expected, ROUND)
+    place = tl.program_id(0) * MANY + tl.arange(0, MANY)
+    latent = tl.load(score_ptr + place, mask=place < numel, other=0.0) * rate
+    p = tl.ceil(tl.where(latent > 1.0, 1.0, latent) / SMALLEST) * SMALLEST  # a NaN stays
+
+    call = (tl.program_id(0) * (MANY // CALL) + tl.arange(0, MANY // CALL)).to(tl.uint32)
+    high = tl.load(state_ptr + 1) + stream
+    c2, c3 = (high & 0xFFFFFFFF).to(tl.uint32), ((high >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    w0, w1, w2, w3 = philox(tl.load(state_ptr), call, call * 0, c2, c3)  # of row 0
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # word 2i + j at [:, i, j]
+    bits = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (MANY,)).to(tl.int32, bitcast=True)
+    kept = (bits.to(tl.float32) + 0.5) * 2.0**-16 < p
+
+    weight = tl.div_rn(tl.where(kept, 1.0, 0.0), tl.where(p < SMALLEST, SMALLEST, p))
+    tl.store(out_ptr + place, weight, mask=place < numel)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def weighted_rows_kernel(
     high_ptr,
@@ -170,6 +241,26 @@ def straight_through(product: Tensor, scale: Tensor, v: Tensor, smallest: int, l
     with on_device(v.device):
         launch(stream_of(v.device), product, scale, v, gradient, of_step)
     return gradient, of_step
+
+
+def row_weights(score: Tensor, expected: int, noise: Noise) -> Tensor:
+    """`backends.int4.row_weights` on a GPU. Sums of scores are torch's, whose order they are rounded in."""
+    score = score.contiguous()
+    numel, device = score.numel(), score.device
+    others, out = torch.empty(numel, device=device), torch.empty(score.shape, device=device)
+    certain = torch.zeros((2, FILLING_ROUNDS), dtype=torch.int32, device=device)
+    rates, certain = certain[0].view(torch.float32), certain[1]
+    rest = score.flatten().sum()
+    alike = aligned(score), device  # the others are aligned, being new, or read number by number
+    with on_device(device):
+        for turn in range(FILLING_ROUNDS - 1):
+            launch = _plan(filling_kernel, ROW, (numel,), (expected, turn), *alike)
+            launch(stream_of(device), score, rest, rates, certain, others)
+            rest = others.sum()
+        last = expected, FILLING_ROUNDS - 1, ELEMENTS_PER_CALL, SMALLEST_P
+        launch = _plan(row_weights_kernel, ROW, (numel,), last, *alike)
+        launch(stream_of(device), score, rest, rates, certain, noise.state, noise.stream, out)
+    return out
 
 
 def weighted_rows(high: Tensor, low: Tensor, weights: Tensor, base: int, dtype: torch.dtype) -> Tensor:
