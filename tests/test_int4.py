@@ -262,3 +262,13 @@ def test_gpu_and_cpu_agree(recipe):
     on_cpu = run(*data, recipe)
     on_gpu = run(*(t.cuda() for t in data), recipe, state().cuda(), [s.cuda() for s in (STEP_X, STEP_W)])
     assert_close({n: t.cpu() for n, t in on_gpu.items()}, {n: t.double() for n, t in on_cpu.items()}, tolerance=1e-3)
+
+
+@pytest.mark.gpu
+def test_gpu_and_cpu_split_in_the_same_unit():
+    """max|G| / 98 in every bit, which a product with the reciprocal misses at times: the control."""
+    largest = torch.rand(64, generator=torch.Generator().manual_seed(0)) + 1e-3
+    units = [split_gradient(x.view(1, 1), Noise(state()))[2] for x in largest]
+    on_gpu = [split_gradient(x.view(1, 1).cuda(), Noise(state().cuda()))[2].cpu() for x in largest]
+    assert torch.equal(torch.stack(units), torch.stack(on_gpu))
+    assert not torch.equal(torch.stack(units), largest * (torch.tensor(1.0) / 98))

@@ -247,7 +247,10 @@ def te_scales(block_max: Tensor, finite: Tensor, amax: Tensor) -> Scales:
 
 
 def torchao_scales(block_max: Tensor, finite: Tensor, amax: Tensor | None) -> Scales:
-    """torchao's, of version 0.16: no code is below 2^-6; the divisor is what it divides by."""
+    """torchao's, of version 0.16: no code is below 2^-6; the divisor is what it divides by.
+
+    Torch divides by a number on a CPU and multiplies by its reciprocal on a GPU, for torchao as here.
+    """
     scale, outer = block_max / 6.0, None
     if amax is not None:
         outer = amax / 2688.0

@@ -37,6 +37,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
 from quantization.backends.choose import backend_of_int4
+from quantization.constants import constant
 from quantization.layers.clock import NoiseClock, NoisyLinear
 from quantization.noise import STREAMS_PER_LAYER, Noise
 from quantization.recipes import as_recipe
@@ -82,8 +83,9 @@ def split_gradient(G_NC: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
     if not len(G_NC):
         G_NC = G_NC.to(torch.float32)
         return G_NC, G_NC, G_NC.sum()
-    largest = G_NC.abs().amax().to(torch.float32)
-    unit = (largest / RANGE).clamp(min=torch.finfo(torch.float32).tiny)  # a zero gradient stays zero
+    # A GPU takes a tensor over a number for a product with the reciprocal.
+    unit = G_NC.abs().amax().to(torch.float32) / constant((RANGE,), G_NC.device)[0]
+    unit = unit.clamp(min=torch.finfo(torch.float32).tiny)  # a zero gradient stays zero
     return *backend_of_int4(G_NC).split(G_NC, unit, BASE, HIGH_MAX, noise), unit
 
 
