@@ -27,7 +27,7 @@ nothing for granted but symmetry: with n pairs it is 2 / 2^n at least. Both are 
 beside a finding that is tested against a size or a margin."""
 RULE = f"""\
 A finding is the mean of the rows that the paper has higher less that of those it has lower. It **shows** at this scale
-where the difference has the paper's sign and its p, adjusted for the number of findings (Holm), is below {ALPHA:g}; it
+where the difference has the paper's sign and its p, adjusted for all findings (Holm), is below {ALPHA:g}; it
 **does not** where that holds with the other sign; else it is **within noise**, and the interval says which differences
 the runs do not rule out. A finding that names a size, such as a collapse, is tested against that size in place of 0,
 and **does not** stands where the difference is below it. A finding of equality is tested against its margin: it shows
@@ -188,11 +188,12 @@ class Evidence:
                 )
                 enough = difference is not None and difference.n >= FEWEST
                 found.append(replace(one, p=_p(finding, difference)) if enough else one)
-        tested = [place for place, one in enumerate(found) if one.p is not None]
-        for place, adjusted in zip(tested, holm([found[place].p for place in tested]), strict=True):
-            one = found[place]
-            found[place] = replace(one, adjusted=adjusted, word=_word(one.finding, one.difference, adjusted))
-        return found
+        # One that is not tested yet counts with the p of 1, so that no verdict is lost when it comes.
+        adjusted = holm([1.0 if one.p is None else one.p for one in found])
+        return [
+            one if one.p is None else replace(one, adjusted=p, word=_word(one.finding, one.difference, p))
+            for one, p in zip(found, adjusted, strict=True)
+        ]
 
 
 def _p(finding: Finding, difference: Compared) -> float:

@@ -122,12 +122,10 @@ def findings_table(verdicts: Sequence[Verdict]) -> str:
     return markdown_table(header, lines)
 
 
-def results_table(evidence: Evidence, table: Table, value: str, figure: str) -> str:
-    """A line a row: runs, mean, spread, difference to the row compared with, and the published figures."""
-    published = published_figures(table, value)
-    base = published.get(table.against, {}).get(figure)
+def results_table(evidence: Evidence, table: Table, value: str, figure: str, published: dict[str, float]) -> str:
+    """A line a row: runs, mean, spread, difference to the row compared with, and what is published, by row, if any."""
     header = ["row", "seeds", "epochs", "mean", "spread", f"less {table.against}, 95 %", "p"]
-    header += ["published", "published difference"] if table.table else []
+    header += ["published", "published difference"] if published else []
     lines = []
     for theirs, row in table.names.items():
         values = [*evidence.figures(row, value, figure).values()]
@@ -144,11 +142,10 @@ def results_table(evidence: Evidence, table: Table, value: str, figure: str) -> 
             interval(figure, difference),
             probability(difference.p if difference else None),
         ]
-        if table.table:
-            theirs_is = published.get(row, {}).get(figure)
-            known = theirs_is is not None and base is not None and row != table.against
-            line += [GAP if theirs_is is None else number(figure, theirs_is)]
-            line += [signed(number(figure, theirs_is - base)) if known else GAP]
+        if published:
+            differs = row != table.against and row in published and table.against in published
+            line += [number(figure, published[row]) if row in published else GAP]
+            line += [signed(number(figure, published[row] - published[table.against])) if differs else GAP]
         lines.append(line)
     return markdown_table(header, lines)
 
@@ -160,11 +157,18 @@ def table_part(evidence: Evidence, table: Table) -> list[str]:
         text = [f"### Table {table.table}{of}", f"In the paper: {table_cells(table.table)[0].title}."]
     else:
         text = [f"### {table.title[0].upper()}{table.title[1:]}"]
+    if table.note:
+        text.append(f"Here: {table.note}.")
     for value in evidence.of_table(table):
+        in_paper = published_figures(table, value)
         for figure in table.figures:
-            column = f"; published figures: {table.published_column(value)}" if table.table else ""
-            text.append(f"{', '.join(filter(None, (worded(value), worded(figure))))}{column}")
-            text.append(results_table(evidence, table, value, figure))
+            heading = ", ".join(filter(None, (worded(value), worded(figure))))
+            if evidence.lines.get((table.against, value)) and not evidence.figures(table.against, value, figure):
+                text.append(f"{heading}: no run of {table.against}, with which it is compared, has recorded it.")
+                continue
+            published = {row: of[figure] for row, of in in_paper.items() if figure in of}
+            text.append(f"{heading}{f'; published figures: {table.published_column(value)}' if published else ''}")
+            text.append(results_table(evidence, table, value, figure, published))
     return text
 
 
@@ -183,9 +187,9 @@ def study_part(evidence: Evidence, shown: str | None) -> list[str]:
         text += [
             "### Findings",
             RULE,
-            f"Tested: {tested} of {counted(len(verdicts), 'finding')}; p is adjusted for those, and changes as others "
-            f"come. The tables below show {counted(evidence.comparisons(), 'paired comparison')}, findings among them, "
-            "whose p are not adjusted.",
+            f"Tested: {tested} of {counted(len(verdicts), 'finding')}; p is adjusted for all of them. The tables "
+            f"below show {counted(evidence.comparisons(), 'paired comparison')}, findings among them, whose p are not "
+            "adjusted.",
             findings_table(verdicts),
         ]
     if shown is not None:

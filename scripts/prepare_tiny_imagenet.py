@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import os
 import re
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ class Download:
 
     read: Callable[[str], bytes]
     images: dict[str, str]
+    jpegs: list[str]  # all of them, those without a label too
 
     def classes(self, split: str) -> dict[str, int]:
         """The number of images by class."""
@@ -76,7 +79,7 @@ def _sorted_out(source: Path, names: list[str], read: Callable[[str], bytes]) ->
         raise Mistake(
             f"{source} lacks {len(missing)} of {len(class_of)} evaluation images, val/images/{missing[0]} first."
         )
-    return Download(read, images)
+    return Download(read, images, [name for name in names if name.endswith(".JPEG")])
 
 
 def read_classes(file: Path) -> list[str]:
@@ -110,11 +113,35 @@ def check(source: Path, download: Download, classes: list[str] | None, expected:
     return chosen
 
 
-def prepare(source: Path, target: Path, classes: list[str] | None, expected: dict[str, int]) -> int:
+def first_of_each_class(download: Download, classes: list[str], first: int) -> set[str]:
+    """Where the `first` training images of each class by number belong. Raises Mistake.
+
+    A file whose bytes the download has more than once, under two labels or in two splits, is passed over.
+    """
+    digests = {name: hashlib.sha256(download.read(name)).digest() for name in download.jpegs}
+    times = Counter(digests.values())
+    by_class: dict[str, list[str]] = {name: [] for name in classes}
+    for place, name in download.images.items():
+        split, of, _ = place.split("/")
+        if split == "train" and of in by_class and times[digests[name]] == 1:
+            by_class[of].append(place)
+    for of, places in by_class.items():
+        if len(places) < first:
+            raise Mistake(f"Class {of} has {len(places)} training images that are there once; --first is {first}.")
+        places.sort(key=lambda place: int(re.findall(r"\d+", place)[-1]))
+    return {place for places in by_class.values() for place in places[:first]}
+
+
+def prepare(
+    source: Path, target: Path, classes: list[str] | None, expected: dict[str, int], first: int | None = None
+) -> int:
     """Write what `target` lacks; returns the number of images written. Raises Mistake."""
     with opened(source) as download:
-        chosen = {*check(source, download, classes, expected)}
+        chosen = check(source, download, classes, expected)
         wanted = {place: name for place, name in download.images.items() if place.split("/")[1] in chosen}
+        if first is not None:
+            kept = first_of_each_class(download, chosen, first)
+            wanted = {place: name for place, name in wanted.items() if place in kept or place.startswith("val/")}
         there = {
             path.relative_to(target).as_posix()
             for split in expected
@@ -147,13 +174,16 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="tiny-imagenet-200.zip, or the folder that it was unpacked to")
     parser.add_argument("target", type=Path, help="folder for train/ and val/")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="text or TSV, a class a line (default: all)")
+    parser.add_argument(
+        "--first", type=int, metavar="N", help="training images of a class by number, none that is there twice"
+    )
     parser.add_argument("--train-images", type=int, default=TRAIN_IMAGES, help="of a class (default: %(default)s)")
     parser.add_argument("--val-images", type=int, default=VAL_IMAGES, help="of a class (default: %(default)s)")
     options = parser.parse_args()
     expected = {"train": options.train_images, "val": options.val_images}
     try:
         classes = read_classes(options.classes) if options.classes else None
-        written = prepare(options.source, options.target, classes, expected)
+        written = prepare(options.source, options.target, classes, expected, options.first)
     except (Mistake, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

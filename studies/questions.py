@@ -4,7 +4,7 @@ In a study's file (studies/grid.py):
   tables     in order of importance, in which they are run; each: table (its number in the paper) or a title; rows, the
              names they have in the paper and in the study, one name where it is the same; against, the row that the
              others are compared with; values, its columns; published, the paper's column whose figures stand beside
-             (where a value is not named after it); figures
+             (where a value is not named after it); note, a sentence on what is not as in the paper; figures
   findings   each: says, a sentence; higher and lower, rows whose mean is expected to be so; figure; values, each of
              which is a finding of its own; beyond, by more than what; within, where the two are expected to be so
              near; table, which of those above has the paper's figures
@@ -40,6 +40,7 @@ class Table(Part):
     against: str
     values: Names | None = None
     published: str | None = None
+    note: str | None = None
     figures: list[Figure] = ["top1"]
 
     @property

@@ -91,6 +91,33 @@ def test_chosen_classes(tmp_path: Path, text: str) -> None:
     assert tree(tmp_path / "out") == expected("n00000001", "n00000010")
 
 
+def test_the_first_images_of_a_class_are_by_number_and_none_is_there_twice(tmp_path: Path) -> None:
+    files = contents()
+    folder = "tiny-imagenet-200/train/n00000001/images/n00000001"
+    files[f"{folder}_10.JPEG"] = jpeg(200)
+    files["tiny-imagenet-200/test/images/test_1.JPEG"] = files[f"{folder}_0.JPEG"]
+    (tmp_path / "classes").write_text("n00000001")
+    words = ["--train-images", "3", "--val-images", "2", "--classes", str(tmp_path / "classes"), "--first"]
+    source = zipped(tmp_path, files)
+    assert prepare(source, tmp_path / "one", *words, "1")[0] == 0
+    trained_on = [name for name in sorted(tree(tmp_path / "one")) if name.startswith("train")]
+    assert trained_on == ["train/n00000001/n00000001_1.JPEG"]  # neither the 0th, a test image, nor the 10th
+    assert {*tree(tmp_path / "one")} - {*trained_on} == {name for name in expected("n00000001") if "val" in name}
+    assert prepare(source, tmp_path / "two", *words, "2")[0] == 0
+    assert {*tree(tmp_path / "two")} - {*tree(tmp_path / "one")} == {"train/n00000001/n00000001_10.JPEG"}
+    said = "error: Class n00000001 has 2 training images that are there once; --first is 3."
+    assert prepare(source, tmp_path / "three", *words, "3") == (2, said)
+    assert not (tmp_path / "three").exists()
+
+
+def test_the_classes_of_the_studies_are_a_list_it_takes(tmp_path: Path) -> None:
+    file = SCRIPTS.parent / "configs/studies/tiny_imagenet_100.txt"
+    names = file.read_text().split()
+    assert len({*names}) == 100 and names == sorted(names)
+    code, said = prepare(zipped(tmp_path, contents()), tmp_path / "out", *COUNTS, "--classes", str(file))
+    assert code == 2 and f"has 0 train images of class {names[0]} and 2 were expected" in said
+
+
 def test_started_again_it_writes_what_is_missing(tmp_path: Path) -> None:
     source, out = zipped(tmp_path, contents()), tmp_path / "out"
     prepare(source, out)
