@@ -59,27 +59,26 @@ def test_a_method_of_one_s_own_in_a_file_is_what_readme_says(tmp_path):
 
 
 def test_readme_has_the_figures_of_the_results_page() -> None:
-    """Table 2 of DeiT, and how many runs of each study there are."""
+    """Table 2 of both models, every interval, and how many runs of each study there are."""
     readme = " ".join((ROOT / "README.md").read_text().split("## Results so far")[1].split())
     page = (ROOT / "docs/RESULTS.md").read_text()
-    table = page.split("### Table 2, DeiT")[1].split("###")[0]
     names = {"full_precision": "full precision", "microscaling": "Microscaling", "tetrajet": "TetraJet"}
     names |= {
         "int4": "INT4 per tensor",
         "tetrajet_qema": "TetraJet + Q-EMA",
         "tetrajet_qramping": "TetraJet + Q-Ramping",
     }
-    compared = 0
-    for line in table.splitlines():
-        row, *cells = [cell.strip() for cell in line.strip("| ").split("|")]
-        if row in names:
-            _, _, mean, _, difference, _, published, of_published = cells
-            same = (mean, difference.rstrip(" *"), published, of_published)
-            assert (
-                f"| {names[row]} | {' | '.join('' if c == '-' else c for c in same)} |".replace("|  |", "| |") in readme
-            )
-            compared += 1
-    assert compared == len(names)
+    shown: dict[str, list[str]] = {row: [] for row in names}
+    for model in ("DeiT", "Swin"):
+        for line in page.split(f"### Table 2, {model}")[1].split("###")[0].splitlines():
+            row, *cells = [cell.strip() for cell in line.strip("| ").split("|")]
+            if row in names:
+                _, _, mean, _, difference, _, _, published = cells
+                shown[row] += ["" if cell == "-" else cell for cell in (mean, difference.rstrip(" *"), published)]
+    for row, cells in shown.items():
+        assert len(cells) == 6 and " ".join(f"| {names[row]} | {' | '.join(cells)} |".split()) in readme, row
+    intervals = re.findall(r"[+-]\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]", readme)
+    assert len(intervals) > 10 and not [one for one in intervals if one not in page]
     counts = re.findall(r"Runs that are done: (\d+); the study has (\d+)", page)
     for done, planned in counts:
         assert re.search(rf"\b{done} of (their|its) {planned}\b", readme), (done, planned)
