@@ -188,7 +188,7 @@ class Evidence:
                 )
                 enough = difference is not None and difference.n >= FEWEST
                 found.append(replace(one, p=_p(finding, difference)) if enough else one)
-        # One that is not tested yet counts with the p of 1, so that no verdict is lost when it comes.
+        # One that is not tested yet counts with the p of 1: its own p, when it comes, takes nothing from the others.
         adjusted = holm([1.0 if one.p is None else one.p for one in found])
         return [
             one if one.p is None else replace(one, adjusted=p, word=_word(one.finding, one.difference, p))

@@ -163,11 +163,10 @@ def table_part(evidence: Evidence, table: Table) -> list[str]:
         in_paper = published_figures(table, value)
         for figure in table.figures:
             heading = ", ".join(filter(None, (worded(value), worded(figure))))
-            if evidence.lines.get((table.against, value)) and not evidence.figures(table.against, value, figure):
-                text.append(f"{heading}: no run of {table.against}, with which it is compared, has recorded it.")
-                continue
             published = {row: of[figure] for row, of in in_paper.items() if figure in of}
             text.append(f"{heading}{f'; published figures: {table.published_column(value)}' if published else ''}")
+            if evidence.lines.get((table.against, value)) and not evidence.figures(table.against, value, figure):
+                text.append(f"No run of {table.against}, with which the others are compared, has recorded it.")
             text.append(results_table(evidence, table, value, figure, published))
     return text
 

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ TRAIN_IMAGES, VAL_IMAGES = 500, 50  # of a class, as Stanford gives it away
 CLASS = re.compile(r"n\d{8}")
 _TRAIN = re.compile(r"(?:.*/)?train/(n\d{8})/images/([^/]+\.JPEG)")
 _VAL = re.compile(r"(?:.*/)?val/images/([^/]+\.JPEG)")
+_TEST = re.compile(r"(?:.*/)?test/images/([^/]+\.JPEG)")
 _ANNOTATIONS = re.compile(r"(?:.*/)?val/val_annotations\.txt")
 
 
@@ -31,7 +33,7 @@ class Download:
 
     read: Callable[[str], bytes]
     images: dict[str, str]
-    jpegs: list[str]  # all of them, those without a label too
+    jpegs: list[str]  # all of its images, those without a label too
 
     def classes(self, split: str) -> dict[str, int]:
         """The number of images by class."""
@@ -57,7 +59,7 @@ def opened(source: Path) -> Iterator[Download]:
         raise Mistake(
             f"There is no {source}; give tiny-imagenet-200.zip or the folder that it was unpacked to."
         ) from None
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise Mistake(f"{source} is no whole zip file ({error}); download it again.") from None
 
 
@@ -79,7 +81,7 @@ def _sorted_out(source: Path, names: list[str], read: Callable[[str], bytes]) ->
         raise Mistake(
             f"{source} lacks {len(missing)} of {len(class_of)} evaluation images, val/images/{missing[0]} first."
         )
-    return Download(read, images, [name for name in names if name.endswith(".JPEG")])
+    return Download(read, images, [name for name in names if any(of.fullmatch(name) for of in (_TRAIN, _VAL, _TEST))])
 
 
 def read_classes(file: Path) -> list[str]:
@@ -118,18 +120,27 @@ def first_of_each_class(download: Download, classes: list[str], first: int) -> s
 
     A file whose bytes the download has more than once, under two labels or in two splits, is passed over.
     """
+    if not any(map(_TEST.fullmatch, download.jpegs)):
+        raise Mistake("The download has no test/images; --first looks for images that are there twice in them too.")
     digests = {name: hashlib.sha256(download.read(name)).digest() for name in download.jpegs}
     times = Counter(digests.values())
-    by_class: dict[str, list[str]] = {name: [] for name in classes}
-    for place, name in download.images.items():
-        split, of, _ = place.split("/")
-        if split == "train" and of in by_class and times[digests[name]] == 1:
-            by_class[of].append(place)
+    by_class: dict[str, dict[int, str]] = {name: {} for name in classes}
+    for place in download.images:
+        split, of, name = place.split("/")
+        if split == "train" and of in by_class:
+            if not (number := re.fullmatch(r"n\d{8}_(\d+)\.JPEG", name)):
+                raise Mistake(f"{place} is not named after its class with a number, by which --first chooses.")
+            by_class[of][int(number[1])] = place
+    kept: set[str] = set()
+    twice = 0
     for of, places in by_class.items():
-        if len(places) < first:
-            raise Mistake(f"Class {of} has {len(places)} training images that are there once; --first is {first}.")
-        places.sort(key=lambda place: int(re.findall(r"\d+", place)[-1]))
-    return {place for places in by_class.values() for place in places[:first]}
+        once = [number for number in sorted(places) if times[digests[download.images[places[number]]]] == 1]
+        if len(once) < first:
+            raise Mistake(f"Class {of} has {len(once)} training images that are there once; --first is {first}.")
+        kept |= {places[number] for number in once[:first]}
+        twice += sum(number < once[first - 1] for number in places) - (first - 1)
+    print(f"Training images passed over, since the download has their bytes more than once: {twice}.")
+    return kept
 
 
 def prepare(
@@ -182,6 +193,8 @@ def main() -> None:
     options = parser.parse_args()
     expected = {"train": options.train_images, "val": options.val_images}
     try:
+        if options.first is not None and options.first < 1:
+            raise Mistake(f"--first is a number of images of a class, at least 1, and not {options.first}.")
         classes = read_classes(options.classes) if options.classes else None
         written = prepare(options.source, options.target, classes, expected, options.first)
     except (Mistake, OSError) as error:

@@ -95,6 +95,8 @@ def check_questions(
         where = f"tables.{number}"
         if (table.table is None) == (table.title is None):
             return f"{where} needs the number of a table of the paper or a title, one of them."
+        if table.note is not None and (not table.note.strip() or "\n" in table.note or table.note.endswith(".")):
+            return f"{where}.note is to be one line of text without a full stop at its end."
         said = unknown(f"{where}.rows", [*table.names.values()], rows, "row")
         said = said or unknown(f"{where}.against", [table.against], [*table.names.values()], "row in it")
         said = said or unknown(f"{where}.values", table.values or [], values, "value")

@@ -173,13 +173,20 @@ def fault_at(it: Point, device: torch.device) -> str | None:
     return f"{it}: {'; '.join(found)}" if found else None
 
 
-__all__ = ["SCALED", "Point", "differences_at", "fault_at", "matrix_of", "point", "spec_of"]
+__all__ = ["MANY_ROWS", "SCALED", "Point", "differences_at", "fault_at", "matrix_of", "point", "spec_of"]
 
 
-def int4_amiss(device: torch.device) -> list[str]:
+MANY_ROWS = ((5000, 3),)  # so that weights of rows take more than one program
+
+
+def int4_amiss(
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    shapes: tuple[tuple[int, int], ...] = ((37, 130), (64, 96), (3, 7), (130, 33)),
+) -> list[str]:
     """What INT4's kernels make otherwise than their formulas, of ties, their neighbours and what is not finite too."""
     faults, one = [], torch.ones((), device=device)
-    for number, (dtype, shape) in enumerate(itertools.product(DTYPES, ((37, 130), (64, 96), (3, 7), (130, 33)))):
+    for number, (dtype, shape) in enumerate(itertools.product(dtypes, shapes)):
         g = torch.Generator().manual_seed(number)
         x = torch.randint(-196, 197, shape, generator=g) / 2  # all ties among them, and what is next to them in float32
         x = (x.view(torch.int32) + torch.randint(-4, 5, shape, generator=g).int() * (x != 0)).view(torch.float32)

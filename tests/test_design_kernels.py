@@ -66,7 +66,16 @@ else:
     from triton.runtime import interpreter
 
     fast_interpreter.install()
-    from design_points import Point, differences_at, fault_at, int4_amiss, matrix_of, point, turned_back_amiss
+    from design_points import (
+        MANY_ROWS,
+        Point,
+        differences_at,
+        fault_at,
+        int4_amiss,
+        matrix_of,
+        point,
+        turned_back_amiss,
+    )
     from test_kernels import awkward, by, differing, noise_on, unequal
     from test_scales import NOISE, maxima
 
@@ -237,6 +246,7 @@ else:
 
     def test_int4_s_kernels_give_the_bits_of_its_formulas(monkeypatch):
         assert int4_amiss(CPU) == []
+        assert int4_amiss(CPU, (torch.float32,), MANY_ROWS) == []
         monkeypatch.setattr(int4, "uniform", lambda shape, noise: uniform(shape, noise, 1))  # the controls
         assert {fault.split()[0] for fault in int4_amiss(CPU)} == {"low", "rows", "weights"}
         right = int4.levels

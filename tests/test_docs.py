@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,16 @@ def test_readme_has_the_figures_of_the_results_page() -> None:
         assert len(cells) == 6 and " ".join(f"| {names[row]} | {' | '.join(cells)} |".split()) in readme, row
     intervals = re.findall(r"[+-]\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]", readme)
     assert len(intervals) > 10 and not [one for one in intervals if one not in page]
+    verdicts = page.split("## The stabilizers")[0].split("| finding |")[1].split("![")[0]
+    words = dict(zip(range(6), ("None", "One", "Two", "Three", "Four", "Five"), strict=True))
+    counts = Counter(re.findall(r"\| \*\*([a-z ]+?)(?: so far)?\*\* \|", verdicts))
+    assert f"{words[counts['shows']]} show: " in readme and f"{words[counts['does not']]} does not: " in readme
+    of_its_sign = len(re.findall(r"\*\*within noise\*\* \| \+\d+\.\d+ \[\d", verdicts))
+    within_noise = (
+        f"other {counts['within noise']} are within noise, {words[of_its_sign].lower()} of them with an interval"
+    )
+    assert within_noise in readme and f"adjusted for all {counts.total()}." in readme
+    assert f"Our {words[counts['undecided']].lower()} checks" in readme
     counts = re.findall(r"Runs that are done: (\d+); the study has (\d+)", page)
     for done, planned in counts:
         assert re.search(rf"\b{done} of (their|its) {planned}\b", readme), (done, planned)

@@ -36,9 +36,9 @@ def contents() -> dict[str, bytes]:
     return {f"tiny-imagenet-200/{name}": data for name, data in files.items()}
 
 
-def zipped(folder: Path, files: dict[str, bytes]) -> Path:
+def zipped(folder: Path, files: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
     path = folder / "download.zip"
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", compression) as archive:
         for name, data in files.items():
             archive.writestr(name, data)
     return path
@@ -91,23 +91,49 @@ def test_chosen_classes(tmp_path: Path, text: str) -> None:
     assert tree(tmp_path / "out") == expected("n00000001", "n00000010")
 
 
-def test_the_first_images_of_a_class_are_by_number_and_none_is_there_twice(tmp_path: Path) -> None:
+def with_a_tenth() -> dict[str, bytes]:
+    """A third image of the first class for training, the 10th; its 0th is a test image too."""
     files = contents()
     folder = "tiny-imagenet-200/train/n00000001/images/n00000001"
     files[f"{folder}_10.JPEG"] = jpeg(200)
-    files["tiny-imagenet-200/test/images/test_1.JPEG"] = files[f"{folder}_0.JPEG"]
-    (tmp_path / "classes").write_text("n00000001")
-    words = ["--train-images", "3", "--val-images", "2", "--classes", str(tmp_path / "classes"), "--first"]
-    source = zipped(tmp_path, files)
-    assert prepare(source, tmp_path / "one", *words, "1")[0] == 0
-    trained_on = [name for name in sorted(tree(tmp_path / "one")) if name.startswith("train")]
-    assert trained_on == ["train/n00000001/n00000001_1.JPEG"]  # neither the 0th, a test image, nor the 10th
-    assert {*tree(tmp_path / "one")} - {*trained_on} == {name for name in expected("n00000001") if "val" in name}
-    assert prepare(source, tmp_path / "two", *words, "2")[0] == 0
-    assert {*tree(tmp_path / "two")} - {*tree(tmp_path / "one")} == {"train/n00000001/n00000001_10.JPEG"}
-    said = "error: Class n00000001 has 2 training images that are there once; --first is 3."
-    assert prepare(source, tmp_path / "three", *words, "3") == (2, said)
-    assert not (tmp_path / "three").exists()
+    return {**files, "tiny-imagenet-200/test/images/test_1.JPEG": files[f"{folder}_0.JPEG"]}
+
+
+def first(source: Path, target: Path, number: str) -> tuple[int, str]:
+    (target.parent / "classes").write_text("n00000001")
+    of = ["--train-images", "3", "--val-images", "2", "--classes", str(target.parent / "classes")]
+    return prepare(source, target, *of, f"--first={number}")
+
+
+@pytest.mark.parametrize("form", [zipped, unpacked])
+def test_the_first_images_of_a_class_are_by_number_and_none_is_there_twice(tmp_path: Path, form) -> None:
+    source = form(tmp_path, with_a_tenth())
+    one, two = (tmp_path / "tiny-imagenet-200" / name for name in ("one", "two"))  # in the folder of the download
+    one.parent.mkdir(exist_ok=True)
+    for written in ("3 images written", "complete"):  # started again too
+        code, text = first(source, one, "1")
+        assert code == 0 and "more than once: 1.\n" in text and f"\n{one}: {written}; give it as" in text
+    assert {*tree(one)} == {"train/n00000001/n00000001_1.JPEG"} | {
+        name for name in expected("n00000001") if name.startswith("val")
+    }  # neither the 0th, a test image, nor the 10th
+    assert first(source, two, "2")[0] == 0
+    assert {*tree(two)} - {*tree(one)} == {"train/n00000001/n00000001_10.JPEG"}
+
+
+def test_what_the_first_images_cannot_be_is_one_sentence(tmp_path: Path) -> None:
+    def said(files: dict[str, bytes], number: str = "2") -> str:
+        code, text = first(zipped(tmp_path, files), tmp_path / "out", number)
+        assert code == 2 and not (tmp_path / "out").exists()
+        return text
+
+    files = with_a_tenth()
+    for number in ("0", "-1"):
+        assert said(files, number) == f"error: --first is a number of images of a class, at least 1, and not {number}."
+    assert said(files, "3") == "error: Class n00000001 has 2 training images that are there once; --first is 3."
+    assert "has no test/images" in said({name: data for name, data in files.items() if "/test/" not in name})
+    last = "tiny-imagenet-200/train/n00000001/images/n00000001_10"
+    renamed = {name.replace(last, f"{last} (1)"): data for name, data in files.items()}
+    assert "n00000001_10 (1).JPEG is not named after its class with a number" in said(renamed)
 
 
 def test_the_classes_of_the_studies_are_a_list_it_takes(tmp_path: Path) -> None:
@@ -172,6 +198,14 @@ def test_what_is_incomplete_is_refused(tmp_path: Path, what: str) -> None:
 def test_half_a_download_is_refused(tmp_path: Path) -> None:
     source = zipped(tmp_path, contents())
     source.write_bytes(source.read_bytes()[:-3000])
+    code, said = prepare(source, tmp_path / "out")
+    assert code == 2 and "is no whole zip file" in said and "\n" not in said
+    source = zipped(tmp_path, contents(), zipfile.ZIP_DEFLATED)
+    data = bytearray(source.read_bytes())
+    name = b"val_annotations.txt"
+    start = data.index(name) + len(name)
+    data[start : start + 8] = b"\xff" * 8
+    source.write_bytes(data)
     code, said = prepare(source, tmp_path / "out")
     assert code == 2 and "is no whole zip file" in said and "\n" not in said
     code, said = prepare(tmp_path / "none.zip", tmp_path / "out")
