@@ -186,10 +186,15 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="folder for train/ and val/")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="text or TSV, a class a line (default: all)")
     parser.add_argument(
-        "--first", type=int, metavar="N", help="training images of a class by number, none that is there twice"
+        "--first",
+        type=int,
+        metavar="N",
+        help="take N training images of a class, those of the lowest numbers, none that is there twice (default: all)",
     )
-    parser.add_argument("--train-images", type=int, default=TRAIN_IMAGES, help="of a class (default: %(default)s)")
-    parser.add_argument("--val-images", type=int, default=VAL_IMAGES, help="of a class (default: %(default)s)")
+    parser.add_argument(
+        "--train-images", type=int, default=TRAIN_IMAGES, help="that the download has of a class (default: %(default)s)"
+    )
+    parser.add_argument("--val-images", type=int, default=VAL_IMAGES, help="likewise (default: %(default)s)")
     options = parser.parse_args()
     expected = {"train": options.train_images, "val": options.val_images}
     try:
