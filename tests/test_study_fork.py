@@ -126,7 +126,7 @@ def test_a_copy_is_told_when_its_parent_is_killed(tmp_path: Path, number: int) -
     log = tmp_path / "a.log"
     program = PARENT.replace("Signals(), ", "")
     parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path), "copy", "a"], stdout=subprocess.DEVNULL)
-    until(lambda: log.exists() and log.read_text().strip())
+    until(lambda: log.exists() and log.read_text().endswith("\n"))
     pid = int(log.read_text())
     assert alive(pid)
     parent.send_signal(number)

@@ -110,7 +110,7 @@ def test_stopped_processes_may_save(tmp_path: Path) -> None:
     )
     with Pool(1) as pool:
         pool.start("a", [*PYTHON, saves], tmp_path / "a")
-        until(lambda: "ready" in (tmp_path / "a").read_text())
+        until(lambda: "ready\n" in (tmp_path / "a").read_text())
         pool.stop()
         ended = all_ended(pool)[0]
     assert (ended.code, ended.said) == (143, "saved")
@@ -125,7 +125,7 @@ def test_no_process_outlives_the_pool(tmp_path: Path) -> None:
     )
     with Pool(1) as pool:
         pool.start("a", [*PYTHON, stubborn], tmp_path / "a")
-        until(lambda: (tmp_path / "a").read_text().count(" "))
+        until(lambda: (tmp_path / "a").read_text().endswith("\n"))
         pids = [int(word) for word in (tmp_path / "a").read_text().split()]
         assert all(map(alive, pids))
         pool.stop()
@@ -144,7 +144,7 @@ def test_processes_are_told_when_the_pool_is_killed(tmp_path: Path, number: int)
         f"pool = Pool(1); pool.start('a', [sys.executable, '-c', saves], Path({str(tmp_path / 'a')!r})); time.sleep(60)"
     )
     parent = subprocess.Popen([*PYTHON, program])
-    until(lambda: (tmp_path / "a").exists() and (tmp_path / "a").read_text().strip())
+    until(lambda: (tmp_path / "a").exists() and (tmp_path / "a").read_text().endswith("\n"))
     pid = int((tmp_path / "a").read_text())
     assert alive(pid)
     parent.send_signal(number)
